@@ -1,0 +1,32 @@
+"""Offline, within minutes on two CPU cores: a small ResNet-18 on the sample of CIFAR-10 that ships with jaxft.
+
+python -m jaxft.train --config configs/quickstart.py
+
+It starts from random weights, so it shows that everything runs, not what fine-tuning brings.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.num_epochs = 5
+    config.batch_size = 50  # over all devices
+    config.image_size = 64
+
+    config.model = ConfigDict()
+    config.model.arch = "resnet18"
+    config.model.width = 16
+
+    config.data = ConfigDict()
+    config.data.name = "sample:cifar10"  # 2,000 pictures to train, 1,000 to test
+    config.data.train_split = "train"
+    config.data.eval_split = "test"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 1
+    return config

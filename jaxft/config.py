@@ -1,0 +1,166 @@
+"""The config: every key with its default and meaning, files and overrides that are checked against it."""
+
+import ast
+import difflib
+import importlib.util
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxft.errors import UserError
+from jaxft.resnet import ARCHITECTURES
+
+
+def default_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,  # of the new head and of the order of pictures
+            "num_epochs": 10,
+            "batch_size": 64,  # over all devices
+            "image_size": 224,  # pixels, both sides, to which pictures are resized
+            "model": {
+                "arch": "resnet50",  # resnet18, resnet34, resnet50, resnet101, resnet152
+                "pretrained": "",  # a weights file (.pth, .safetensors), or '' for random initialisation
+                "width": 64,  # channels of the first stage; torchvision's ResNets have 64
+                "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
+                "batch_norm": "update",  # statistics of each device's share; sync: of the batch; frozen: running ones
+            },
+            "data": {
+                "name": "cifar10",  # a TFDS name, or sample:cifar10
+                "dir": "",  # of prepared TFDS sets; '' for $TFDS_DATA_DIR or ~/tensorflow_datasets
+                "train_split": "train",  # in TFDS's syntax: train[:90%]
+                "eval_split": "test",
+            },
+            "optimizer": {
+                "learning_rate": 0.001,
+                "momentum": 0.9,
+                "nesterov": False,
+                "weight_decay": 0.0,  # of all parameters, added to the gradient as torch's SGD does
+                "schedule": "constant",  # or cosine, to 0 at the end
+                "warmup_epochs": 0.0,  # of linear growth from 0
+            },
+            "checkpoint": {
+                "keep_latest": 1,  # newest checkpoints kept
+                "keep_best": 1,  # checkpoints of the highest accuracy kept besides
+            },
+        }
+    )
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.arch": tuple(ARCHITECTURES),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.batch_norm": ("update", "frozen", "sync"),
+    "optimizer.schedule": ("constant", "cosine"),
+}
+AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "num_epochs": 1,
+    "batch_size": 1,
+    "image_size": 1,
+    "model.width": 1,
+    "optimizer.learning_rate": 0,
+    "optimizer.momentum": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.warmup_epochs": 0,
+    "checkpoint.keep_latest": 1,
+    "checkpoint.keep_best": 0,
+}
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'optimizer.learning_rate': 0.001, ...}"""
+
+    def leaves(node: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, ConfigDict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(leaves(config, ""))
+
+
+def load_config(path: str, overrides: dict[str, str]) -> ConfigDict:
+    """The defaults, changed by the file's get_config() and then by overrides ({'optimizer.learning_rate': '0.01'}).
+
+    Raises UserError for a missing or broken file, an unknown key (with its nearest neighbour), a wrong type or a
+    value out of range.
+    """
+    config = default_config()
+    _update(config, flatten(_get_config(path)), f"in {path}")
+    _update(config, {key: _parse(key, text, config) for key, text in overrides.items()}, "on the command line")
+    _check_values(config)
+    return config
+
+
+def _get_config(path: str) -> ConfigDict:
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.py")], 1, 0.4)
+        hint = f"did you mean {file.parent / near[0]}?" if near else "see configs/ for the ones that ship"
+        raise UserError(f"there is no config file {path}; {hint}")
+    try:
+        spec = importlib.util.spec_from_file_location("jaxft_config_file", file)
+        assert spec and spec.loader, "its name must end in .py"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return ConfigDict(module.get_config())
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise UserError(f"{path} gives no config: {type(error).__name__}: {error}{where}") from error
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    return f"there is no config key '{key}'; " + (f"did you mean '{near[0]}'?" if near else "see jaxft/config.py")
+
+
+def _parse(key: str, text: str, config: ConfigDict) -> Any:
+    """An override's value, by the type of the value it replaces."""
+    known = flatten(config)
+    if key not in known:
+        raise UserError(_unknown_key(key, list(known)))
+    if isinstance(known[key], str):
+        return text
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text  # of a wrong type, which _update tells
+
+
+def _update(config: ConfigDict, values: dict[str, Any], where: str) -> None:
+    known = flatten(config)
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{_unknown_key(key, list(known))} ({where})")
+        expected = type(known[key])
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected:
+            raise UserError(f"config key '{key}' takes {_article(expected)}, not {value!r} ({where})")
+        *parents, leaf = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
+
+
+def _check_values(config: ConfigDict) -> None:
+    values = flatten(config)
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            near = difflib.get_close_matches(values[key], choices, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(choices)}"
+            raise UserError(f"config key '{key}' cannot be '{values[key]}'; {hint}")
+    for key, least in AT_LEAST.items():
+        if not least <= values[key] < float("inf"):
+            raise UserError(f"config key '{key}' must be at least {least:g}, not {values[key]}")

@@ -1,0 +1,44 @@
+"""What the user can mend, told in one line with exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A wrong config, path, file, data set or version; the message holds the remedy."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit. Every command has --debug."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs a command and returns its exit code: 0 done, 2 for a UserError, 130 for Ctrl-C.
+
+    Any other exception is a bug of ours and keeps its traceback (exit code 1).
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        if "--debug" in argv:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,72 @@
+"""uint8 pictures to the network's input: pure functions that run inside the jitted step."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+_PRECISION_BITS = 22  # of Pillow's fixed-point coefficients (Resample.c: 32 - 8 - 2)
+_LOW_BITS = 11
+
+
+class Preprocessing(NamedTuple):
+    """What a picture goes through on its way to the network; kept with weights and checkpoints."""
+
+    image_size: int  # pixels, both sides
+    mean: tuple[float, float, float]  # of the RGB channels in [0, 1]
+    std: tuple[float, float, float]
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def resize_coefficients(size_in: int, size_out: int) -> np.ndarray:
+    """Pillow's bilinear filter along one side as an int32 matrix (size_out, size_in); rows sum to about 2^22.
+
+    A triangle as wide as the scale when shrinking (antialiased), two neighbours when growing.
+    Source: precompute_coeffs and normalize_coeffs_8bpc in Pillow's Resample.c.
+    """
+    scale = size_in / size_out
+    support = max(scale, 1.0)
+    centre = (np.arange(size_out) + 0.5) * scale
+    first = np.maximum((centre - support + 0.5).astype(int), 0)
+    last = np.minimum((centre + support + 0.5).astype(int), size_in)
+    pixel = np.arange(size_in)
+    weights = np.maximum(0, 1 - np.abs((pixel - centre[:, None] + 0.5) * (1 / support)))
+    weights *= (pixel >= first[:, None]) & (pixel < last[:, None])
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed in Pillow's order
+    return np.floor(0.5 + weights * 2**_PRECISION_BITS).astype(np.int32)
+
+
+def _filter(images: jax.Array, coefficients: np.ndarray, equation: str) -> jax.Array:
+    """One pass of Pillow's resize, rounded to whole pixel values as Pillow does, with no error at all.
+
+    The 22-bit coefficients are split into two halves whose products with 8-bit pixels are summed exactly in
+    float32 (while a picture shrinks 16-fold at most), so that the work is two matrix products on any device.
+    """
+    product = partial(jnp.einsum, equation, images, precision=jax.lax.Precision.HIGHEST)
+    high = product(jnp.asarray(coefficients >> _LOW_BITS, jnp.float32)).astype(jnp.int32)
+    low = product(jnp.asarray(coefficients & (2**_LOW_BITS - 1), jnp.float32)).astype(jnp.int32)
+    total = (high << _LOW_BITS) + low + (1 << (_PRECISION_BITS - 1))
+    return jnp.clip(total >> _PRECISION_BITS, 0, 255).astype(jnp.float32)
+
+
+def resize(images: ArrayLike, size: int) -> jax.Array:
+    """uint8 (N, H, W, 3) to (N, size, size, 3), whole values 0..255 as float32: Pillow's BILINEAR, bit for bit."""
+    images = jnp.asarray(images, jnp.float32)
+    _, height, width, _ = images.shape
+    if width != size:
+        images = _filter(images, resize_coefficients(width, size), "nhwc,vw->nhvc")
+    if height != size:
+        images = _filter(images, resize_coefficients(height, size), "nhwc,uh->nuwc")
+    return images
+
+
+def preprocess(images: ArrayLike, preprocessing: Preprocessing) -> jax.Array:
+    """uint8 (N, H, W, 3) to normalised float32 (N, size, size, 3): torchvision's Resize, ToTensor, Normalize."""
+    pixels = resize(images, preprocessing.image_size) / 255
+    return (pixels - jnp.array(preprocessing.mean)) / jnp.array(preprocessing.std)

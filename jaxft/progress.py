@@ -1,0 +1,47 @@
+"""How far the work is: a bar on a terminal, a plain line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LOG_SECONDS = 30
+
+
+class Progress:
+    """Counts pictures. Everything goes to stderr; stdout keeps the results."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description = description
+        self._bar = tqdm(
+            desc=description, total=total, unit=" images", disable=not sys.stderr.isatty(), leave=False, smoothing=0.1
+        )
+        self._done = 0
+        self._total = total
+        self._start = self._logged = time.monotonic()
+
+    def update(self, images: int, loss: float | None = None) -> None:
+        self._done += images
+        note = "" if loss is None else f"loss {loss:.4f}"
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(images)
+        now = time.monotonic()
+        if self._bar.disable and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate
+            print(
+                f"{self._description}: {self._done}/{self._total} images, {note}{', ' if note else ''}"
+                f"{rate:.1f} images/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,212 @@
+"""ResNet v1.5 in Flax Linen, layer for layer as torchvision builds it (torchvision/models/resnet.py).
+
+A parameter's path is torchvision's key split at its dots: params['layer1']['0']['conv1']['kernel'] is
+`layer1.0.conv1.weight`. Images are NHWC; parameters are float32; `dtype` is what the layers compute in.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+BatchNormMode = Literal["update", "frozen", "sync"]
+
+# torch: kaiming_normal_(mode="fan_out", nonlinearity="relu")
+conv_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def linear_init(fan_in: int) -> Callable[..., jax.Array]:
+    """torch's nn.Linear: weight and bias both uniform in +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def conv(features: int, size: int, stride: int = 1, *, dtype: Any, name: str) -> nn.Conv:
+    """A convolution padded by size // 2 on each side (SAME would pad a stride of 2 unlike torch)."""
+    pad = size // 2
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=conv_kernel_init,
+        name=name,
+    )
+
+
+class BatchNorm(nn.Module):
+    """torch's BatchNorm2d: biased variance to normalise, unbiased in the running average.
+
+    Statistics are at least float32 and taken in two passes: E[x^2] - E[x]^2 would cancel where the mean is
+    large. `mode` is "update" (statistics of this device's share of the batch), "sync" (of the whole batch,
+    over `axis_name`) or "frozen" (the running statistics, in training too).
+    """
+
+    mode: BatchNormMode = "update"
+    axis_name: str = "batch"
+    dtype: Any = jnp.float32
+    momentum: float = 0.1  # the weight of the new value, as torch counts it
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        """x: (N, H, W, C). mask: (N,), 1 for a picture that counts and 0 for padding; used in training only."""
+        features = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (features,))
+
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train and self.mode != "frozen" and not self.is_initializing():
+            mean, var, count = self._statistics(x, mask)
+            unbiased = var * (count / jnp.maximum(count - 1, 1))
+            # A device whose share is all padding has nothing to add.
+            weight = self.momentum * (count > 0)
+            running_mean.value += weight * (mean - running_mean.value)
+            running_var.value += weight * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        y = (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+        return y.astype(self.dtype)
+
+    def _statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mean and biased variance (C,), and the number of values that went into each."""
+        weights = (
+            jnp.ones((x.shape[0], 1, 1, 1), x.dtype) if mask is None else mask[:, None, None, None].astype(x.dtype)
+        )
+
+        def total(a: jax.Array) -> jax.Array:
+            return jax.lax.psum(a, self.axis_name) if self.mode == "sync" else a
+
+        count = total(weights.sum() * (x.shape[1] * x.shape[2]))
+        divisor = jnp.maximum(count, 1)
+        mean = total((x * weights).sum((0, 1, 2))) / divisor
+        var = total((jnp.square(x - mean) * weights).sum((0, 1, 2))) / divisor
+        return mean, var, count
+
+
+class Downsample(nn.Module):
+    """The projection of a block's shortcut: torchvision's Sequential of a 1x1 convolution and a norm."""
+
+    features: int
+    stride: int
+    dtype: Any
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        x = conv(self.features, 1, self.stride, dtype=self.dtype, name="0")(x)
+        return self.norm(name="1")(x, mask, train)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (ResNet-18 and -34)."""
+
+    features: int
+    stride: int
+    dtype: Any
+    norm: Callable[..., BatchNorm]
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y, mask, train))
+        y = conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
+        y = self.norm(name="bn2")(y, mask, train)
+        if x.shape != y.shape:
+            x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
+        return nn.relu(x + y)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 with the stride in the 3x3 (v1.5; ResNet-50, -101 and -152)."""
+
+    features: int
+    stride: int
+    dtype: Any
+    norm: Callable[..., BatchNorm]
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        y = conv(self.features, 1, dtype=self.dtype, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y, mask, train))
+        y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn2")(y, mask, train))
+        y = conv(self.features * self.expansion, 1, dtype=self.dtype, name="conv3")(y)
+        y = self.norm(name="bn3")(y, mask, train)
+        if x.shape != y.shape:
+            x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
+        return nn.relu(x + y)
+
+
+class Stage(nn.Module):
+    """Blocks named "0", "1", ..., of which the first has the stride."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depth: int
+    features: int
+    stride: int
+    dtype: Any
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        for i in range(self.depth):
+            block = self.block(self.features, self.stride if i == 0 else 1, self.dtype, self.norm, name=str(i))
+            x = block(x, mask, train)
+        return x
+
+
+class ResNet(nn.Module):
+    block: type[BasicBlock] | type[Bottleneck]
+    stage_depths: tuple[int, ...]
+    num_classes: int
+    width: int = 64
+    batch_norm: BatchNormMode = "update"
+    axis_name: str = "batch"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
+        """Logits (N, num_classes), at least float32, of normalised pictures (N, H, W, 3).
+
+        mask: (N,), 0 for padding, which then stays out of the batch statistics in training.
+        """
+        norm = partial(BatchNorm, mode=self.batch_norm, axis_name=self.axis_name, dtype=self.dtype)
+        x = conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(image)
+        x = nn.relu(norm(name="bn1")(x, mask, train))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+        for i, depth in enumerate(self.stage_depths):
+            stage = Stage(
+                self.block, depth, self.width * 2**i, 1 if i == 0 else 2, self.dtype, norm, name=f"layer{i + 1}"
+            )
+            x = stage(x, mask, train)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+        init = linear_init(x.shape[-1])
+        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
+
+
+ARCHITECTURES: dict[str, Callable[..., ResNet]] = {
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+}
+
+
+def make_model(config: ConfigDict, num_classes: int) -> ResNet:
+    """Of the config's `model` section."""
+    return ARCHITECTURES[config.arch](
+        num_classes=num_classes, width=config.width, batch_norm=config.batch_norm, dtype=jnp.dtype(config.dtype)
+    )

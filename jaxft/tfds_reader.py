@@ -1,0 +1,151 @@
+"""A child process that prepares a TFDS set if need be and writes one split of it as arrays.
+
+    python -m jaxft.tfds_reader NAME SPLIT DATA_DIR ARRAYS_DIR
+
+What the user can mend goes to stdout in one line, with exit code 2; progress goes to stderr.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from jaxft.errors import UserError
+
+CONNECT_SECONDS = 5
+EXAMPLES_PER_READ = 1000
+
+
+def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The builder of a set that is prepared in `data_dir`, by now if it was not before."""
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        if not builder.is_prepared():
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(f"neither TFDS nor {data_dir} has a data set '{name}'; is data.name spelt right?") from None
+    if builder.is_prepared():
+        return builder
+    _check_reachable(builder, data_dir)
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"'{name}' is not prepared in {data_dir}, and preparing it needs TensorFlow: pip install 'jaxft[tfds]', or "
+            "prepare it elsewhere, copy it and name its folder by --config.data.dir=DIR"
+        )
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    return builder
+
+
+def _check_reachable(builder: tfds.core.DatasetBuilder, data_dir: str) -> None:
+    """TFDS alone would try for minutes before it says that there is no network."""
+    for url in list(builder.url_infos)[:1]:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "jaxft"})
+        try:
+            urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # the host answers; what it thinks of the file is told by TFDS
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"'{builder.name}' is not prepared in {data_dir} and {url} cannot be reached ({error}): connect to the "
+                "network, or prepare it elsewhere, copy it and name its folder by --config.data.dir=DIR"
+            ) from None
+
+
+def _feature_of_type(builder: tfds.core.DatasetBuilder, kind: type) -> str:
+    names = [name for name, feature in builder.info.features.items() if isinstance(feature, kind)]
+    if len(names) != 1:
+        raise UserError(
+            f"'{builder.name}' has {len(names)} features of type {kind.__name__}; a classification set has one"
+        )
+    return names[0]
+
+
+def _examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterable[Any]:
+    """In the order of the files."""
+    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        source = builder.as_data_source(split)
+        for start in range(0, len(source), EXAMPLES_PER_READ):
+            yield from source.__getitems__(range(start, min(start + EXAMPLES_PER_READ, len(source))))
+    elif importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"'{builder.name}' is prepared as {builder.info.file_format.value}, which only TensorFlow reads: "
+            "pip install 'jaxft[tfds]', or prepare it again as array_record"
+        )
+    else:
+        yield from tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+
+
+def write_arrays(builder: tfds.core.DatasetBuilder, split: str, arrays_dir: Path) -> None:
+    """image.npy (uint8, N H W 3), label.npy (int32) and info.json, in a folder that appears all at once."""
+    image_name, label_name = (
+        _feature_of_type(builder, kind) for kind in (tfds.features.Image, tfds.features.ClassLabel)
+    )
+    try:
+        size = builder.info.splits[split].num_examples
+    except (KeyError, ValueError) as error:
+        raise UserError(str(error).split(". See format")[0]) from None
+    if not size:
+        raise UserError(f"the split '{split}' of '{builder.name}' has no pictures")
+    source = Path(builder.data_path) / "dataset_info.json"
+    partial_dir = arrays_dir.with_name(f"{arrays_dir.name}.partial-{os.getpid()}")
+    partial_dir.mkdir(parents=True)
+    try:
+        image = None
+        label = np.empty(size, np.int32)
+        progress = tqdm(
+            _examples(builder, split), f"reading {builder.name} {split}", size, disable=not sys.stderr.isatty()
+        )
+        for i, example in enumerate(progress):
+            picture = example[image_name]
+            if image is None:
+                shape = (size, *picture.shape[:2], 3)
+                image = np.lib.format.open_memmap(partial_dir / "image.npy", "w+", np.uint8, shape)
+            if picture.shape[:2] != image.shape[1:3]:
+                raise UserError(f"the pictures of '{builder.name}' differ in size, which jaxft cannot read yet")
+            image[i] = picture  # a grey picture's one channel becomes three
+            label[i] = example[label_name]
+        if image is None:
+            raise UserError(f"the split '{split}' of '{builder.name}' has no pictures")
+        image.flush()
+        np.save(partial_dir / "label.npy", label)
+        info = {
+            "class_names": builder.info.features[label_name].names,
+            "source": str(source),
+            "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        }
+        (partial_dir / "info.json").write_text(json.dumps(info))
+        shutil.rmtree(arrays_dir, ignore_errors=True)
+        try:
+            partial_dir.rename(arrays_dir)
+        except OSError:
+            if not arrays_dir.exists():  # else a process that started beside this one was faster
+                raise
+    finally:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+
+
+def main(name: str, split: str, data_dir: str, arrays_dir: str) -> None:
+    write_arrays(prepared_builder(name, data_dir), split, Path(arrays_dir))
+
+
+if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS prints there
+            main(*sys.argv[1:])
+    except (UserError, OSError) as error:
+        print(" ".join(str(error).split()))
+        sys.exit(2)

@@ -1,0 +1,156 @@
+"""Reads the tensors of .pth and .safetensors files without torch, and without running what a file asks to run."""
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from jaxft.errors import UserError
+
+_DTYPES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
+
+
+class _Storage(NamedTuple):
+    dtype: Any
+    key: str
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+
+
+class _RefusedError(Exception):
+    pass
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
+    return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows ordered dicts and tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _rebuild_parameter
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        raise _RefusedError(f"it asks for {module}.{name}, which is no part of a file of weights")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(key, str):
+            raise _RefusedError(f"it holds a {kind!r} where a tensor's storage belongs")
+        return _Storage(dtype, key)
+
+
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """{key: array} of a state_dict in a .safetensors file or in torch.save's format, zip or legacy.
+
+    A state_dict wrapped as {'state_dict': ...} or {'model': ...} and keys with a 'module.' prefix are unwrapped.
+    Raises UserError where the file is missing, damaged or holds something else.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            tensors = safetensors.numpy.load_file(path)
+        elif zipfile.is_zipfile(path):
+            tensors = _read_zip(path)
+        else:
+            tensors = _read_legacy(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no weights file {path}") from None
+    except _RefusedError as error:
+        raise UserError(f"{path} is refused: {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}; is it complete? fetch it again") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(
+            f"{path} cannot be read as a .pth or .safetensors file ({type(error).__name__}: {error}); "
+            "is it complete? fetch it again"
+        ) from error
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def _read_zip(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        (pickle_name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        folder = pickle_name.removesuffix("data.pkl")
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+            raise _RefusedError("it was written on a big-endian machine")
+        tensors = _state_dict(_Unpickler(io.BytesIO(archive.read(pickle_name))).load())
+        storages = {tensor.storage.key for tensor in tensors.values()}
+        data = {key: archive.read(f"{folder}data/{key}") for key in storages}  # checks their CRC
+    return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
+
+
+def _read_legacy(path: Path) -> dict[str, np.ndarray]:
+    """Pickles of magic number, version, machine, object and storage keys, then each storage with its length."""
+    with path.open("rb") as file:
+        if _Unpickler(file).load() != _LEGACY_MAGIC:
+            raise ValueError("no torch file")
+        _Unpickler(file).load()
+        _Unpickler(file).load()
+        tensors = _state_dict(_Unpickler(file).load())
+        dtypes = {tensor.storage.key: np.dtype(tensor.storage.dtype) for tensor in tensors.values()}
+        data = {}
+        for key in _Unpickler(file).load():
+            (count,) = struct.unpack("<q", file.read(8))
+            data[key] = file.read(count * dtypes[key].itemsize)
+    return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
+
+
+def _state_dict(content: Any) -> dict[str, _Tensor]:
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict):
+        raise _RefusedError(f"it holds a {type(content).__name__}, not a state_dict")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, _Tensor):
+            raise _RefusedError(f"its entry {key!r} is no tensor")
+    return content
+
+
+def _array(tensor: _Tensor, data: bytes) -> np.ndarray:
+    storage = np.frombuffer(data, tensor.storage.dtype)
+    count = math.prod(tensor.shape)
+    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+    if count and not (0 <= tensor.offset <= last < len(storage) and count <= len(storage)):
+        raise ValueError("a tensor reaches outside its storage")
+    if min((*tensor.shape, *tensor.strides), default=0) < 0:
+        raise ValueError("a tensor of negative size")
+    strides = [stride * storage.itemsize for stride in tensor.strides]
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides))

@@ -1,0 +1,238 @@
+"""Fine-tunes a ResNet on labelled pictures.
+
+python -m jaxft.train --config configs/cifar10.py [--workdir DIR] [--config.KEY=VALUE ...]
+
+The same command with the same workdir goes on where it stopped. Keys and their defaults are in jaxft/config.py.
+"""
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from jaxft import datasets
+from jaxft.checkpoint import Checkpoints, check_workdir, has_checkpoint, write_config
+from jaxft.config import load_config
+from jaxft.errors import ArgumentParser, UserError, run_command
+from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, pmap_eval_step
+from jaxft.metrics import MetricsFile
+from jaxft.optimizer import make_optimizer
+from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from jaxft.pretrained import read_weights, replace_head
+from jaxft.progress import Progress
+from jaxft.resnet import ResNet, make_model
+from jaxft.steps import (
+    Batch,
+    Counts,
+    Pictures,
+    TrainState,
+    abstract_train_state,
+    create_train_state,
+    replicate,
+    train_step,
+)
+
+PTrainStep = Callable[[TrainState, Pictures, Batch], tuple[TrainState, Counts]]
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
+    """Trains for config.num_epochs, with an evaluation and a checkpoint after each; resumes from the latest one.
+
+    Raises UserError for what the user can mend, before anything is written.
+    """
+    check_workdir(config, workdir)
+    check_batch_size(config.batch_size)
+
+    # data
+    train_data = datasets.load(config.data.name, config.data.train_split, config.data.dir)
+    eval_data = datasets.load(config.data.name, config.data.eval_split, config.data.dir)
+    train_size = len(train_data.label)
+    steps_per_epoch = math.ceil(train_size / config.batch_size)
+
+    # model
+    model = make_model(config.model, num_classes=len(train_data.class_names))
+    tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs)
+
+    # weights and state
+    if has_checkpoint(workdir):
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best)
+        info = checkpoints.info(checkpoints.latest_step())
+        check_data(info, train_data, workdir)
+        state = checkpoints.restore(checkpoints.latest_step(), abstract_train_state(model, tx))
+    else:
+        state, provenance = initial_state(config, model, tx)
+        info = run_info(config, train_data, provenance)
+        write_config(config, workdir)
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best)
+        state = replicate(state)
+    first_epoch = int(state.step) // steps_per_epoch + 1
+    metrics = MetricsFile(workdir / "metrics.jsonl", last_step=int(state.step))
+    print_start(config, workdir, state, info, len(eval_data.label), first_epoch)
+
+    # loop
+    preprocessing = Preprocessing(**info["preprocessing"])
+    p_train_step = pmap_train_step(model, tx, preprocessing)
+    p_eval_step = pmap_eval_step(model, preprocessing)
+    train_pictures = replicate(Pictures(train_data.image, train_data.label))
+    eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
+    with closing(checkpoints), closing(metrics):
+        for epoch in range(first_epoch, config.num_epochs + 1):
+            order = datasets.epoch_order(config.seed, epoch, train_size)
+            batches = datasets.batches(order, config.batch_size, jax.local_device_count())
+            first_step = int(state.step) + 1
+            started = time.monotonic()
+            with Progress(f"epoch {epoch}/{config.num_epochs}", train_size) as progress:
+                steps = run_steps(p_train_step, state, train_pictures, batches)
+                for step, (newest_state, counts) in enumerate(steps, first_step):
+                    state = newest_state
+                    started, seconds = time.monotonic(), time.monotonic() - started
+                    row = metrics_row(step, epoch, "train", counts, seconds)
+                    metrics.write(**row)
+                    progress.update(int(counts.pictures), row["loss"])
+
+            started = time.monotonic()
+            counts = evaluate_pictures(p_eval_step, state, eval_pictures, config.batch_size)
+            row = metrics_row(int(state.step), epoch, "eval", counts, time.monotonic() - started)
+            metrics.write(**row)
+            print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)
+            checkpoints.save(state, info, row["accuracy"])
+    print(f"done; see its best checkpoint again by: python -m jaxft.evaluate --workdir {workdir}")
+    return state
+
+
+def check_batch_size(batch_size: int) -> None:
+    devices = jax.local_device_count()
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        hint = f"{below} or {below + devices}" if below else f"{devices}"
+        raise UserError(f"batch_size {batch_size} cannot be shared equally by {devices} devices; use {hint}")
+
+
+def initial_state(
+    config: ConfigDict, model: ResNet, tx: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Any]]:
+    """Step 0 with pretrained weights and a new head, or with random weights; and where they come from."""
+    rng = jax.random.key(config.seed)
+    if not config.model.pretrained:
+        return jax.jit(partial(create_train_state, model, tx))(rng), {"source": "random initialisation"}
+    weights = read_weights(config.model.pretrained, config.model.arch)
+    if weights.provenance["width"] != config.model.width:
+        raise UserError(
+            f"{config.model.pretrained} has width {weights.provenance['width']}; set --config.model.width to it"
+        )
+    variables = replace_head(weights.variables, model.num_classes, rng)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    return TrainState(jax.numpy.int32(0), params, batch_stats, tx.init(params)), weights.provenance
+
+
+def run_info(config: ConfigDict, train_data: datasets.Dataset, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds besides the state, so that it can be used with nothing else at hand."""
+    return {
+        "config": config.to_dict(),
+        "class_names": list(train_data.class_names),
+        "train_size": len(train_data.label),
+        "preprocessing": {
+            "image_size": config.image_size,
+            "mean": provenance.get("mean", IMAGENET_MEAN),
+            "std": provenance.get("std", IMAGENET_STD),
+        },
+        "weights": provenance,
+        "versions": {name: version(name) for name in ("jaxft", "jax", "flax", "optax", "orbax-checkpoint")},
+    }
+
+
+def check_data(info: dict[str, Any], train_data: datasets.Dataset, workdir: Path) -> None:
+    """Raises UserError where the pictures are not those that the run began with."""
+    if (info["train_size"], info["class_names"]) != (len(train_data.label), list(train_data.class_names)):
+        raise UserError(f"{workdir} began with {info['train_size']} other pictures to train; name another --workdir")
+
+
+def pmap_train_step(model: ResNet, tx: optax.GradientTransformation, preprocessing: Preprocessing) -> PTrainStep:
+    step = partial(train_step, model=model, tx=tx, preprocessing=preprocessing)
+    return jax.pmap(
+        step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0
+    )  # state in natural shapes: no leading axis to add or strip
+
+
+def run_steps(
+    p_train_step: PTrainStep, state: TrainState, pictures: Pictures, batches: Iterable[Batch]
+) -> Iterator[tuple[TrainState, Counts]]:
+    """The newest state with each step's counts, which arrive STEPS_AHEAD late so that the devices never wait."""
+    waiting: deque[Counts] = deque()
+    for batch in batches:
+        state, counts = p_train_step(state, pictures, batch)
+        waiting.append(counts)
+        if len(waiting) > STEPS_AHEAD:
+            yield state, jax.device_get(waiting.popleft())
+    for counts in waiting:
+        yield state, jax.device_get(counts)
+
+
+def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: float) -> dict[str, Any]:
+    """A line of metrics.jsonl; raises UserError where the loss is no number."""
+    pictures = int(counts.pictures)
+    loss = float(counts.loss) / pictures
+    if not math.isfinite(loss):
+        raise UserError(f"the {split} loss is {loss} at step {step}; a lower optimizer.learning_rate may help")
+    return {
+        "step": step,
+        "epoch": epoch,
+        "split": split,
+        "loss": loss,
+        "accuracy": float(counts.correct) / pictures,
+        "images_per_second": round(pictures / seconds, 2),
+        "seconds": round(seconds, 4),
+    }
+
+
+def print_start(
+    config: ConfigDict, workdir: Path, state: TrainState, info: dict[str, Any], eval_size: int, first_epoch: int
+) -> None:
+    device = jax.local_devices()[0]
+    weights = info["weights"]
+    source = weights["source"]
+    if "source_sha256" in weights:
+        source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(f"device   {jax.local_device_count()} x {device.device_kind}, jax {version('jax')}")
+    print(f"data     {config.data.name}: {info['train_size']:,} pictures to train, {eval_size:,} to test")
+    print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
+    print(f"weights  {source}")
+    print(f"workdir  {workdir}" + (f", goes on with epoch {first_epoch}" if first_epoch > 1 else ""), flush=True)
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser("python -m jaxft.train", __doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), as in configs/")
+    parser.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="for checkpoints and metrics (default: runs/CONFIG)"
+    )
+    args, rest = parser.parse_known_args(argv)
+    config = load_config(args.config, parse_overrides(rest))
+    train_and_evaluate(config, args.workdir or Path("runs", Path(args.config).stem))
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """['--config.seed=1', '--config.batch_size', '32'] -> {'seed': '1', 'batch_size': '32'}"""
+    overrides = {}
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if not key.startswith("--config."):
+            raise UserError(f"unknown argument '{argument}'; see python -m jaxft.train --help")
+        overrides[key.removeprefix("--config.")] = value if equals else next(rest, "")
+    return overrides
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
