@@ -91,7 +91,7 @@ def train_torch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="an ImageNet ResNet-50, torchvision's layout")
-    parser.add_argument("--workdir", required=True, type=Path, help="for jaxft's run; must be new")
+    parser.add_argument("--workdir", required=True, type=Path, help="for jaxft's run")
     parser.add_argument("--data_dir", default="", help="of prepared TFDS sets")
     args = parser.parse_args()
     overrides = {
@@ -102,16 +102,16 @@ def main() -> None:
         "num_epochs": "2",
     }
     config = load_config("configs/cifar10.py", overrides)
-    train, test = (
-        datasets.load("cifar10", split, args.data_dir) for split in (config.data.train_split, config.data.eval_split)
-    )
+    train_and_evaluate(config, args.workdir)
+    jaxft_rows = [json.loads(line) for line in (args.workdir / "metrics.jsonl").read_text().splitlines()]
 
     state, _ = initial_state(config, make_model(config.model, 10), make_optimizer(config.optimizer, 1, 1))
     head = {name: np.array(value) for name, value in state.params["fc"].items()}
+    train, test = (
+        datasets.load("cifar10", split, args.data_dir) for split in (config.data.train_split, config.data.eval_split)
+    )
     torch_rows = train_torch(torch_model(args.weights, head), train, test, config)
 
-    train_and_evaluate(config, args.workdir)
-    jaxft_rows = [json.loads(line) for line in (args.workdir / "metrics.jsonl").read_text().splitlines()]
     rows = [
         {"step": ours["step"], "split": ours["split"]}
         | {

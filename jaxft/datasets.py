@@ -70,26 +70,32 @@ def _load_tfds(name: str, split: str, data_dir: str) -> Dataset:
         data_dir = str(Path(data_dir).expanduser().absolute())
     key = hashlib.sha256(json.dumps([name, split, data_dir]).encode()).hexdigest()[:16]
     arrays_dir = cache_dir() / "datasets" / f"{name.replace('/', '_')}-{key}"
-    if not _is_current(arrays_dir):
-        command = [sys.executable, "-m", "jaxft.tfds_reader", name, split, data_dir, str(arrays_dir)]
-        child = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True)
-        if child.returncode == 2:
-            raise UserError(child.stdout.strip())
-        if child.returncode:
-            raise UserError(f"reading {name} from {data_dir} failed with exit code {child.returncode}; see above")
-    info = json.loads((arrays_dir / "info.json").read_text())
-    image = np.load(arrays_dir / "image.npy", mmap_mode="r")
-    return Dataset(image, np.load(arrays_dir / "label.npy"), tuple(info["class_names"]))
+    if dataset := _open_arrays(arrays_dir):
+        return dataset
+    command = [sys.executable, "-m", "jaxft.tfds_reader", name, split, data_dir, str(arrays_dir)]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}  # TensorFlow would take the accelerator's memory
+    child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    if child.returncode == 2:
+        raise UserError(child.stdout)
+    if child.returncode:
+        raise UserError(f"reading {name} from {data_dir} failed with exit code {child.returncode}; see above")
+    if dataset := _open_arrays(arrays_dir):
+        return dataset
+    raise UserError(f"{data_dir} changed while {name} was read from it; run the command again")
 
 
-def _is_current(arrays_dir: Path) -> bool:
-    """Whether the arrays are there and the prepared set that they came from has not changed since."""
+def _open_arrays(arrays_dir: Path) -> Dataset | None:
+    """None where the arrays are missing or incomplete, or the prepared set that they came from is another by now."""
     try:
         info = json.loads((arrays_dir / "info.json").read_text())
+        image = np.load(arrays_dir / "image.npy", mmap_mode="r")
+        label = np.load(arrays_dir / "label.npy")
     except (OSError, ValueError):
-        return False
+        return None
     source = Path(info["source"])
-    return not source.exists() or hashlib.sha256(source.read_bytes()).hexdigest() == info["source_sha256"]
+    if source.exists() and hashlib.sha256(source.read_bytes()).hexdigest() != info["source_sha256"]:
+        return None
+    return Dataset(image, label, tuple(info["class_names"]))
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:

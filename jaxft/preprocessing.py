@@ -56,7 +56,10 @@ def _filter(images: jax.Array, coefficients: np.ndarray, equation: str) -> jax.A
 
 
 def resize(images: ArrayLike, size: int) -> jax.Array:
-    """uint8 (N, H, W, 3) to (N, size, size, 3), whole values 0..255 as float32: Pillow's BILINEAR, bit for bit."""
+    """uint8 (N, H, W, 3) to (N, size, size, 3), whole values 0..255 as float32: Pillow's BILINEAR.
+
+    Bit for bit for squares; of rectangles, Pillow 13 resizes some in the other order of sides.
+    """
     images = jnp.asarray(images, jnp.float32)
     _, height, width, _ = images.shape
     if width != size:

@@ -54,15 +54,15 @@ def _abstract_variables(model: ResNet) -> Any:
     return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet) -> dict[str, Any]:
-    """The model's variables, float32, from a torchvision state_dict; raises UserError where they do not fit."""
+def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet, dtype: Any = np.float32) -> dict[str, Any]:
+    """The model's variables from a torchvision state_dict; raises UserError where they do not fit."""
     tensors = {key: array for key, array in tensors.items() if not key.endswith(".num_batches_tracked")}
     _check_shapes({key: array.shape for key, array in tensors.items()}, torch_shapes(model))
     variables = {}
     for key, array in tensors.items():
         *path, name = key.split(".")
         collection, leaf, axes = LAYOUT[name, array.ndim]
-        variables[(collection, *path, leaf)] = np.ascontiguousarray(array.transpose(axes), np.float32)
+        variables[(collection, *path, leaf)] = np.ascontiguousarray(array.transpose(axes), dtype)
     return unflatten_dict(variables)
 
 
@@ -74,8 +74,8 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
         if key in found and found[key] != expected[key]
     ]
     problems = {
-        "missing": [key for key in expected if key not in found],
-        "extra": [key for key in found if key not in expected],
+        "missing": sorted(expected.keys() - found.keys()),
+        "extra": sorted(found.keys() - expected.keys()),
         "of another shape": reshaped,
     }
     told = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]

@@ -59,10 +59,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         """x: (N, H, W, C). mask: (N,), 1 for a picture that counts and 0 for padding; used in training only."""
         features = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (features,))
-        bias = self.param("bias", nn.initializers.zeros, (features,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (features,))
+        scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train and self.mode != "frozen" and not self.is_initializing():

@@ -55,8 +55,11 @@ def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
     return tensor
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows ordered dicts and tensors, and nothing else."""
+class _Unpickler(pickle._Unpickler):
+    """Knows ordered dicts and tensors, and nothing else.
+
+    The one written in Python: the one in C makes room for whatever memo index a damaged file names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -118,17 +121,17 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
 
 def _read_legacy(path: Path) -> dict[str, np.ndarray]:
     """Pickles of magic number, version, machine, object and storage keys, then each storage with its length."""
-    with path.open("rb") as file:
-        if _Unpickler(file).load() != _LEGACY_MAGIC:
-            raise ValueError("no torch file")
-        _Unpickler(file).load()
-        _Unpickler(file).load()
-        tensors = _state_dict(_Unpickler(file).load())
-        dtypes = {tensor.storage.key: np.dtype(tensor.storage.dtype) for tensor in tensors.values()}
-        data = {}
-        for key in _Unpickler(file).load():
-            (count,) = struct.unpack("<q", file.read(8))
-            data[key] = file.read(count * dtypes[key].itemsize)
+    file = io.BytesIO(path.read_bytes())  # which reads no more than there is, whatever a length says
+    if _Unpickler(file).load() != _LEGACY_MAGIC:
+        raise ValueError("no torch file")
+    _Unpickler(file).load()
+    _Unpickler(file).load()
+    tensors = _state_dict(_Unpickler(file).load())
+    dtypes = {tensor.storage.key: np.dtype(tensor.storage.dtype) for tensor in tensors.values()}
+    data = {}
+    for key in _Unpickler(file).load():
+        (count,) = struct.unpack("<Q", file.read(8))
+        data[key] = file.read(count * dtypes[key].itemsize)
     return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
 
 

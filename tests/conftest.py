@@ -1,0 +1,48 @@
+"""What several test files share: paths, and commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def run(shared_cache: Path) -> Run:
+    """Runs python in the repository's root, on a number of forced CPU devices, with output captured as text."""
+
+    def run_python(*arguments: object, devices: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16", "JAXFT_CACHE": str(shared_cache)}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | variables | env, capture_output=True, text=True, timeout=600
+        )
+
+    return run_python
+
+
+@pytest.fixture
+def fails(run: Run) -> Callable[..., str]:
+    """Runs a command that must fail by the user's mistake; its one line."""
+
+    def run_failing(*arguments: object, **options: object) -> str:
+        result = run(*arguments, **options)
+        assert result.returncode == 2, result.stderr
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return run_failing

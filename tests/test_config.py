@@ -1,0 +1,116 @@
+"""Config files and overrides: what is taken, and the one line for what is not."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxft.config import default_config, flatten, load_config
+from jaxft.errors import UserError
+from jaxft.train import parse_overrides
+from tests.conftest import ROOT
+
+CIFAR10 = str(ROOT / "configs" / "cifar10.py")
+
+
+def message(path: str | Path, overrides: dict[str, str]) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(str(path), overrides)
+    return str(error.value)
+
+
+def test_the_original_recipe_to_the_letter() -> None:
+    config = flatten(load_config(CIFAR10, {}))
+    assert config["data.name"] == "cifar10"
+    assert (config["image_size"], config["batch_size"], config["num_epochs"]) == (224, 64, 10)
+    assert (config["optimizer.learning_rate"], config["optimizer.momentum"]) == (0.001, 0.9)
+    assert (config["optimizer.schedule"], config["optimizer.weight_decay"]) == ("constant", 0)
+    assert (config["optimizer.nesterov"], config["optimizer.warmup_epochs"]) == (False, 0)
+    assert (config["model.arch"], config["model.dtype"]) == ("resnet50", "float32")
+    assert (config["data.train_split"], config["data.eval_split"]) == ("train", "test")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_every_config_that_ships_is_valid(path: Path) -> None:
+    assert flatten(load_config(str(path), {})).keys() == flatten(default_config()).keys()
+
+
+def test_overrides_take_the_type_of_the_key() -> None:
+    overrides = {"optimizer.learning_rate": "1", "optimizer.nesterov": "true", "data.name": "7", "seed": "3"}
+    config = load_config(CIFAR10, overrides)
+    assert (config.optimizer.learning_rate, type(config.optimizer.learning_rate)) == (1.0, float)
+    assert (config.optimizer.nesterov, config.data.name, config.seed) == (True, "7", 3)
+
+
+@given(st.floats(min_value=0, allow_infinity=False), st.integers(min_value=1))
+def test_any_number_comes_through(rate: float, batch_size: int) -> None:
+    config = load_config(CIFAR10, {"optimizer.learning_rate": repr(rate), "batch_size": str(batch_size)})
+    assert (config.optimizer.learning_rate, config.batch_size) == (rate, batch_size)
+
+
+@given(st.text(), st.sampled_from(sorted(flatten(default_config()))))
+def test_any_text_gives_a_config_or_a_user_error(text: str, key: str) -> None:
+    try:
+        config = load_config(CIFAR10, {key: text})
+    except UserError as error:
+        assert key in str(error)
+    else:
+        assert type(flatten(config)[key]) is type(flatten(default_config())[key])
+
+
+def test_unknown_keys_are_named_with_their_nearest_neighbour() -> None:
+    assert "did you mean 'optimizer.learning_rate'?" in message(CIFAR10, {"optimizer.learning_rat": "1"})
+    assert "no config key 'colour'" in message(CIFAR10, {"colour": "red"})
+    assert "no config key 'model'" in message(CIFAR10, {"model": "resnet50"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("num_epochs", "ten", "takes a whole number, not 'ten'"),
+        ("num_epochs", "1.5", "takes a whole number, not 1.5"),
+        ("optimizer.learning_rate", "", "takes a number, not ''"),
+        ("optimizer.nesterov", "1", "takes True or False, not 1"),
+        ("batch_size", "0", "must be at least 1"),
+        ("optimizer.learning_rate", "-1", "must be at least 0"),
+        ("optimizer.learning_rate", "1e999", "must be at least 0, not inf"),
+        ("model.arch", "resnet55", "did you mean 'resnet50'?"),
+        ("model.batch_norm", "x", "one of update, frozen, sync"),
+    ],
+)
+def test_wrong_values(key: str, value: str, part: str) -> None:
+    text = message(CIFAR10, {key: value})
+    assert part in text
+    assert key in text
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("def get_config():\n    return {'optimizer': {'learning_rat': 1.0}}", "'optimizer.learning_rate'?"),
+        ("def get_config():\n    return {'seed': 'x'}", "takes a whole number, not 'x'"),
+        ("def get_config():\n    return undefined_name", "undefined_name"),
+        ("def get_config(:", "line 1"),
+        ("x = 1", "get_config"),
+        ("import no_such_module", "no_such_module"),
+        ("def get_config():\n    return 3", "gives no config"),
+    ],
+)
+def test_broken_files(tmp_path: Path, content: str, part: str) -> None:
+    (tmp_path / "broken.py").write_text(content)
+    text = message(tmp_path / "broken.py", {})
+    assert part in text
+    assert "broken.py" in text
+
+
+def test_a_missing_file_with_its_nearest_neighbour() -> None:
+    assert "did you mean" in message(ROOT / "configs" / "cifar.py", {})
+    assert "no config file" in message("nowhere/at_all.py", {})
+
+
+def test_arguments() -> None:
+    assert parse_overrides(["--config.seed=1", "--config.data.name", "a=b"]) == {"seed": "1", "data.name": "a=b"}
+    for stray in (["configs/cifar10.py"], ["--confg.seed=1"], ["--seed", "1"]):
+        with pytest.raises(UserError, match="unknown argument"):
+            parse_overrides(stray)

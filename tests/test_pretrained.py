@@ -1,0 +1,135 @@
+"""torchvision's state_dict to Flax and jaxft's files: the same numbers, or a message."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from jaxft.errors import UserError
+from jaxft.pretrained import Weights, read_weights, replace_head, write_weights
+from tests.conftest import ROOT, Run
+from tests.reference import torch, torchvision
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """Of a ResNet-18 with 7 classes and statistics that are not 0 and 1."""
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18(num_classes=7).state_dict()
+    for key, value in state.items():
+        if "running" in key:
+            value.uniform_(0.5, 2)
+    return state
+
+
+@pytest.fixture
+def source(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
+    torch.save(state, tmp_path / "source.pth")
+    return tmp_path / "source.pth"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    a, b = flatten_dict(a), flatten_dict(b)
+    return a.keys() == b.keys() and all(np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
+
+
+def test_every_number_is_where_torchvision_has_it(source: Path, state: dict[str, torch.Tensor]) -> None:
+    variables, provenance = read_weights(source)
+    block = variables["params"]["layer2"]["0"]
+    np.testing.assert_array_equal(
+        block["downsample"]["0"]["kernel"][0, 0], state["layer2.0.downsample.0.weight"][:, :, 0, 0].T
+    )
+    np.testing.assert_array_equal(
+        block["conv1"]["kernel"][1, 2, 3, 4], state["layer2.0.conv1.weight"][4, 3, 1, 2].numpy()
+    )
+    np.testing.assert_array_equal(variables["params"]["fc"]["kernel"], state["fc.weight"].T)
+    np.testing.assert_array_equal(variables["batch_stats"]["bn1"]["var"], state["bn1.running_var"])
+    total = sum(value.double().sum().item() for key, value in state.items() if not key.endswith("tracked"))
+    assert sum(leaf.astype(np.float64).sum() for leaf in jax.tree.leaves(variables)) == pytest.approx(total)
+    assert (provenance["arch"], provenance["num_classes"], provenance["width"]) == ("resnet18", 7, 64)
+
+
+def test_the_command_writes_what_the_source_holds(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    result = run("weights/convert.py", source, out)
+    assert result.returncode == 0, result.stderr
+    assert "resnet18, 7 classes" in result.stdout
+    converted, direct = read_weights(out), read_weights(source)
+    assert same(converted.variables, direct.variables)
+    assert converted.provenance == {**direct.provenance, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "source.pth"]
+
+
+def test_half_precision_is_widened_exactly(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    torch.save(half, tmp_path / "half.pth")
+    variables = read_weights(tmp_path / "half.pth").variables
+    assert variables["params"]["conv1"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(
+        variables["params"]["conv1"]["kernel"].transpose(3, 2, 0, 1), half["conv1.weight"].float()
+    )
+
+
+def test_arrays_that_are_not_contiguous_survive_the_file(tmp_path: Path, source: Path) -> None:
+    weights = read_weights(source)
+    transposed = jax.tree.map(lambda a: np.ascontiguousarray(a.T).T, weights.variables)
+    assert not transposed["params"]["conv1"]["kernel"].flags.c_contiguous
+    write_weights(tmp_path / "t.safetensors", Weights(transposed, weights.provenance))
+    assert same(read_weights(tmp_path / "t.safetensors").variables, weights.variables)
+
+
+def test_replace_head_changes_the_head_alone(source: Path) -> None:
+    variables = read_weights(source).variables
+    before = jax.tree.map(np.array, variables)
+    replaced = replace_head(variables, 10, jax.random.key(0))
+    assert same(variables, before)
+    head = replaced["params"].pop("fc")
+    before["params"].pop("fc")
+    assert same(replaced, before)
+    assert head["kernel"].shape == (512, 10)
+    assert head["bias"].shape == (10,)
+
+
+def test_the_new_head_is_initialised_as_torchs_linear() -> None:
+    variables = {"params": {"fc": {"kernel": np.zeros((512, 7))}}, "batch_stats": {}}
+    head = replace_head(variables, 1000, jax.random.key(3))["params"]["fc"]
+    reference = torch.nn.Linear(512, 1000)
+    for ours, theirs in ((head["kernel"], reference.weight), (head["bias"], reference.bias)):
+        assert float(abs(ours).max()) == pytest.approx(theirs.abs().max().item(), rel=0.02)
+        assert float(ours.std()) == pytest.approx(theirs.std().item(), rel=0.1)
+
+
+def test_all_wrong_keys_in_one_message(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    broken = dict(state)
+    del broken["layer1.0.conv1.weight"], broken["layer4.1.bn2.running_var"]
+    broken["layer9.weight"] = torch.ones(1)
+    broken["layer2.0.conv2.weight"] = torch.ones(128, 128, 1, 1)
+    torch.save(broken, tmp_path / "broken.pth")
+    with pytest.raises(UserError) as error:
+        read_weights(tmp_path / "broken.pth", "resnet18")
+    assert "2 missing: layer1.0.conv1.weight, layer4.1.bn2.running_var" in str(error.value)
+    assert "1 extra: layer9.weight" in str(error.value)
+    assert "layer2.0.conv2.weight (128, 128, 1, 1) instead of (128, 128, 3, 3)" in str(error.value)
+
+
+def test_another_architecture_is_named(source: Path, tmp_path: Path) -> None:
+    write_weights(tmp_path / "converted.safetensors", read_weights(source))
+    for path in (source, tmp_path / "converted.safetensors"):
+        with pytest.raises(UserError, match="holds a resnet18, not a resnet50"):
+            read_weights(path, "resnet50")
+
+
+def test_the_command_tells_errors_in_one_line(fails: Any, tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    assert "no weights file" in fails("weights/convert.py", tmp_path / "none.pth", out)
+    assert "not a resnet50" in fails("weights/convert.py", source, out, "--arch", "resnet50")
+    assert "must end in .safetensors" in fails("weights/convert.py", source, tmp_path / "out.npz")
+    assert "cannot be written" in fails("weights/convert.py", source, tmp_path / "none" / "out.safetensors")
+    assert "is it complete?" in fails("weights/convert.py", ROOT / "README.md", out)
+    source.write_bytes(source.read_bytes()[:-1000])
+    assert "is it complete?" in fails("weights/convert.py", source, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]

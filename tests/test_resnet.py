@@ -1,0 +1,165 @@
+"""Against torchvision's ResNets with random weights and random running statistics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.pretrained import from_torch, torch_shapes
+from jaxft.resnet import ARCHITECTURES, BatchNorm, ResNet
+from tests.reference import torch, torchvision
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+def random_torch_model(arch: str, seed: int = 0) -> torch.nn.Module:
+    """In float64, with statistics and affine parameters far from 0 and 1."""
+    torch.manual_seed(seed)
+    model = getattr(torchvision.models, arch)(num_classes=10).double()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def to_flax(state: dict[str, torch.Tensor], model: ResNet) -> dict[str, Any]:
+    return from_torch({key: value.numpy().copy() for key, value in state.items()}, model, np.float64)
+
+
+def images(height: int, width: int, count: int = 2) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(count, height, width, 3))
+
+
+def nchw(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_parameters_are_torchvisions(arch: str) -> None:
+    state = getattr(torchvision.models, arch)().state_dict()
+    expected = {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert torch_shapes(ARCHITECTURES[arch](num_classes=1000)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arch", "height", "width"),
+    [("resnet18", 64, 64), ("resnet34", 97, 97), ("resnet50", 160, 224), ("resnet101", 64, 64), ("resnet152", 64, 64)],
+)
+def test_logits_are_torchvisions(arch: str, height: int, width: int) -> None:
+    reference = random_torch_model(arch).eval()
+    x = images(height, width, count=1)
+    with torch.no_grad():
+        expected = reference(nchw(x)).numpy()
+    for dtype, tolerance in ((jnp.float64, 1e-11), (jnp.float32, 1e-5)):
+        model = ARCHITECTURES[arch](num_classes=10, dtype=dtype)
+        variables = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), to_flax(reference.state_dict(), model))
+        logits = jax.jit(lambda v, x, model=model: model.apply(v, x, train=False))(variables, x.astype(dtype))
+        assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_gradients_and_running_statistics_are_torchs(arch: str) -> None:
+    """In training mode, in float64."""
+    reference = random_torch_model(arch).train()
+    model = ARCHITECTURES[arch](num_classes=10, dtype=jnp.float64)
+    variables = to_flax(reference.state_dict(), model)
+    x, label = images(64, 64, count=3), np.array([1, 7, 3])
+
+    image = nchw(x).requires_grad_()
+    torch.nn.functional.cross_entropy(reference(image), torch.from_numpy(label)).backward()
+    gradient = image.grad
+    assert gradient is not None
+    gradients: dict[str, Any] = {key: parameter.grad for key, parameter in reference.named_parameters()}
+    expected = to_flax(reference.state_dict() | gradients, model)
+
+    @jax.jit
+    def loss(params: Any, x: jax.Array) -> Any:
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": variables["batch_stats"]}, x, train=True, mutable=["batch_stats"]
+        )
+        return -jax.nn.log_softmax(logits)[jnp.arange(3), label].mean(), updates["batch_stats"]
+
+    (grads, image_grad), new_statistics = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+    for (path, ours), want in zip(
+        jax.tree.leaves_with_path({"params": grads, "batch_stats": new_statistics}),
+        jax.tree.leaves({"params": expected["params"], "batch_stats": expected["batch_stats"]}),
+        strict=True,
+    ):
+        assert relative(ours, want) <= 1e-9, jax.tree_util.keystr(path)
+    assert relative(image_grad, gradient.numpy().transpose(0, 2, 3, 1)) <= 1e-9
+
+
+def relative(ours: Any, expected: Any) -> float:
+    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("mask", [(1, 1, 1, 1, 1), (1, 1, 1, 0, 0), (1, 0, 0, 0, 0)])
+def test_batch_norm_leaves_padding_out(mask: tuple[int, ...]) -> None:
+    x = images(3, 4, count=5) * 2 + 1
+    reference = torch.nn.BatchNorm2d(3).double().train()
+    kept = np.flatnonzero(mask)
+    expected = reference(nchw(x[kept])).detach().numpy().transpose(0, 2, 3, 1)
+    statistics: dict[str, Any] = reference.state_dict()
+    norm = BatchNorm(dtype=jnp.float64)
+    variables = norm.init(jax.random.key(0), x, None, train=False)
+    y, updates = norm.apply(variables, x, jnp.array(mask), train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(np.asarray(y)[kept], expected, atol=1e-12)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], statistics["running_mean"], atol=1e-12)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], statistics["running_var"], atol=1e-12)
+
+
+def test_batch_norm_is_accurate_where_the_mean_is_large() -> None:
+    """In float32, where E[x^2] - E[x]^2 would lose every digit: mean 10,000, deviation 1."""
+    x = (images(32, 32, count=8) + 10_000).astype(np.float32)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
+    norm = BatchNorm()
+    variables = jax.tree.map(lambda a: a.astype(jnp.float32), norm.init(jax.random.key(0), x, None, train=False))
+    y, _ = norm.apply(variables, x, None, train=True, mutable=["batch_stats"])
+    assert np.abs(y - expected).max() < 5e-3
+
+
+def test_frozen_batch_norm_uses_and_keeps_its_running_statistics() -> None:
+    reference = random_torch_model("resnet18").eval()
+    model = ARCHITECTURES["resnet18"](num_classes=10, batch_norm="frozen", dtype=jnp.float64)
+    variables = to_flax(reference.state_dict(), model)
+    x = images(64, 64)
+    logits, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(logits, reference(nchw(x)).detach().numpy(), rtol=1e-10)
+    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:
+    model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.bfloat16)
+    x = images(64, 64).astype(np.float32)
+    variables = model.init(jax.random.key(0), x, train=False)
+    half: Any = model.apply(variables, x, train=False)
+    full: Any = ARCHITECTURES["resnet18"](num_classes=10).apply(variables, x, train=False)
+    assert half.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert 0 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+def test_random_initialisation_is_torchvisions() -> None:
+    """Per layer: the same deviation and range, as far as a sample tells."""
+    torch.manual_seed(0)
+    expected = from_torch(
+        {key: value.numpy() for key, value in torchvision.models.resnet50().state_dict().items()},
+        ARCHITECTURES["resnet50"](num_classes=1000),
+    )["params"]
+    model = ARCHITECTURES["resnet50"](num_classes=1000)
+    ours = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))()["params"]
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        assert abs(float(a.std()) - float(b.std())) <= 0.05 * float(b.std()), jax.tree_util.keystr(path)
+        assert abs(float(abs(a).max()) - float(abs(b).max())) <= 0.35 * float(abs(b).max())

@@ -1,0 +1,98 @@
+"""One training step and one evaluation step, against torch and against other ways of sharing the work."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft import datasets
+from jaxft.preprocessing import Preprocessing, preprocess
+from jaxft.pretrained import from_torch
+from jaxft.resnet import ARCHITECTURES, ResNet
+from jaxft.steps import Batch, Counts, Pictures, TrainState, eval_step, train_step
+from tests.reference import torch, torchvision
+
+PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def torch_input(image: np.ndarray) -> torch.Tensor:
+    """Float64, of the very pixels that the steps see; how they come about is tested in test_preprocessing.py."""
+    array = np.asarray(jax.jit(lambda image: preprocess(image, PREPROCESSING))(image), np.float64)
+    return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
+
+
+def sgd_steps(
+    state: TrainState, pictures: Pictures, batches: list[Batch], model: ResNet, tx: Any
+) -> tuple[TrainState, list[Counts]]:
+    step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
+    p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+    counts = []
+    for batch in batches:
+        state, count = p_step(state, pictures, batch)
+        counts.append(count)
+    return state, counts
+
+
+def test_ten_steps_with_a_smaller_last_batch_are_torchs() -> None:
+    """In float64: 75 pictures in batches of 8, the last with 3, all weights and running statistics."""
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet18(num_classes=10).double().train()
+    sample = datasets.load("sample:cifar10", "train")
+    order = datasets.epoch_order(0, 1, 2000)[:75]
+    with jax.enable_x64(True):
+        model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64)
+        tx = optax.sgd(0.01, momentum=0.9)
+        state_dict = {key: value.numpy().copy() for key, value in reference.state_dict().items()}
+        variables = from_torch(state_dict, model, np.float64)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        state = TrainState(jnp.int32(0), params, batch_stats, tx.init(params))
+        state, counts = sgd_steps(
+            state, Pictures(sample.image, sample.label), list(datasets.batches(order, 8, 1)), model, tx
+        )
+
+        sgd = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9)
+        for i, start in enumerate(range(0, 75, 8)):
+            index = order[start : start + 8]
+            sgd.zero_grad()
+            loss = torch.nn.functional.cross_entropy(
+                reference(torch_input(sample.image[index])), torch.from_numpy(sample.label[index]).long()
+            )
+            loss.backward()
+            sgd.step()
+            assert float(counts[i].loss / counts[i].pictures) == pytest.approx(loss.item(), rel=1e-9)
+            assert int(counts[i].pictures) == len(index)
+        expected = from_torch({k: v.numpy() for k, v in reference.state_dict().items()}, model, np.float64)
+    for collection in ("params", "batch_stats"):
+        ours = np.concatenate([np.ravel(a) for a in jax.tree.leaves(getattr(state, collection))])
+        theirs = np.concatenate([np.ravel(a) for a in jax.tree.leaves(expected[collection])])
+        assert np.linalg.norm(ours - theirs) <= 1e-8 * np.linalg.norm(theirs)
+    assert int(state.step) == 10
+
+
+def test_evaluation_counts_what_torch_counts() -> None:
+    torch.manual_seed(1)
+    reference = torchvision.models.resnet18(num_classes=10).eval()
+    sample = datasets.load("sample:cifar10", "test")
+    model = ARCHITECTURES["resnet18"](num_classes=10)
+    variables = from_torch({key: value.numpy() for key, value in reference.state_dict().items()}, model)
+    state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
+    p_eval = jax.pmap(
+        partial(eval_step, model=model, preprocessing=PREPROCESSING),
+        axis_name="batch",
+        in_axes=(None, None, 0),
+        out_axes=None,
+    )
+    order = np.arange(0, 1000, 13)  # 77 pictures
+    pictures = Pictures(sample.image, sample.label)
+    counts = [p_eval(state, pictures, batch) for batch in datasets.batches(order, 50, 1)]
+    with torch.no_grad():
+        logits = reference(torch_input(sample.image[order]).float())
+    label = torch.from_numpy(sample.label[order]).long()
+    assert sum(int(count.pictures) for count in counts) == 77
+    assert sum(int(count.correct) for count in counts) == int((logits.argmax(1) == label).sum())
+    loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum").item()
+    assert sum(float(count.loss) for count in counts) == pytest.approx(loss, rel=1e-5)
