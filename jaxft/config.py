@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,18 +57,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.batch_norm": ("update", "frozen", "sync"),
     "optimizer.schedule": ("constant", "cosine"),
 }
-AT_LEAST: dict[str, float] = {
-    "seed": 0,
-    "num_epochs": 1,
-    "batch_size": 1,
-    "image_size": 1,
-    "model.width": 1,
-    "optimizer.learning_rate": 0,
-    "optimizer.momentum": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.warmup_epochs": 0,
-    "checkpoint.keep_latest": 1,
-    "checkpoint.keep_best": 0,
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "num_epochs": (1, 2**31 - 1),
+    "batch_size": (1, 2**31 - 1),
+    "image_size": (1, 4096),
+    "model.width": (1, 4096),
+    "optimizer.learning_rate": (0, sys.float_info.max),
+    "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, sys.float_info.max),
+    "optimizer.warmup_epochs": (0, 2**31 - 1),
+    "checkpoint.keep_latest": (1, 2**31 - 1),
+    "checkpoint.keep_best": (0, 2**31 - 1),
 }
 
 
@@ -161,6 +162,7 @@ def _check_values(config: ConfigDict) -> None:
             near = difflib.get_close_matches(values[key], choices, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(choices)}"
             raise UserError(f"config key '{key}' cannot be '{values[key]}'; {hint}")
-    for key, least in AT_LEAST.items():
-        if not least <= values[key] < float("inf"):
-            raise UserError(f"config key '{key}' must be at least {least:g}, not {values[key]}")
+    for key, (low, high) in RANGES.items():
+        if not low <= values[key] <= high:
+            bounds = f"at least {low}" if values[key] < low else f"at most {high}"
+            raise UserError(f"config key '{key}' must be {bounds}, not {values[key]}")

@@ -35,7 +35,7 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         builder = tfds.builder(name, data_dir=data_dir)
         if not builder.is_prepared():
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, ValueError):
         raise UserError(f"neither TFDS nor {data_dir} has a data set '{name}'; is data.name spelt right?") from None
     if builder.is_prepared():
         return builder
@@ -45,7 +45,10 @@ def prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"'{name}' is not prepared in {data_dir}, and preparing it needs TensorFlow: pip install 'jaxft[tfds]', or "
             "prepare it elsewhere, copy it and name its folder by --config.data.dir=DIR"
         )
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    try:
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except Exception as error:  # a download that breaks off, a wrong checksum, a full disk
+        raise UserError(f"TFDS cannot prepare '{name}' in {data_dir}: {type(error).__name__}: {error}") from error
     return builder
 
 
@@ -115,6 +118,9 @@ def write_arrays(builder: tfds.core.DatasetBuilder, split: str, arrays_dir: Path
                 image = np.lib.format.open_memmap(partial_dir / "image.npy", "w+", np.uint8, shape)
             if picture.shape[:2] != image.shape[1:3]:
                 raise UserError(f"the pictures of '{builder.name}' differ in size, which jaxft cannot read yet")
+            if picture.dtype != np.uint8 or picture.shape[2] not in (1, 3):
+                kind = f"{picture.dtype} with {picture.shape[2]} channels"
+                raise UserError(f"the pictures of '{builder.name}' are {kind}; jaxft reads uint8 with 1 or 3")
             image[i] = picture  # a grey picture's one channel becomes three
             label[i] = example[label_name]
         if image is None:

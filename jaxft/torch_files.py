@@ -28,6 +28,7 @@ _DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+TORCHVISION_FILES = "https://download.pytorch.org/models/ (resnet50-0676ba61.pth)"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 
 
@@ -94,7 +95,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         else:
             tensors = _read_legacy(path)
     except FileNotFoundError:
-        raise UserError(f"there is no weights file {path}") from None
+        raise UserError(f"there is no weights file {path}; torchvision's are at {TORCHVISION_FILES}") from None
     except _RefusedError as error:
         raise UserError(f"{path} is refused: {error}") from None
     except (OSError, SafetensorError) as error:

@@ -80,6 +80,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     print_start(config, workdir, state, info, len(eval_data.label), first_epoch)
 
     # loop
+    print("the first step is compiled, which takes a while", file=sys.stderr, flush=True)
     preprocessing = Preprocessing(**info["preprocessing"])
     p_train_step = pmap_train_step(model, tx, preprocessing)
     p_eval_step = pmap_eval_step(model, preprocessing)

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
+os.environ["NPROC"] = "16"  # threads, or eight devices on few cores wait for each other for ever
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 ROOT = Path(__file__).parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -24,7 +28,7 @@ def run(shared_cache: Path) -> Run:
 
     def run_python(*arguments: object, devices: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
         flags = f"--xla_force_host_platform_device_count={devices}"
-        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16", "JAXFT_CACHE": str(shared_cache)}
+        variables = {"XLA_FLAGS": flags, "JAXFT_CACHE": str(shared_cache)}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(
             command, cwd=ROOT, env=os.environ | variables | env, capture_output=True, text=True, timeout=600

@@ -12,8 +12,8 @@ import pytest
 from jaxft import datasets
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.pretrained import from_torch
-from jaxft.resnet import ARCHITECTURES, ResNet
-from jaxft.steps import Batch, Counts, Pictures, TrainState, eval_step, train_step
+from jaxft.resnet import ARCHITECTURES, BatchNormMode, ResNet
+from jaxft.steps import Batch, Counts, Pictures, TrainState, create_train_state, eval_step, train_step
 from tests.reference import torch, torchvision
 
 PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -71,6 +71,54 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs() -> None:
         theirs = np.concatenate([np.ravel(a) for a in jax.tree.leaves(expected[collection])])
         assert np.linalg.norm(ours - theirs) <= 1e-8 * np.linalg.norm(theirs)
     assert int(state.step) == 10
+
+
+@pytest.mark.parametrize("batch_norm", ["sync", "frozen"])
+def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode) -> None:
+    """In float64, with a last batch that leaves one device no picture and another fewer than the rest."""
+    sample = datasets.load("sample:cifar10", "train")
+    pictures = Pictures(sample.image, sample.label)
+    order = datasets.epoch_order(0, 1, 2000)[:86]  # 32, 32 and 22: shares of 4, 4, 4, 4, 4, 2, 0, 0
+    with jax.enable_x64(True):
+        model = ARCHITECTURES["resnet18"](num_classes=10, width=8, batch_norm=batch_norm, dtype=jnp.float64)
+        tx = optax.sgd(0.05, momentum=0.9)
+        state = create_train_state(model, tx, jax.random.key(0))
+        state = jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, state)
+        one, counts_one = sgd_steps(state, pictures, list(datasets.batches(order, 32, 1)), model, tx)
+        eight, counts_eight = sgd_steps(state, pictures, list(datasets.batches(order, 32, 8)), model, tx)
+    np.testing.assert_allclose([c.loss for c in counts_eight], [c.loss for c in counts_one], rtol=1e-9)
+    np.testing.assert_array_equal([c.correct for c in counts_eight], [c.correct for c in counts_one])
+    np.testing.assert_array_equal([c.pictures for c in counts_eight], [32, 32, 22])
+    for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+    if batch_norm == "frozen":
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(jax.tree.leaves(eight.batch_stats), jax.tree.leaves(state.batch_stats), strict=True)
+        )
+
+
+def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
+    """Against torch's BatchNorm on each device's share: bn1, which nothing precedes but a convolution."""
+    sample = datasets.load("sample:cifar10", "train")
+    order = np.arange(0, 2000, 91)[:22]
+    shares = [order[start : start + 4] for start in range(0, 22, 4)]
+    with jax.enable_x64(True):
+        model = ARCHITECTURES["resnet18"](num_classes=10, width=8, dtype=jnp.float64)
+        tx = optax.sgd(0.0)
+        state = create_train_state(model, tx, jax.random.key(0))
+        (batch,) = datasets.batches(order, 32, 8)
+        new_state, _ = sgd_steps(state, Pictures(sample.image, sample.label), [batch], model, tx)
+        kernel = torch.from_numpy(np.array(state.params["conv1"]["kernel"], np.float64).transpose(3, 2, 0, 1).copy())
+    expected: dict[str, Any] = {"running_mean": 0.0, "running_var": 0.0}
+    for share in shares:
+        norm = torch.nn.BatchNorm2d(8).double().train()
+        norm(torch.nn.functional.conv2d(torch_input(sample.image[share]), kernel, stride=2, padding=3))
+        for key in expected:
+            expected[key] += norm.state_dict()[key].numpy() * len(share) / 22
+    statistics = new_state.batch_stats["bn1"]
+    np.testing.assert_allclose(statistics["mean"], expected["running_mean"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(statistics["var"], expected["running_var"], rtol=1e-6)
 
 
 def test_evaluation_counts_what_torch_counts() -> None:
