@@ -26,7 +26,7 @@ def linear_init(fan_in: int) -> Callable[..., jax.Array]:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def conv(features: int, size: int, stride: int = 1, *, dtype: Any, name: str) -> nn.Conv:
+def conv(features: int, size: int, stride: int = 1, groups: int = 1, *, dtype: Any, name: str) -> nn.Conv:
     """A convolution padded by size // 2 on each side (SAME would pad a stride of 2 unlike torch)."""
     pad = size // 2
     return nn.Conv(
@@ -34,6 +34,7 @@ def conv(features: int, size: int, stride: int = 1, *, dtype: Any, name: str) ->
         (size, size),
         strides=stride,
         padding=((pad, pad), (pad, pad)),
+        feature_group_count=groups,
         use_bias=False,
         dtype=dtype,
         kernel_init=conv_kernel_init,
@@ -114,7 +115,6 @@ class BasicBlock(nn.Module):
     stride: int
     dtype: Any
     norm: Callable[..., BatchNorm]
-    expansion = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
@@ -128,19 +128,25 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with the stride in the 3x3 (v1.5; ResNet-50, -101 and -152)."""
+    """1x1, 3x3, 1x1 with the stride in the 3x3 (v1.5; ResNet-50 and deeper).
+
+    A wide ResNet has more `width_per_group` in the 3x3, a ResNeXt more `groups`.
+    """
 
     features: int
     stride: int
     dtype: Any
     norm: Callable[..., BatchNorm]
+    groups: int = 1
+    width_per_group: int = 64
     expansion = 4
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        y = conv(self.features, 1, dtype=self.dtype, name="conv1")(x)
+        inner = self.features * self.width_per_group // 64 * self.groups
+        y = conv(inner, 1, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y, mask, train))
-        y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv2")(y)
+        y = conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y, mask, train))
         y = conv(self.features * self.expansion, 1, dtype=self.dtype, name="conv3")(y)
         y = self.norm(name="bn3")(y, mask, train)
@@ -152,23 +158,19 @@ class Bottleneck(nn.Module):
 class Stage(nn.Module):
     """Blocks named "0", "1", ..., of which the first has the stride."""
 
-    block: type[BasicBlock] | type[Bottleneck]
+    block: Callable[..., BasicBlock | Bottleneck]
     depth: int
-    features: int
     stride: int
-    dtype: Any
-    norm: Callable[..., BatchNorm]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         for i in range(self.depth):
-            block = self.block(self.features, self.stride if i == 0 else 1, self.dtype, self.norm, name=str(i))
-            x = block(x, mask, train)
+            x = self.block(stride=self.stride if i == 0 else 1, name=str(i))(x, mask, train)
         return x
 
 
 class ResNet(nn.Module):
-    block: type[BasicBlock] | type[Bottleneck]
+    block: Callable[..., BasicBlock | Bottleneck]
     stage_depths: tuple[int, ...]
     num_classes: int
     width: int = 64
@@ -187,10 +189,8 @@ class ResNet(nn.Module):
         x = nn.relu(norm(name="bn1")(x, mask, train))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
         for i, depth in enumerate(self.stage_depths):
-            stage = Stage(
-                self.block, depth, self.width * 2**i, 1 if i == 0 else 2, self.dtype, norm, name=f"layer{i + 1}"
-            )
-            x = stage(x, mask, train)
+            block = partial(self.block, features=self.width * 2**i, dtype=self.dtype, norm=norm)
+            x = Stage(block, depth, stride=1 if i == 0 else 2, name=f"layer{i + 1}")(x, mask, train)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
         init = linear_init(x.shape[-1])
         return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
@@ -202,6 +202,11 @@ ARCHITECTURES: dict[str, Callable[..., ResNet]] = {
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
     "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+    "wide_resnet50_2": partial(ResNet, partial(Bottleneck, width_per_group=128), (3, 4, 6, 3)),
+    "wide_resnet101_2": partial(ResNet, partial(Bottleneck, width_per_group=128), (3, 4, 23, 3)),
+    "resnext50_32x4d": partial(ResNet, partial(Bottleneck, groups=32, width_per_group=4), (3, 4, 6, 3)),
+    "resnext101_32x8d": partial(ResNet, partial(Bottleneck, groups=32, width_per_group=8), (3, 4, 23, 3)),
+    "resnext101_64x4d": partial(ResNet, partial(Bottleneck, groups=64, width_per_group=4), (3, 4, 23, 3)),
 }
 
 

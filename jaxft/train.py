@@ -80,7 +80,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     print_start(config, workdir, state, info, len(eval_data.label), first_epoch)
 
     # loop
-    print("the first step is compiled, which takes a while", file=sys.stderr, flush=True)
+    if first_epoch <= config.num_epochs:
+        print("compiling the first step, which takes a while", file=sys.stderr, flush=True)
     preprocessing = Preprocessing(**info["preprocessing"])
     p_train_step = pmap_train_step(model, tx, preprocessing)
     p_eval_step = pmap_eval_step(model, preprocessing)
@@ -206,7 +207,11 @@ def print_start(
         source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"device   {jax.local_device_count()} x {device.device_kind}, jax {version('jax')}")
-    print(f"data     {config.data.name}: {info['train_size']:,} pictures to train, {eval_size:,} to test")
+    data = config.data
+    print(
+        f"data     {data.name}: {info['train_size']:,} pictures of {data.train_split} to train, "
+        f"{eval_size:,} of {data.eval_split} to test"
+    )
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
     print(f"workdir  {workdir}" + (f", goes on with epoch {first_epoch}" if first_epoch > 1 else ""), flush=True)
