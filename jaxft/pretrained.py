@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from jaxft.torch_files import read_tensors
 
 # torch's last name and number of axes -> Flax's collection, last name, and torch's axes in Flax's order.
 # Everything before the last name is the same, with '.' for torch and one dict a name for Flax.
+# Sources: torch.nn.Conv2d, Linear and BatchNorm2d; flax.linen.Conv and Dense.
 LAYOUT = {
     ("weight", 4): ("params", "kernel", (2, 3, 1, 0)),  # convolution: OIHW -> HWIO
     ("weight", 2): ("params", "kernel", (1, 0)),  # dense: OI -> IO
@@ -30,13 +32,33 @@ LAYOUT = {
     ("running_var", 1): ("batch_stats", "var", (0,)),
 }
 _TORCH_NAMES = {(collection, leaf, len(axes)): name for (name, _), (collection, leaf, axes) in LAYOUT.items()}
+_TRACKED = ".num_batches_tracked"  # torch counts the batches behind running statistics; Flax does not
+
+# Hugging Face's keys (transformers' modeling_resnet.py) -> torchvision's; numbers in <> grow by one.
+HUGGING_FACE = {
+    r"resnet\.embedder\.embedder\.convolution": "conv1",
+    r"resnet\.embedder\.embedder\.normalization": "bn1",
+    r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution": r"layer<\1>.\2.conv<\3>",
+    r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.normalization": r"layer<\1>.\2.bn<\3>",
+    r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.convolution": r"layer<\1>.\2.downsample.0",
+    r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.normalization": r"layer<\1>.\2.downsample.1",
+    r"classifier\.1": "fc",
+}
+
+# Part of a key -> why a network with such a key cannot be computed by ours.
+OTHER_FAMILIES = {
+    r"^conv1\.0\.": "its stem is three 3x3 convolutions (timm's ResNet-C, -D and -S), not one 7x7",
+    r"\.(se|se_module|attn)\.": "its blocks hold attention (SE-, ECA- or CBAM-ResNet)",
+    r"^stem\.conv\.|\.norm1\.|^root\.conv": "it is a ResNet v2 (BiT): GroupNorm or BatchNorm before each convolution",
+    r"branch2[abc]|moving_(mean|variance)": "it is a Caffe or Keras ResNet v1: the stride in the first 1x1",
+}
 
 FORMAT = "jaxft 1"  # in the metadata of a weights file
 
 
 class Weights(NamedTuple):
-    variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, float32
-    provenance: dict[str, Any]  # arch, num_classes, source (file name), source_sha256, mean, std
+    variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, of the file's own types
+    provenance: dict[str, Any]  # arch, width, num_classes, source (file name), source_sha256, mean, std, ...
 
 
 def torch_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
@@ -54,16 +76,54 @@ def _abstract_variables(model: ResNet) -> Any:
     return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet, dtype: Any = np.float32) -> dict[str, Any]:
-    """The model's variables from a torchvision state_dict; raises UserError where they do not fit."""
-    tensors = {key: array for key, array in tensors.items() if not key.endswith(".num_batches_tracked")}
+def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet) -> dict[str, Any]:
+    """The model's variables from a torchvision state_dict, of the same types.
+
+    Raises UserError where keys or shapes do not fit.
+    """
+    tensors = {key: array for key, array in tensors.items() if not key.endswith(_TRACKED)}
     _check_shapes({key: array.shape for key, array in tensors.items()}, torch_shapes(model))
     variables = {}
     for key, array in tensors.items():
         *path, name = key.split(".")
         collection, leaf, axes = LAYOUT[name, array.ndim]
-        variables[(collection, *path, leaf)] = np.ascontiguousarray(array.transpose(axes), dtype)
+        variables[(collection, *path, leaf)] = np.asarray(array.transpose(axes), order="C")
     return unflatten_dict(variables)
+
+
+def to_torch(weights: Weights) -> dict[str, np.ndarray]:
+    """The state_dict that torchvision's model loads with strict=True: from_torch's inverse."""
+    tensors = {}
+    for (collection, *path, leaf), array in flatten_dict(weights.variables).items():
+        name = _TORCH_NAMES[collection, leaf, array.ndim]
+        axes = np.argsort(LAYOUT[name, array.ndim][2])
+        tensors[".".join([*path, name])] = np.asarray(np.asarray(array).transpose(axes), order="C")
+        if collection == "batch_stats":
+            key = ".".join(path) + _TRACKED
+            tensors[key] = np.array(weights.provenance.get("num_batches_tracked", {}).get(key, 0), np.int64)
+    return tensors
+
+
+def torchvision_keys(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hugging Face's keys renamed to torchvision's; other keys are left alone."""
+
+    def rename(key: str) -> str:
+        for pattern, name in HUGGING_FACE.items():
+            if match := re.match(rf"{pattern}\.(?=\w+$)", key):
+                name = re.sub(r"<(\d+)>", lambda number: str(int(number[1]) + 1), match.expand(name))
+                return f"{name}.{key[match.end() :]}"
+        return key
+
+    return {rename(key): array for key, array in tensors.items()}
+
+
+def _check_family(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError where the keys are of a network that differs from torchvision's."""
+    for pattern, reason in OTHER_FAMILIES.items():
+        if any(re.search(pattern, key) for key in tensors):
+            raise UserError(reason)
+    if "bn1.weight" in tensors and "bn1.running_mean" not in tensors:
+        raise UserError("its norms keep no running statistics: GroupNorm, not BatchNorm")
 
 
 def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -87,7 +147,7 @@ def infer_arch(tensors: Mapping[str, np.ndarray]) -> str | None:
     """The architecture whose keys and shapes these are, if any."""
     for arch in ARCHITECTURES:
         try:
-            _check_shapes({k: a.shape for k, a in tensors.items() if not k.endswith("tracked")}, _shapes(arch, tensors))
+            _check_shapes({k: a.shape for k, a in tensors.items() if not k.endswith(_TRACKED)}, _shapes(arch, tensors))
         except UserError:
             continue
         return arch
@@ -113,7 +173,11 @@ def read_weights(path: str | Path, arch: str | None = None) -> Weights:
     path = Path(path)
     if path.suffix == ".safetensors" and (metadata := _jaxft_metadata(path)):
         return _read_jaxft(path, metadata, arch)
-    tensors = read_tensors(path)
+    tensors = torchvision_keys(read_tensors(path))
+    try:
+        _check_family(tensors)
+    except UserError as error:
+        raise UserError(f"{path} is no ResNet of torchvision's kind: {error}") from None
     found = arch or infer_arch(tensors)
     if found is None:
         raise UserError(f"{path} fits none of {', '.join(ARCHITECTURES)}; name one to see which keys differ")
@@ -131,6 +195,7 @@ def read_weights(path: str | Path, arch: str | None = None) -> Weights:
         "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
+        "num_batches_tracked": {key: int(value) for key, value in tensors.items() if key.endswith(_TRACKED)},
     }
     return Weights(variables, provenance)
 
@@ -161,7 +226,7 @@ def _read_jaxft(path: Path, provenance: dict[str, Any], arch: str | None) -> Wei
 def write_weights(path: str | Path, weights: Weights) -> None:
     """A jaxft file: safetensors named 'params/layer1/0/conv1/kernel', the provenance as JSON in the metadata."""
     path = Path(path)
-    tensors = {key: np.ascontiguousarray(array) for key, array in flatten_dict(weights.variables, sep="/").items()}
+    tensors = {key: np.asarray(array, order="C") for key, array in flatten_dict(weights.variables, sep="/").items()}
     metadata = {"format": FORMAT, "jaxft": json.dumps(weights.provenance)}
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

@@ -1,11 +1,13 @@
-"""Reads the tensors of .pth and .safetensors files without torch, and without running what a file asks to run."""
+"""Reads and writes the tensors of .pth and .safetensors files without torch, and runs nothing a file asks to run."""
 
 import io
 import math
+import os
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ _DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+_STORAGES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 TORCHVISION_FILES = "https://download.pytorch.org/models/ (resnet50-0676ba61.pth)"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 
@@ -157,4 +160,53 @@ def _array(tensor: _Tensor, data: bytes) -> np.ndarray:
     if min((*tensor.shape, *tensor.strides), default=0) < 0:
         raise ValueError("a tensor of negative size")
     strides = [stride * storage.itemsize for stride in tensor.strides]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides))
+    return np.asarray(np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides), order="C")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
+    """A state_dict as .safetensors, or as .pth in torch.save's zip format; it appears whole or not at all."""
+    path = Path(path)
+    tensors = {key: np.asarray(array, order="C") for key, array in tensors.items()}
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.numpy.save_file(tensors, partial)
+        else:
+            with zipfile.ZipFile(partial, "w") as archive:  # stored, not compressed, as torch wants it
+                archive.writestr("archive/data.pkl", _pickle_state_dict(tensors))
+                archive.writestr("archive/byteorder", "little")
+                for i, array in enumerate(tensors.values()):
+                    archive.writestr(f"archive/data/{i}", array.tobytes())
+                archive.writestr("archive/version", "3\n")
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pickle_state_dict(tensors: dict[str, np.ndarray]) -> bytes:
+    """The pickle that torch.save writes for contiguous tensors, each with a storage of its own."""
+
+    def text(value: str) -> bytes:
+        data = value.encode()
+        return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
+
+    def integers(values: Iterable[int]) -> bytes:
+        return pickle.MARK + b"".join(pickle.LONG1 + b"\x08" + struct.pack("<q", n) for n in values) + pickle.TUPLE
+
+    def name(module: str, attribute: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()
+
+    ordered_dict = name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    pickled = pickle.PROTO + b"\x02" + ordered_dict + pickle.MARK
+    for i, (key, array) in enumerate(tensors.items()):
+        storage = name("torch", _STORAGES[array.dtype])
+        size = pickle.LONG1 + b"\x08" + struct.pack("<q", array.size)
+        strides = [stride // array.itemsize for stride in array.strides]
+        pickled += text(key) + name("torch._utils", "_rebuild_tensor_v2") + pickle.MARK
+        pickled += pickle.MARK + text("storage") + storage + text(str(i)) + text("cpu") + size
+        pickled += pickle.TUPLE + pickle.BINPERSID
+        pickled += pickle.BININT1 + b"\0" + integers(array.shape) + integers(strides) + pickle.NEWFALSE + ordered_dict
+        pickled += pickle.TUPLE + pickle.REDUCE
+    return pickled + pickle.SETITEMS + pickle.STOP

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -132,7 +133,8 @@ def initial_state(
         raise UserError(
             f"{config.model.pretrained} has width {weights.provenance['width']}; set --config.model.width to it"
         )
-    variables = replace_head(weights.variables, model.num_classes, rng)
+    variables = jax.tree.map(np.float32, weights.variables)
+    variables = replace_head(variables, model.num_classes, rng)
     params, batch_stats = variables["params"], variables["batch_stats"]
     return TrainState(jax.numpy.int32(0), params, batch_stats, tx.init(params)), weights.provenance
 

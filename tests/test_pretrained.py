@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 from flax.traverse_util import flatten_dict
 
 from jaxft.errors import UserError
-from jaxft.pretrained import Weights, read_weights, replace_head, write_weights
+from jaxft.pretrained import Weights, infer_arch, read_weights, replace_head, to_torch, write_weights
+from jaxft.resnet import ARCHITECTURES
+from jaxft.torch_files import read_tensors, write_tensors
 from tests.conftest import ROOT, Run
 from tests.reference import torch, torchvision
 
@@ -62,16 +65,6 @@ def test_the_command_writes_what_the_source_holds(run: Run, source: Path, tmp_pa
     assert same(converted.variables, direct.variables)
     assert converted.provenance == {**direct.provenance, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "source.pth"]
-
-
-def test_half_precision_is_widened_exactly(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    torch.save(half, tmp_path / "half.pth")
-    variables = read_weights(tmp_path / "half.pth").variables
-    assert variables["params"]["conv1"]["kernel"].dtype == np.float32
-    np.testing.assert_array_equal(
-        variables["params"]["conv1"]["kernel"].transpose(3, 2, 0, 1), half["conv1.weight"].float()
-    )
 
 
 def test_arrays_that_are_not_contiguous_survive_the_file(tmp_path: Path, source: Path) -> None:
@@ -133,3 +126,85 @@ def test_the_command_tells_errors_in_one_line(fails: Any, tmp_path: Path, source
     source.write_bytes(source.read_bytes()[:-1000])
     assert "is it complete?" in fails("weights/convert.py", source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_in_and_out_again_is_bit_identical(
+    tmp_path: Path, state: dict[str, torch.Tensor], suffix: str, dtype: torch.dtype
+) -> None:
+    """Types, shapes and the count of batches too, through a converted file; torchvision takes it with strict=True."""
+    converted = {key: value.to(dtype) if value.is_floating_point() else value + 5 for key, value in state.items()}
+    torch.save(converted, tmp_path / "source.pth")
+    write_weights(tmp_path / "jaxft.safetensors", read_weights(tmp_path / "source.pth"))
+    write_tensors(tmp_path / f"out{suffix}", to_torch(read_weights(tmp_path / "jaxft.safetensors")))
+    before, after = read_tensors(tmp_path / "source.pth"), read_tensors(tmp_path / f"out{suffix}")
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        assert (after[key].dtype, after[key].shape) == (array.dtype, array.shape), key
+        assert after[key].tobytes() == array.tobytes(), key
+    if suffix == ".pth":
+        torchvision.models.resnet18(num_classes=7).load_state_dict(torch.load(tmp_path / "out.pth"), strict=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_is_recognised(arch: str) -> None:
+    with torch.device("meta"):  # shapes alone
+        state = getattr(torchvision.models, arch)(num_classes=3).state_dict()
+    assert infer_arch({key: np.broadcast_to(np.float32(0), value.shape) for key, value in state.items()}) == arch
+
+
+@pytest.mark.parametrize("depths", [[2, 2, 2, 2], [3, 4, 6, 3]])
+def test_hugging_face_files(tmp_path: Path, depths: list[int]) -> None:
+    """transformers' own network with random statistics gives the logits of the converted one."""
+    import transformers
+
+    bottleneck = depths[1] == 4
+    config = transformers.ResNetConfig(
+        depths=depths,
+        layer_type="bottleneck" if bottleneck else "basic",
+        hidden_sizes=[256, 512, 1024, 2048] if bottleneck else [64, 128, 256, 512],
+    )
+    config.num_labels = 7
+    torch.manual_seed(0)
+    reference = transformers.ResNetForImageClassification(config).eval()
+    for key, value in reference.state_dict().items():
+        if "running" in key:
+            value.uniform_(0.5, 2)
+    reference.save_pretrained(tmp_path)
+    weights = read_weights(tmp_path / "model.safetensors")
+    assert weights.provenance["arch"] == ("resnet50" if bottleneck else "resnet18")
+    image = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    model = ARCHITECTURES[weights.provenance["arch"]](num_classes=7)
+    logits: Any = model.apply(weights.variables, image, train=False)
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).logits.numpy()
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
+def test_timms_plain_resnets_are_torchvisions(tmp_path: Path, name: str) -> None:
+    import timm
+
+    reference = timm.create_model(name, num_classes=4)
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / "timm.safetensors")
+    assert read_weights(tmp_path / "timm.safetensors").provenance["arch"] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("resnet50d", "its stem is three 3x3 convolutions"),
+        ("seresnet50", "its blocks hold attention"),
+        ("resnetv2_50", "it is a ResNet v2"),
+        ("resnet50_gn", "GroupNorm, not BatchNorm"),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(tmp_path: Path, name: str, part: str) -> None:
+    import timm
+
+    safetensors.torch.save_file(timm.create_model(name).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError) as error:
+        read_weights(tmp_path / "other.safetensors")
+    assert part in str(error.value)
+    assert "missing" not in str(error.value)

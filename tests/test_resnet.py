@@ -34,7 +34,7 @@ def random_torch_model(arch: str, seed: int = 0) -> torch.nn.Module:
 
 
 def to_flax(state: dict[str, torch.Tensor], model: ResNet) -> dict[str, Any]:
-    return from_torch({key: value.numpy().copy() for key, value in state.items()}, model, np.float64)
+    return from_torch({key: value.numpy().copy() for key, value in state.items()}, model)
 
 
 def images(height: int, width: int, count: int = 2) -> np.ndarray:

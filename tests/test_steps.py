@@ -47,7 +47,7 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs() -> None:
         model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64)
         tx = optax.sgd(0.01, momentum=0.9)
         state_dict = {key: value.numpy().copy() for key, value in reference.state_dict().items()}
-        variables = from_torch(state_dict, model, np.float64)
+        variables = from_torch(state_dict, model)
         params, batch_stats = variables["params"], variables["batch_stats"]
         state = TrainState(jnp.int32(0), params, batch_stats, tx.init(params))
         state, counts = sgd_steps(
@@ -65,7 +65,7 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs() -> None:
             sgd.step()
             assert float(counts[i].loss / counts[i].pictures) == pytest.approx(loss.item(), rel=1e-9)
             assert int(counts[i].pictures) == len(index)
-        expected = from_torch({k: v.numpy() for k, v in reference.state_dict().items()}, model, np.float64)
+        expected = from_torch({k: v.numpy() for k, v in reference.state_dict().items()}, model)
     for collection in ("params", "batch_stats"):
         ours = np.concatenate([np.ravel(a) for a in jax.tree.leaves(getattr(state, collection))])
         theirs = np.concatenate([np.ravel(a) for a in jax.tree.leaves(expected[collection])])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.torch_files import read_tensors
+from jaxft.torch_files import read_tensors, write_tensors
 from tests.reference import torch
 
 DTYPES = {
@@ -57,7 +57,7 @@ def test_any_tensor_comes_back(
         tensor = tensor.permute(list(reversed(range(tensor.ndim))))
     path = save({"a.weight": tensor}, tmp_path_factory.mktemp("files") / "file", kind)
     array = read_tensors(path)["a.weight"]
-    assert array.dtype == DTYPES[dtype]
+    assert (array.dtype, array.shape) == (DTYPES[dtype], tensor.shape)
     assert array.flags.c_contiguous
     np.testing.assert_array_equal(array.astype(np.float64), tensor.double().numpy())
 
@@ -168,3 +168,25 @@ def test_a_missing_file(tmp_path: Path) -> None:
     for name in ("none.pth", "none.safetensors"):
         with pytest.raises(UserError, match=f"no weights file .*{name}"):
             read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@settings(deadline=None, max_examples=30)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=3),
+    dtype=st.sampled_from(list(DTYPES)),
+    seed=st.integers(0, 2**16),
+)
+def test_torch_loads_what_is_written(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, shapes: list[list[int]], dtype: Any, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    arrays = {f"layer.{i}": (rng.random(shape) * 200).astype(DTYPES[dtype]).T for i, shape in enumerate(shapes)}
+    path = tmp_path_factory.mktemp("files") / f"file{suffix}"
+    write_tensors(path, arrays)
+    load = safetensors.torch.load_file if suffix == ".safetensors" else torch.load  # weights_only, by default
+    loaded = load(path)
+    assert loaded.keys() == arrays.keys()
+    for key, array in arrays.items():
+        assert (loaded[key].dtype, tuple(loaded[key].shape)) == (dtype, array.shape)
+        np.testing.assert_array_equal(loaded[key].double().numpy(), array.astype(np.float64))
