@@ -8,7 +8,9 @@ on two CPU cores. Prints JSON.
 """
 
 import argparse
+import contextlib
 import json
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -102,7 +104,8 @@ def main() -> None:
         "num_epochs": "2",
     }
     config = load_config("configs/cifar10.py", overrides)
-    train_and_evaluate(config, args.workdir)
+    with contextlib.redirect_stdout(sys.stderr):
+        train_and_evaluate(config, args.workdir)
     jaxft_rows = [json.loads(line) for line in (args.workdir / "metrics.jsonl").read_text().splitlines()]
 
     state, _ = initial_state(config, make_model(config.model, 10), make_optimizer(config.optimizer, 1, 1))

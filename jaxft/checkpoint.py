@@ -1,8 +1,9 @@
 """Checkpoints through Orbax: the training state and, as JSON, all that is needed to use it."""
 
 import json
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -11,7 +12,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jaxft.config import flatten
 from jaxft.errors import UserError
-from jaxft.steps import TrainState, replicated_sharding
+from jaxft.optimizer import make_optimizer
+from jaxft.resnet import ResNet, make_model
+from jaxft.steps import TrainState, abstract_train_state, replicated_sharding
 
 
 def _accuracy(metrics: dict[str, float]) -> float:
@@ -91,6 +94,26 @@ class Checkpoints:
 
 def has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+
+
+class LoadedCheckpoint(NamedTuple):
+    step: int
+    info: dict[str, Any]  # config, class_names, preprocessing, weights, versions
+    model: ResNet
+    state: TrainState  # on every local device
+
+
+def load_checkpoint(workdir: Path, which: str) -> LoadedCheckpoint:
+    """A checkpoint and all that it needs to be used: 'best', 'latest' or a step's number."""
+    if not has_checkpoint(workdir):
+        raise UserError(f"there is no checkpoint in {workdir}; train first, or name another --workdir")
+    with closing(Checkpoints(workdir)) as checkpoints:
+        step = checkpoints.resolve(which)
+        info = checkpoints.info(step)
+        config = ConfigDict(info["config"])
+        model = make_model(config.model, len(info["class_names"]))
+        tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)  # for the structure of its state
+        return LoadedCheckpoint(step, info, model, checkpoints.restore(step, abstract_train_state(model, tx)))
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:

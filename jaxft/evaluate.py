@@ -14,13 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxft import datasets
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint import load_checkpoint
 from jaxft.errors import ArgumentParser, UserError, run_command
-from jaxft.optimizer import make_optimizer
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
-from jaxft.resnet import ResNet, make_model
-from jaxft.steps import Batch, Counts, Pictures, TrainState, abstract_train_state, eval_step, replicate
+from jaxft.resnet import ResNet
+from jaxft.steps import Batch, Counts, Pictures, TrainState, eval_step, replicate
 
 STEPS_AHEAD = 2  # that the host runs before the devices
 
@@ -51,20 +50,12 @@ def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> Callable[[Tra
 
 def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) -> tuple[int, str, Counts]:
     """Step, split and counts of a checkpoint: 'best', 'latest' or a step's number."""
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"there is no checkpoint in {workdir}; train first, or name another --workdir")
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.resolve(which)
-    info = checkpoints.info(step)
+    step, info, model, state = load_checkpoint(workdir, which)
     config = ConfigDict(info["config"])
     data = config.data
     dataset = datasets.load(data.name, data.eval_split, data.dir if data_dir is None else data_dir)
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
-    model = make_model(config.model, len(info["class_names"]))
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
-    state = checkpoints.restore(step, abstract_train_state(model, tx))
-    checkpoints.close()
     p_eval_step = pmap_eval_step(model, Preprocessing(**info["preprocessing"]))
     pictures = replicate(Pictures(dataset.image, dataset.label))
     return step, data.eval_split, evaluate_pictures(p_eval_step, state, pictures, config.batch_size)

@@ -13,13 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from jaxft.checkpoint import Checkpoints
-from jaxft.optimizer import make_optimizer
+from jaxft.checkpoint import load_checkpoint
 from jaxft.pretrained import Weights, read_weights, write_weights
-from jaxft.resnet import make_model
-from jaxft.steps import TrainState, abstract_train_state
 from tests.conftest import ROOT, Run
 from tests.reference import torch, torchvision
 
@@ -41,17 +37,6 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
-
-
-def final_state(workdir: Path) -> TrainState:
-    checkpoints = Checkpoints(workdir)
-    info = checkpoints.info(checkpoints.latest_step())
-    config = ConfigDict(info["config"])
-    model = make_model(config.model, len(info["class_names"]))
-    abstract = abstract_train_state(model, make_optimizer(config.optimizer, 1, 1))
-    state = checkpoints.restore(checkpoints.latest_step(), abstract)
-    checkpoints.close()
-    return state
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -132,7 +117,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(finished: tuple[Path, str], tmp
                     process.send_signal(signal.SIGKILL)
         assert process.returncode == (0 if epoch is None else -signal.SIGKILL)
     assert without_times(metrics(tmp_path / "killed")) == without_times(metrics(finished[0]))
-    assert same_bits(final_state(tmp_path / "killed"), final_state(finished[0]))
+    assert same_bits(load_checkpoint(tmp_path / "killed", "latest").state, load_checkpoint(finished[0], "latest").state)
 
 
 def test_a_finished_run_has_nothing_left_to_do(run: Run, finished: tuple[Path, str]) -> None:
@@ -174,7 +159,7 @@ def test_training_starts_from_the_pretrained_weights(run: Run, weights_file: Pat
     assert result.returncode == 0, result.stderr
     assert "new head for 3 classes" in result.stdout
     assert weights.provenance["source_sha256"][:16] in result.stdout
-    params = final_state(tmp_path / "run").params
+    params = load_checkpoint(tmp_path / "run", "latest").state.params
     head = params.pop("fc")
     weights.variables["params"].pop("fc")
     assert same_bits(params, weights.variables["params"])
