@@ -21,6 +21,7 @@ from jaxft.errors import UserError
 TIMEOUT_SECONDS = 10.0  # to connect, and between two pieces of the answer
 TRIES = 3  # in a row that bring nothing new
 PAUSE_SECONDS = 0.5  # before the second try, and twice that before the third
+_PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)  # and 500 to 599
 _CHUNK = 1 << 18
 
 
@@ -99,6 +100,9 @@ class _Partial:
     def sha256(self) -> str:
         return self._sha256.hexdigest()
 
+    def told(self) -> str:
+        return f"{self.size} bytes with SHA-256 {self.sha256()[:16]}..."
+
     def expect(self, size: int | None) -> None:
         """Shows how much there is, of so many bytes in all."""
         self._bar.total, self._bar.n = size, self.size
@@ -138,11 +142,10 @@ def _complete(url: str, sha256_prefix: str, partial: _Partial) -> None:
     while not partial.sha256().startswith(sha256_prefix):
         try:
             with _ask(url, partial.size) as response:
-                if (
-                    partial.size and response.status != HTTPStatus.PARTIAL_CONTENT
-                ):  # it gives the whole file, from its start
-                    if ended and not inherited:
-                        found = f"{partial.size} bytes with SHA-256 {partial.sha256()[:16]}..."
+                from_start = response.status != HTTPStatus.PARTIAL_CONTENT
+                if from_start and partial.size:
+                    if ended and not inherited:  # it has no more, and what it had is wrong
+                        found = partial.told()
                         partial.clear()
                         raise _FailedError(f"there came {found} instead of {sha256_prefix}...")
                     partial.clear()
@@ -153,7 +156,7 @@ def _complete(url: str, sha256_prefix: str, partial: _Partial) -> None:
                 for data in _read(response):
                     partial.write(data)
                 ended = not response.length  # what is still owed; None where no length was told
-            problem = f"the answer ended after {partial.size} bytes"
+            problem = f"the answer ended after {partial.told()}"
         except _InterruptedError as error:
             problem = str(error)
         if partial.size > largest:
@@ -175,10 +178,7 @@ def _ask(url: str, start: int) -> HTTPResponse:
         if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
             return _ask(url, 0)
         problem = f"HTTP status {error.code} {error.reason}"
-        if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in (
-            HTTPStatus.REQUEST_TIMEOUT,
-            HTTPStatus.TOO_MANY_REQUESTS,
-        ):
+        if error.code < 500 and error.code not in _PASSING:
             raise _FailedError(problem) from None
         raise _InterruptedError(problem) from None
     except (OSError, HTTPException) as error:

@@ -9,7 +9,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -32,11 +32,12 @@ _DTYPES = {
 }
 _STORAGES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 TORCHVISION_FILES = "https://download.pytorch.org/models/ (resnet50-0676ba61.pth)"
+MOST_GROWTH = 10  # of tensors against their file: a small file must not fill the memory
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 
 
 class _Storage(NamedTuple):
-    dtype: Any
+    dtype: np.dtype
     key: str
 
 
@@ -65,6 +66,15 @@ class _Unpickler(pickle._Unpickler):
     The one written in Python: the one in C makes room for whatever memo index a damaged file names.
     """
 
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # makes room for whatever length it names
+
+    def load_build(self: Any) -> None:
+        """The attributes that a file gives an object (a state_dict's _metadata) are dropped."""
+        self.stack.pop()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
@@ -73,14 +83,14 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _rebuild_parameter
         if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
+            return name
         raise _RefusedError(f"it asks for {module}.{name}, which is no part of a file of weights")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, *_ = pid
-        if kind != "storage" or not isinstance(key, str):
-            raise _RefusedError(f"it holds a {kind!r} where a tensor's storage belongs")
-        return _Storage(dtype, key)
+        kind, name, key, *_ = pid
+        if kind != "storage" or name not in _DTYPES or not isinstance(key, str):
+            raise _RefusedError(f"it holds a {kind!r} of {name!r} where a tensor's storage belongs")
+        return _Storage(np.dtype(_DTYPES[name]), key)
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -113,6 +123,8 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
 
 def _read_zip(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > MOST_GROWTH * path.stat().st_size:
+            raise _RefusedError("it unpacks to far more than its own size")
         (pickle_name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         folder = pickle_name.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
@@ -120,7 +132,7 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
         tensors = _state_dict(_Unpickler(io.BytesIO(archive.read(pickle_name))).load())
         storages = {tensor.storage.key for tensor in tensors.values()}
         data = {key: archive.read(f"{folder}data/{key}") for key in storages}  # checks their CRC
-    return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
+    return _arrays(tensors, data)
 
 
 def _read_legacy(path: Path) -> dict[str, np.ndarray]:
@@ -131,12 +143,12 @@ def _read_legacy(path: Path) -> dict[str, np.ndarray]:
     _Unpickler(file).load()
     _Unpickler(file).load()
     tensors = _state_dict(_Unpickler(file).load())
-    dtypes = {tensor.storage.key: np.dtype(tensor.storage.dtype) for tensor in tensors.values()}
+    dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in tensors.values()}
     data = {}
     for key in _Unpickler(file).load():
         (count,) = struct.unpack("<Q", file.read(8))
         data[key] = file.read(count * dtypes[key].itemsize)
-    return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
+    return _arrays(tensors, data)
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
@@ -149,6 +161,13 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
         if not isinstance(key, str) or not isinstance(value, _Tensor):
             raise _RefusedError(f"its entry {key!r} is no tensor")
     return content
+
+
+def _arrays(tensors: dict[str, _Tensor], data: dict[str, bytes]) -> dict[str, np.ndarray]:
+    size = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
+    if size > MOST_GROWTH * sum(map(len, data.values())):
+        raise _RefusedError("its tensors show the same numbers over and over")
+    return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
 
 
 def _array(tensor: _Tensor, data: bytes) -> np.ndarray:

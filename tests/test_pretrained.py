@@ -1,5 +1,6 @@
 """torchvision's state_dict to Flax and jaxft's files: the same numbers, or a message."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,35 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path, name: str, p
         read_weights(tmp_path / "other.safetensors")
     assert part in str(error.value)
     assert "missing" not in str(error.value)
+
+
+def test_verify_compares_with_torchvision_and_keeps_the_result(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where tests.reference has made torchvision importable."""
+    convert = runpy.run_path(str(ROOT / "weights" / "convert.py"))
+    convert["main"]([str(source), str(tmp_path / "out.safetensors"), "--verify"])
+    assert "layer4" in capsys.readouterr().out
+    verified = read_weights(tmp_path / "out.safetensors").provenance["verified"]
+    assert max(verified["float32"].values()) < 1e-5
+    assert max(verified["float64"].values()) < 1e-12
+    assert "torchvision" in verified["against"]
+
+
+def test_verify_notices_a_wrong_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel flipped left to right, as a wrong order of axes would leave it."""
+    convert = runpy.run_path(str(ROOT / "weights" / "convert.py"))
+    weights = read_weights(source)
+    kernel = weights.variables["params"]["layer3"]["0"]["conv2"]["kernel"]
+    weights.variables["params"]["layer3"]["0"]["conv2"]["kernel"] = np.array(kernel[:, ::-1])
+    with pytest.raises(UserError, match="differs from torchvision's network"):
+        convert["verify"](str(source), weights)
+
+
+def test_the_command_goes_back_to_torchvision(run: Run, source: Path, tmp_path: Path) -> None:
+    assert run("weights/convert.py", source, tmp_path / "jaxft.safetensors").returncode == 0
+    result = run("weights/convert.py", tmp_path / "jaxft.safetensors", tmp_path / "back.pth", "--to", "torchvision")
+    assert result.returncode == 0, result.stderr
+    before, after = torch.load(source), torch.load(tmp_path / "back.pth")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,5 +1,6 @@
 """Against torchvision's ResNets with random weights and random running statistics."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from jaxft.pretrained import from_torch, torch_shapes
 from jaxft.resnet import ARCHITECTURES, BatchNorm, ResNet
 from tests.reference import torch, torchvision
+
+STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4", "fc")
 
 
 @pytest.fixture(autouse=True)
@@ -52,26 +55,52 @@ def test_parameters_are_torchvisions(arch: str) -> None:
     assert torch_shapes(ARCHITECTURES[arch](num_classes=1000)) == expected
 
 
+SIZES = [(224, 224), (64, 64), (97, 97), (160, 224)]
+QUICK = {("resnet18", 97), ("resnet50", 160), ("wide_resnet50_2", 64), ("resnext50_32x4d", 64), ("resnet18", 224)}
+
+
 @pytest.mark.parametrize(
     ("arch", "height", "width"),
-    [("resnet18", 64, 64), ("resnet34", 97, 97), ("resnet50", 160, 224), ("resnet101", 64, 64), ("resnet152", 64, 64)],
+    [
+        pytest.param(arch, *size, marks=[] if (arch, size[0]) in QUICK else pytest.mark.slow)
+        for arch in ARCHITECTURES
+        for size in SIZES
+    ],
 )
-def test_logits_are_torchvisions(arch: str, height: int, width: int) -> None:
+def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: int) -> None:
     reference = random_torch_model(arch).eval()
+    expected: dict[str, np.ndarray] = {}
+    for name in STAGES:
+        getattr(reference, name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: expected.update({name: output.numpy().copy()})
+        )
     x = images(height, width, count=1)
     with torch.no_grad():
-        expected = reference(nchw(x)).numpy()
+        reference(nchw(x))
     for dtype, tolerance in ((jnp.float64, 1e-11), (jnp.float32, 1e-5)):
         model = ARCHITECTURES[arch](num_classes=10, dtype=dtype)
         variables = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), to_flax(reference.state_dict(), model))
-        logits = jax.jit(lambda v, x, model=model: model.apply(v, x, train=False))(variables, x.astype(dtype))
-        assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+        apply = partial(
+            model.apply,
+            train=False,
+            capture_intermediates=lambda module, _: module.name in STAGES,
+            mutable=["intermediates"],
+        )
+        _, captured = jax.jit(apply)(variables, x.astype(dtype))
+        for name in STAGES:
+            ours = captured["intermediates"][name]["__call__"][0]
+            want = expected[name].transpose(0, 2, 3, 1) if name != "fc" else expected[name]
+            assert np.abs(ours - want).max() <= tolerance * np.abs(want).max(), (name, dtype)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_gradients_and_running_statistics_are_torchs(arch: str) -> None:
-    """In training mode, in float64."""
-    reference = random_torch_model(arch).train()
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=[] if arch in ("resnet18", "resnet50") else pytest.mark.slow) for arch in ARCHITECTURES],
+)
+def test_gradients_and_running_statistics_are_torchs(arch: str, train: bool) -> None:
+    """Of the input and of all parameters, in training and in evaluation mode, in float64."""
+    reference = random_torch_model(arch).train(train)
     model = ARCHITECTURES[arch](num_classes=10, dtype=jnp.float64)
     variables = to_flax(reference.state_dict(), model)
     x, label = images(64, 64, count=3), np.array([1, 7, 3])
@@ -85,9 +114,8 @@ def test_gradients_and_running_statistics_are_torchs(arch: str) -> None:
 
     @jax.jit
     def loss(params: Any, x: jax.Array) -> Any:
-        logits, updates = model.apply(
-            {"params": params, "batch_stats": variables["batch_stats"]}, x, train=True, mutable=["batch_stats"]
-        )
+        variables_ = {"params": params, "batch_stats": variables["batch_stats"]}
+        logits, updates = model.apply(variables_, x, train=train, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[jnp.arange(3), label].mean(), updates["batch_stats"]
 
     (grads, image_grad), new_statistics = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)

@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from jaxft import datasets
+from jaxft.config import default_config
+from jaxft.optimizer import make_optimizer
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.pretrained import from_torch
 from jaxft.resnet import ARCHITECTURES, BatchNormMode, ResNet
@@ -25,6 +27,10 @@ def torch_input(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
 
 
+def is_trace(node: Any) -> bool:
+    return isinstance(node, optax.TraceState)
+
+
 def sgd_steps(
     state: TrainState, pictures: Pictures, batches: list[Batch], model: ResNet, tx: Any
 ) -> tuple[TrainState, list[Counts]]:
@@ -37,15 +43,18 @@ def sgd_steps(
     return state, counts
 
 
-def test_ten_steps_with_a_smaller_last_batch_are_torchs() -> None:
-    """In float64: 75 pictures in batches of 8, the last with 3, all weights and running statistics."""
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_ten_steps_with_a_smaller_last_batch_are_torchs(nesterov: bool) -> None:
+    """In float64: 75 pictures in batches of 8, the last with 3; parameters, momentum and running statistics."""
     torch.manual_seed(0)
     reference = torchvision.models.resnet18(num_classes=10).double().train()
     sample = datasets.load("sample:cifar10", "train")
     order = datasets.epoch_order(0, 1, 2000)[:75]
     with jax.enable_x64(True):
         model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64)
-        tx = optax.sgd(0.01, momentum=0.9)
+        config = default_config().optimizer
+        config.update(learning_rate=2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)  # 2^-7 is exact
+        tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
         state_dict = {key: value.numpy().copy() for key, value in reference.state_dict().items()}
         variables = from_torch(state_dict, model)
         params, batch_stats = variables["params"], variables["batch_stats"]
@@ -54,7 +63,7 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs() -> None:
             state, Pictures(sample.image, sample.label), list(datasets.batches(order, 8, 1)), model, tx
         )
 
-        sgd = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9)
+        sgd = torch.optim.SGD(reference.parameters(), 2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)
         for i, start in enumerate(range(0, 75, 8)):
             index = order[start : start + 8]
             sgd.zero_grad()
@@ -66,10 +75,19 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs() -> None:
             assert float(counts[i].loss / counts[i].pictures) == pytest.approx(loss.item(), rel=1e-9)
             assert int(counts[i].pictures) == len(index)
         expected = from_torch({k: v.numpy() for k, v in reference.state_dict().items()}, model)
-    for collection in ("params", "batch_stats"):
-        ours = np.concatenate([np.ravel(a) for a in jax.tree.leaves(getattr(state, collection))])
-        theirs = np.concatenate([np.ravel(a) for a in jax.tree.leaves(expected[collection])])
-        assert np.linalg.norm(ours - theirs) <= 1e-8 * np.linalg.norm(theirs)
+        buffers = {
+            name: sgd.state[parameter]["momentum_buffer"].numpy() for name, parameter in reference.named_parameters()
+        }
+        momentum = from_torch({k: v.numpy() for k, v in reference.state_dict().items()} | buffers, model)["params"]
+    (trace,) = [part.trace for part in jax.tree.leaves(state.opt_state, is_leaf=is_trace) if is_trace(part)]
+    for ours, theirs in (
+        (state.params, expected["params"]),
+        (state.batch_stats, expected["batch_stats"]),
+        (trace, momentum),
+    ):
+        difference = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), ours, theirs)
+        norm = jax.tree.map(lambda b: np.sum(b**2), theirs)
+        assert sum(jax.tree.leaves(difference)) ** 0.5 <= 1e-8 * sum(jax.tree.leaves(norm)) ** 0.5
     assert int(state.step) == 10
 
 

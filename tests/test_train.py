@@ -13,8 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from jaxft import datasets
 from jaxft.checkpoint import load_checkpoint
+from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jaxft.pretrained import Weights, read_weights, write_weights
 from tests.conftest import ROOT, Run
 from tests.reference import torch, torchvision
@@ -164,6 +167,27 @@ def test_training_starts_from_the_pretrained_weights(run: Run, weights_file: Pat
     weights.variables["params"].pop("fc")
     assert same_bits(params, weights.variables["params"])
     assert head["kernel"].shape == (512, 3)
+
+
+def test_an_exported_run_has_the_same_accuracy_in_torchvision(run: Run, weights_file: Path, tmp_path: Path) -> None:
+    """Every prediction on the sample, by torchvision's own transforms and network, loaded with strict=True."""
+    result = run(
+        *("-m", "jaxft.train", "--config=configs/quickstart.py", "--config.num_epochs=1", "--config.image_size=32"),
+        *("--config.model.width=64", f"--config.model.pretrained={weights_file}", "--workdir", tmp_path / "run"),
+    )
+    assert result.returncode == 0, result.stderr
+    export = run("-m", "jaxft.export", "--workdir", tmp_path / "run", "--to=torchvision", "--out", tmp_path / "out.pth")
+    assert export.returncode == 0, export.stderr
+    line = json.loads(run("-m", "jaxft.evaluate", "--workdir", tmp_path / "run", "--json").stdout)
+
+    model = torchvision.models.resnet18(num_classes=10)
+    model.load_state_dict(torch.load(tmp_path / "out.pth"), strict=True)
+    transforms = torchvision.transforms
+    normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    sample = datasets.load("sample:cifar10", "test")
+    with torch.no_grad():
+        logits = model.eval()(torch.stack([normalize(Image.fromarray(image)) for image in sample.image]))
+    assert int((logits.argmax(1).numpy() == sample.label).sum()) == line["correct"]
 
 
 @pytest.mark.parametrize(
