@@ -95,7 +95,8 @@ class _Partial:
         self._file.seek(0)
         self._sha256 = hashlib.file_digest(self._file, "sha256")
         self.size = self._file.tell()
-        self._bar = tqdm(desc=path.stem, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
+        hidden = not sys.stderr.isatty()
+        self._bar = tqdm(desc=path.stem, initial=self.size, unit="B", unit_scale=True, leave=False, disable=hidden)
 
     def sha256(self) -> str:
         return self._sha256.hexdigest()

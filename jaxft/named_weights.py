@@ -115,6 +115,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def weights_dir() -> Path:
+    """Where named weights are kept; the environment variable JAXFT_CACHE moves it."""
+    return cache_dir() / "weights"
+
+
 def weights_file(weights: NamedWeights) -> Path:
     """The file in jaxft's cache, downloaded unless it is there. Raises UserError."""
-    return fetch(weights.url, weights.sha256_prefix, cache_dir() / "weights")
+    return fetch(weights.url, weights.sha256_prefix, weights_dir())

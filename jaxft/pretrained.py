@@ -15,6 +15,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from jaxft import named_weights
 from jaxft.errors import UserError
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jaxft.resnet import ARCHITECTURES, ResNet, linear_init
@@ -163,6 +164,23 @@ def _model_for(arch: str, tensors: Mapping[str, np.ndarray]) -> ResNet:
     num_classes = len(tensors["fc.bias"]) if "fc.bias" in tensors else 1000
     width = len(tensors["bn1.weight"]) if "bn1.weight" in tensors else 64
     return ARCHITECTURES[arch](num_classes=num_classes, width=width)
+
+
+def load_pretrained(source: str, arch: str | None = None) -> Weights:
+    """Weights by name ('resnet50.tv_in1k_v1': fetched, verified and converted once, then kept) or from a file.
+
+    Raises UserError where they cannot be had, or are not of `arch`.
+    """
+    named = named_weights.find(source)
+    if named is None:
+        if not Path(source).exists() and (near := named_weights.near(source)):
+            raise UserError(f"there is no weights file {source}, nor weights of that name; named are {', '.join(near)}")
+        return read_weights(source, arch)
+    converted = named_weights.weights_dir() / f"{named.name}.safetensors"
+    if not converted.exists():
+        variables, provenance = read_weights(named_weights.weights_file(named), named.arch)
+        write_weights(converted, Weights(variables, provenance | named._asdict()))
+    return read_weights(converted, arch)
 
 
 def read_weights(path: str | Path, arch: str | None = None) -> Weights:

@@ -29,7 +29,7 @@ from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, pmap_eval_step
 from jaxft.metrics import MetricsFile
 from jaxft.optimizer import make_optimizer
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from jaxft.pretrained import read_weights, replace_head
+from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
 from jaxft.resnet import ResNet, make_model
 from jaxft.steps import (
@@ -128,7 +128,7 @@ def initial_state(
     rng = jax.random.key(config.seed)
     if not config.model.pretrained:
         return jax.jit(partial(create_train_state, model, tx))(rng), {"source": "random initialisation"}
-    weights = read_weights(config.model.pretrained, config.model.arch)
+    weights = load_pretrained(config.model.pretrained, config.model.arch)
     if weights.provenance["width"] != config.model.width:
         raise UserError(
             f"{config.model.pretrained} has width {weights.provenance['width']}; set --config.model.width to it"

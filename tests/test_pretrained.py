@@ -1,6 +1,10 @@
 """torchvision's state_dict to Flax and jaxft's files: the same numbers, or a message."""
 
+import hashlib
+import http.server
 import runpy
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,9 @@ import pytest
 import safetensors.torch
 from flax.traverse_util import flatten_dict
 
+from jaxft import named_weights
 from jaxft.errors import UserError
-from jaxft.pretrained import Weights, infer_arch, read_weights, replace_head, to_torch, write_weights
+from jaxft.pretrained import Weights, infer_arch, load_pretrained, read_weights, replace_head, to_torch, write_weights
 from jaxft.resnet import ARCHITECTURES
 from jaxft.torch_files import read_tensors, write_tensors
 from tests.conftest import ROOT, Run
@@ -241,3 +246,35 @@ def test_the_command_goes_back_to_torchvision(run: Run, source: Path, tmp_path: 
     before, after = torch.load(source), torch.load(tmp_path / "back.pth")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_named_weights_are_fetched_and_converted_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a server on this machine, which is gone by the second time."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(source.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        row = named_weights.WEIGHTS[0]._replace(
+            name="resnet18.test",
+            arch="resnet18",
+            url=f"http://127.0.0.1:{server.server_port}/{source.name}",
+            sha256_prefix=hashlib.sha256(source.read_bytes()).hexdigest()[:8],
+            mean=(0.1, 0.2, 0.3),
+        )
+        monkeypatch.setattr(named_weights, "WEIGHTS", (*named_weights.WEIGHTS, row))
+        monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+        first = load_pretrained("resnet18.test", "resnet18")
+        server.shutdown()
+    (tmp_path / "cache" / "weights" / source.name).unlink()
+    again = load_pretrained("resnet18.test")
+    assert same(first.variables, read_weights(source).variables)
+    assert same(again.variables, first.variables)
+    assert (again.provenance["mean"], again.provenance["num_classes"]) == ([0.1, 0.2, 0.3], 7)
+    with pytest.raises(UserError, match="holds a resnet18, not a resnet50"):
+        load_pretrained("resnet18.test", "resnet50")
+
+
+def test_an_unknown_name_is_told_with_its_neighbours() -> None:
+    with pytest.raises(UserError, match=r"nor weights of that name; named are resnet50\.tv_in1k_v1"):
+        load_pretrained("resnet50.tv_in1k_v9")

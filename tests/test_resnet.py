@@ -171,9 +171,9 @@ def test_frozen_batch_norm_uses_and_keeps_its_running_statistics() -> None:
 def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:
     model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.bfloat16)
     x = images(64, 64).astype(np.float32)
-    variables = model.init(jax.random.key(0), x, train=False)
-    half: Any = model.apply(variables, x, train=False)
-    full: Any = ARCHITECTURES["resnet18"](num_classes=10).apply(variables, x, train=False)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+    half: Any = jax.jit(partial(model.apply, train=False))(variables, x)
+    full: Any = jax.jit(partial(ARCHITECTURES["resnet18"](num_classes=10).apply, train=False))(variables, x)
     assert half.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert 0 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
@@ -183,10 +183,10 @@ def test_random_initialisation_is_torchvisions() -> None:
     """Per layer: the same deviation and range, as far as a sample tells."""
     torch.manual_seed(0)
     expected = from_torch(
-        {key: value.numpy() for key, value in torchvision.models.resnet50().state_dict().items()},
-        ARCHITECTURES["resnet50"](num_classes=1000),
+        {key: value.numpy() for key, value in torchvision.models.resnet18().state_dict().items()},
+        ARCHITECTURES["resnet18"](num_classes=1000),
     )["params"]
-    model = ARCHITECTURES["resnet50"](num_classes=1000)
+    model = ARCHITECTURES["resnet18"](num_classes=1000)
     ours = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))()["params"]
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
         assert abs(float(a.std()) - float(b.std())) <= 0.05 * float(b.std()), jax.tree_util.keystr(path)

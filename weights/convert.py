@@ -2,6 +2,7 @@
 
     python weights/convert.py resnet50.pth resnet50.safetensors --verify
     python weights/convert.py resnet50.safetensors resnet50.pth --to torchvision
+    python weights/convert.py --list
 
 SOURCE: a .pth or .safetensors file of torchvision, timm or Hugging Face, or a jaxft file. Every key and shape is
 checked against the model; the jaxft file's metadata tells where the weights come from.
@@ -15,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft import named_weights
 from jaxft.errors import ArgumentParser, UserError, run_command
-from jaxft.pretrained import Weights, read_weights, to_torch, torchvision_keys, write_weights
+from jaxft.pretrained import Weights, load_pretrained, to_torch, torchvision_keys, write_weights
 from jaxft.resnet import ARCHITECTURES
 from jaxft.torch_files import read_tensors, write_tensors
 
@@ -72,7 +74,8 @@ def largest_differences(source: str, weights: Weights, dtype: Any) -> dict[str, 
 
 
 def _source_tensors(source: str) -> dict[str, np.ndarray]:
-    return torchvision_keys(read_tensors(source))
+    named = named_weights.find(source)
+    return torchvision_keys(read_tensors(named_weights.weights_file(named) if named else source))
 
 
 def verify(source: str, weights: Weights) -> Weights:
@@ -94,16 +97,22 @@ def verify(source: str, weights: Weights) -> Weights:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("weights/convert.py", __doc__)
-    parser.add_argument("source", metavar="SOURCE", help="the weights to convert")
-    parser.add_argument("out", metavar="OUT", type=Path, help=".safetensors; for torchvision .pth too")
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="the weights to convert: a file, or a name")
+    parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help=".safetensors; for torchvision .pth too")
+    parser.add_argument("--list", action="store_true", help="show the weights that have a name")
     parser.add_argument("--arch", choices=ARCHITECTURES, help="what SOURCE must hold (default: what it does hold)")
     parser.add_argument("--to", choices=["flax", "torchvision"], default="flax", help="the layout of OUT")
     parser.add_argument("--verify", action="store_true", help="compare with torchvision's network (needs torch)")
     args = parser.parse_args(argv)
+    if args.list:
+        print(named_weights.table())
+        return
+    if args.source is None or args.out is None:
+        raise UserError("SOURCE and OUT are needed; see weights/convert.py --help")
     suffixes = (".safetensors",) if args.to == "flax" else (".safetensors", ".pth")
     if args.out.suffix not in suffixes:
         raise UserError(f"OUT must end in {' or '.join(suffixes)}, not {args.out}")
-    weights = read_weights(args.source, args.arch)
+    weights = load_pretrained(args.source, args.arch)
     if args.verify:
         weights = verify(args.source, weights)
     if args.to == "flax":
