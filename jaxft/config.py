@@ -24,7 +24,7 @@ def default_config() -> ConfigDict:
             "image_size": 224,  # pixels, both sides, to which pictures are resized
             "model": {
                 "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ... (CHOICES below)
-                "pretrained": "",  # a name (weights/convert.py --list), a .pth or .safetensors file, or '' for random weights
+                "pretrained": "",  # a name (weights/convert.py --list), a file, or '' for random weights
                 "width": 64,  # channels of the first stage; torchvision's ResNets have 64
                 "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
                 "batch_norm": "update",  # statistics of each device's share; sync: of the batch; frozen: running ones

@@ -17,22 +17,23 @@ ROOT = Path(__file__).parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def environment(devices: int) -> dict[str, str]:
+    """Of a process on a number of forced CPU devices."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["JAXFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
-def run(shared_cache: Path) -> Run:
+def run() -> Run:
     """Runs python in the repository's root, on a number of forced CPU devices, with output captured as text."""
 
-    def run_python(*arguments: object, devices: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        variables = {"XLA_FLAGS": flags, "JAXFT_CACHE": str(shared_cache)}
+    def run_python(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=ROOT, env=os.environ | variables | env, capture_output=True, text=True, timeout=600
-        )
+        return subprocess.run(command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=600)
 
     return run_python
 

@@ -29,7 +29,9 @@ def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     state = torchvision.models.resnet18(num_classes=7).state_dict()
     for key, value in state.items():
-        if "running" in key:
+        if "running_mean" in key:
+            value.normal_(0, 0.1)
+        if "running_var" in key:
             value.uniform_(0.5, 2)
     return state
 
@@ -276,5 +278,7 @@ def test_named_weights_are_fetched_and_converted_once(
 
 
 def test_an_unknown_name_is_told_with_its_neighbours() -> None:
-    with pytest.raises(UserError, match=r"nor weights of that name; named are resnet50\.tv_in1k_v1"):
+    with pytest.raises(
+        UserError, match=r"nor weights of that name; named are resnet50\.tv_in1k_v2, resnet50\.tv_in1k_v1"
+    ):
         load_pretrained("resnet50.tv_in1k_v9")

@@ -1,7 +1,6 @@
 """Whole runs of the commands, in processes of their own."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from jaxft import datasets
 from jaxft.checkpoint import load_checkpoint
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jaxft.pretrained import Weights, read_weights, write_weights
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Run, environment
 from tests.reference import torch, torchvision
 
 SMALL = (
@@ -108,11 +107,10 @@ def test_eight_devices_give_what_one_gives(run: Run, tmp_path: Path) -> None:
 
 def test_a_killed_run_ends_as_if_it_had_not_been(finished: tuple[Path, str], tmp_path: Path) -> None:
     """kill -9 after each epoch's line, while its checkpoint is being written or just is."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     for epoch in (1, 2, None):
         command = [sys.executable, *SMALL_SYNC, "--workdir", str(tmp_path / "killed")]
         with subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, cwd=ROOT, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
             assert process.stdout
             for line in process.stdout:
@@ -173,6 +171,7 @@ def test_an_exported_run_has_the_same_accuracy_in_torchvision(run: Run, weights_
     """Every prediction on the sample, by torchvision's own transforms and network, loaded with strict=True."""
     result = run(
         *("-m", "jaxft.train", "--config=configs/quickstart.py", "--config.num_epochs=1", "--config.image_size=32"),
+        "--config.data.train_split=test",
         *("--config.model.width=64", f"--config.model.pretrained={weights_file}", "--workdir", tmp_path / "run"),
     )
     assert result.returncode == 0, result.stderr

@@ -69,7 +69,7 @@ def largest_differences(source: str, weights: Weights, dtype: Any) -> dict[str, 
     for name in STAGES:
         ours = np.asarray(captured["intermediates"][name]["__call__"][0])
         theirs = outputs[name].transpose(0, 2, 3, 1) if outputs[name].ndim == 4 else outputs[name]
-        differences[name] = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        differences[name] = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(dtype).tiny))
     return differences
 
 
