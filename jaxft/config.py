@@ -21,7 +21,7 @@ def default_config() -> ConfigDict:
             "seed": 0,  # of the new head and of the order of pictures
             "num_epochs": 10,
             "batch_size": 64,  # over all devices
-            "image_size": 224,  # pixels, both sides, to which pictures are resized
+            "image_size": 224,  # pixels of the shorter side after resizing; the central square is seen
             "model": {
                 "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ... (CHOICES below)
                 "pretrained": "",  # a name (weights/convert.py --list), a file, or '' for random weights

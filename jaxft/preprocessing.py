@@ -15,7 +15,7 @@ _LOW_BITS = 11
 class Preprocessing(NamedTuple):
     """What a picture goes through on its way to the network; kept with weights and checkpoints."""
 
-    image_size: int  # pixels, both sides
+    image_size: int  # pixels; of a rectangle, the central square
     mean: tuple[float, float, float]  # of the RGB channels in [0, 1]
     std: tuple[float, float, float]
 
@@ -55,21 +55,33 @@ def _filter(images: jax.Array, coefficients: np.ndarray, equation: str) -> jax.A
     return jnp.clip(total >> _PRECISION_BITS, 0, 255).astype(jnp.float32)
 
 
-def resize(images: ArrayLike, size: int) -> jax.Array:
-    """uint8 (N, H, W, 3) to (N, size, size, 3), whole values 0..255 as float32: Pillow's BILINEAR.
+def resize(images: ArrayLike, height: int, width: int) -> jax.Array:
+    """uint8 (N, H, W, 3) to (N, height, width, 3), whole values 0..255 as float32: Pillow's BILINEAR.
 
-    Bit for bit for squares; of rectangles, Pillow 13 resizes some in the other order of sides.
+    Bit for bit, but for some rectangles that Pillow 13 resizes in the other order of sides.
     """
     images = jnp.asarray(images, jnp.float32)
-    _, height, width, _ = images.shape
-    if width != size:
-        images = _filter(images, resize_coefficients(width, size), "nhwc,vw->nhvc")
-    if height != size:
-        images = _filter(images, resize_coefficients(height, size), "nhwc,uh->nuwc")
+    _, old_height, old_width, _ = images.shape
+    if width != old_width:
+        images = _filter(images, resize_coefficients(old_width, width), "nhwc,vw->nhvc")
+    if height != old_height:
+        images = _filter(images, resize_coefficients(old_height, height), "nhwc,uh->nuwc")
     return images
 
 
+def resize_and_crop(images: ArrayLike, size: int) -> jax.Array:
+    """The shorter side to `size`, then the central square: torchvision's Resize(size) and CenterCrop(size)."""
+    _, height, width, _ = jnp.shape(images)
+    shorter = min(height, width)
+    images = resize(images, int(size * height / shorter), int(size * width / shorter))
+    top, left = (round((side - size) / 2) for side in images.shape[1:3])
+    return images[:, top : top + size, left : left + size]
+
+
 def preprocess(images: ArrayLike, preprocessing: Preprocessing) -> jax.Array:
-    """uint8 (N, H, W, 3) to normalised float32 (N, size, size, 3): torchvision's Resize, ToTensor, Normalize."""
-    pixels = resize(images, preprocessing.image_size) / 255
+    """uint8 (N, H, W, 3) to normalised float32 (N, size, size, 3).
+
+    torchvision's Resize, CenterCrop, ToTensor and Normalize.
+    """
+    pixels = resize_and_crop(images, preprocessing.image_size) / 255
     return (pixels - jnp.array(preprocessing.mean)) / jnp.array(preprocessing.std)
