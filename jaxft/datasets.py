@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from jaxft.errors import UserError
 from jaxft.steps import Batch
@@ -34,8 +35,6 @@ def load(name: str, split: str, data_dir: str = "") -> Dataset:
     """`name` is `sample:cifar10` or a TFDS name, `split` in TFDS's syntax (`train[:2%]`) for the latter."""
     if name.startswith("sample:"):
         return _load_sample(name.removeprefix("sample:"), split)
-    if ":" in name:
-        raise UserError(f"data.name '{name}' is neither a TFDS name nor one of: {', '.join(_sample_names())}")
     return _load_tfds(name, split, data_dir)
 
 
@@ -45,21 +44,18 @@ def _sample_names() -> list[str]:
 
 def _load_sample(name: str, split: str) -> Dataset:
     """A sample that ships with jaxft: a .tar.xz of `SPLIT/CLASS/*.jpg`."""
-    from PIL import Image
-
     path = SAMPLES_DIR / f"{name}.tar.xz"
     if not path.is_file():
         raise UserError(f"there is no sample '{name}'; jaxft ships {', '.join(_sample_names())}")
     with tarfile.open(path, "r:xz") as tar:
-        files = {member.name: tar.extractfile(member) for member in tar.getmembers() if member.isfile()}
-        names = sorted(file for file in files if file.endswith(".jpg"))
-        splits = sorted({file.split("/")[0] for file in names})
-        if split not in splits:
-            raise UserError(f"the sample '{name}' has no split '{split}'; it has {' and '.join(splits)}")
-        class_names = tuple(sorted({file.split("/")[1] for file in names}))
-        names = [file for file in names if file.startswith(f"{split}/")]
-        images = [np.asarray(Image.open(io.BytesIO(files[file].read()))) for file in names]  # type: ignore[union-attr]
-    labels = [class_names.index(file.split("/")[1]) for file in names]
+        files = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
+    splits = sorted({name.split("/")[0] for name in files})
+    if split not in splits:
+        raise UserError(f"the sample '{name}' has no split '{split}'; it has {' and '.join(splits)}")
+    class_names = tuple(sorted({name.split("/")[1] for name in files}))
+    names = sorted(name for name in files if name.startswith(f"{split}/"))
+    images = [np.asarray(Image.open(io.BytesIO(files[name]))) for name in names]
+    labels = [class_names.index(name.split("/")[1]) for name in names]
     return Dataset(np.stack(images), np.array(labels, np.int32), class_names)
 
 

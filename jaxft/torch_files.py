@@ -101,6 +101,8 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     try:
+        if _is_keras(path):
+            raise _RefusedError("it is a Keras file; Keras's ResNets are v1, with the stride in the first 1x1")
         if path.suffix == ".safetensors":
             tensors = safetensors.numpy.load_file(path)
         elif zipfile.is_zipfile(path):
@@ -119,6 +121,14 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
             "is it complete? fetch it again"
         ) from error
     return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def _is_keras(path: Path) -> bool:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "model.weights.h5" in archive.namelist()
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
 def _read_zip(path: Path) -> dict[str, np.ndarray]:

@@ -104,7 +104,7 @@ def test_a_cache_that_was_cut_short_is_made_again(cache: Path) -> None:
         ("tiny_picture", "train", "array_record", "is data.name spelt right?"),
         ("sample:cifar", "train", "", "jaxft ships sample:cifar10"),
         ("sample:cifar10", "train[:2%]", "", "it has test and train"),
-        ("fodler:x", "train", "", "neither a TFDS name nor"),
+        ("fodler:x", "train", "", "is data.name spelt right?"),
     ],
 )
 def test_wrong_names(cache: Path, name: str, split: str, folder: str, part: str) -> None:

@@ -190,3 +190,13 @@ def test_torch_loads_what_is_written(
     for key, array in arrays.items():
         assert (loaded[key].dtype, tuple(loaded[key].shape)) == (dtype, array.shape)
         np.testing.assert_array_equal(loaded[key].double().numpy(), array.astype(np.float64))
+
+
+def test_keras_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """An HDF5 file by its signature (HDF5's format specification), a .keras file by what is zipped in it."""
+    (tmp_path / "resnet50.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with zipfile.ZipFile(tmp_path / "resnet50.keras", "w") as archive:
+        archive.writestr("model.weights.h5", b"")
+    for name in ("resnet50.h5", "resnet50.keras"):
+        with pytest.raises(UserError, match="the stride in the first 1x1"):
+            read_tensors(tmp_path / name)
