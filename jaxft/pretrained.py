@@ -161,9 +161,12 @@ def _shapes(arch: str, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int
 
 def _model_for(arch: str, tensors: Mapping[str, np.ndarray]) -> ResNet:
     """With the number of classes and the width that the tensors have."""
-    num_classes = len(tensors["fc.bias"]) if "fc.bias" in tensors else 1000
-    width = len(tensors["bn1.weight"]) if "bn1.weight" in tensors else 64
-    return ARCHITECTURES[arch](num_classes=num_classes, width=width)
+
+    def length(key: str, usual: int) -> int:
+        shape = tensors[key].shape if key in tensors else ()
+        return shape[0] if shape and shape[0] else usual
+
+    return ARCHITECTURES[arch](num_classes=length("fc.bias", 1000), width=length("bn1.weight", 64))
 
 
 def load_pretrained(source: str, arch: str | None = None) -> Weights:
@@ -213,7 +216,9 @@ def read_weights(path: str | Path, arch: str | None = None) -> Weights:
         "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
-        "num_batches_tracked": {key: int(value) for key, value in tensors.items() if key.endswith(_TRACKED)},
+        "num_batches_tracked": {
+            key: int(value.flat[0]) for key, value in tensors.items() if key.endswith(_TRACKED) and value.size
+        },
     }
     return Weights(variables, provenance)
 
@@ -225,7 +230,14 @@ def _jaxft_metadata(path: Path) -> dict[str, Any] | None:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError):
         return None  # read_tensors tells why
-    return json.loads(metadata["jaxft"]) if metadata.get("format") == FORMAT else None
+    if metadata.get("format") != FORMAT:
+        return None
+    try:
+        provenance = json.loads(metadata["jaxft"])
+        ARCHITECTURES[provenance["arch"]](num_classes=provenance["num_classes"], width=provenance["width"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or of a newer jaxft: its metadata is wrong at {error}") from None
+    return provenance
 
 
 def _read_jaxft(path: Path, provenance: dict[str, Any], arch: str | None) -> Weights:

@@ -143,7 +143,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        inner = self.features * self.width_per_group // 64 * self.groups
+        inner = max(self.features * self.width_per_group // 64, 1) * self.groups
         y = conv(inner, 1, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y, mask, train))
         y = conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name="conv2")(y)

@@ -204,7 +204,7 @@ def print_start(
 ) -> None:
     device = jax.local_devices()[0]
     weights = info["weights"]
-    source = weights["source"]
+    source = weights.get("name", weights["source"])
     if "source_sha256" in weights:
         source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))

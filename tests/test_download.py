@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -336,13 +335,19 @@ def test_an_earlier_run_left_a_partial_file(partial: bytes, starts: list[int], t
             assert server.starts == starts
 
 
-FETCH = "import sys, pathlib; from jaxft.download import fetch; fetch(*sys.argv[1:3], pathlib.Path(sys.argv[3]))"
+FETCH = """
+import pathlib, resource, sys
+from jaxft.download import fetch
+url, prefix, folder, limit = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+fetch(url, prefix, pathlib.Path(folder))
+"""
 
 
-def start_process(server: Server, folder: Path, limit: int | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", FETCH, server.url, PREFIX, str(folder)]
-    limited = limit and partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=limited or None)
+def start_process(server: Server, folder: Path, limit: int = resource.RLIM_INFINITY) -> subprocess.Popen[str]:
+    """`limit`: bytes that a file may have."""
+    command = [sys.executable, "-c", FETCH, server.url, PREFIX, str(folder), str(limit)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def test_processes_that_start_together_download_once(tmp_path: Path) -> None:

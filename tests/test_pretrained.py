@@ -280,3 +280,24 @@ def test_named_weights_are_fetched_and_converted_once(
 def test_an_unknown_name_is_told_with_its_neighbours() -> None:
     with pytest.raises(UserError, match=r"named are resnet50\.tv_in1k_v2, resnet50\.tv_in1k_v1"):
         load_pretrained("resnet50.tv_in1k_v9")
+
+
+@pytest.mark.parametrize("key", ["fc.bias", "bn1.weight", "bn1.num_batches_tracked"])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 3)])
+def test_any_wrong_shape_is_a_user_error(
+    tmp_path: Path, state: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]
+) -> None:
+    torch.save(state | {key: torch.ones(shape)}, tmp_path / "wrong.pth")
+    if key.endswith("tracked"):
+        read_weights(tmp_path / "wrong.pth", "resnet18")
+    else:
+        with pytest.raises(UserError, match=key):
+            read_weights(tmp_path / "wrong.pth", "resnet18")
+
+
+def test_wrong_metadata_is_a_user_error(tmp_path: Path, source: Path) -> None:
+    variables, provenance = read_weights(source)
+    for wrong in ({**provenance, "arch": "resnet19"}, {"arch": "resnet18"}):
+        write_weights(tmp_path / "wrong.safetensors", Weights(variables, wrong))
+        with pytest.raises(UserError, match="its metadata is wrong"):
+            read_weights(tmp_path / "wrong.safetensors")

@@ -14,7 +14,7 @@ from jaxft.config import default_config
 from jaxft.optimizer import make_optimizer
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.pretrained import from_torch
-from jaxft.resnet import ARCHITECTURES, BatchNormMode, ResNet
+from jaxft.resnet import ARCHITECTURES, BasicBlock, BatchNormMode, ResNet
 from jaxft.steps import Batch, Counts, Pictures, TrainState, create_train_state, eval_step, train_step
 from tests.reference import torch, torchvision
 
@@ -98,7 +98,7 @@ def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode) -> None:
     pictures = Pictures(sample.image, sample.label)
     order = datasets.epoch_order(0, 1, 2000)[:86]  # 32, 32 and 22: shares of 4, 4, 4, 4, 4, 2, 0, 0
     with jax.enable_x64(True):
-        model = ARCHITECTURES["resnet18"](num_classes=10, width=8, batch_norm=batch_norm, dtype=jnp.float64)
+        model = ResNet(BasicBlock, (1, 1), num_classes=10, width=8, batch_norm=batch_norm, dtype=jnp.float64)
         tx = optax.sgd(0.05, momentum=0.9)
         state = create_train_state(model, tx, jax.random.key(0))
         state = jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, state)
