@@ -1,8 +1,8 @@
 """metrics.jsonl after interruptions."""
 
 import json
-from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,8 +10,10 @@ from jaxft.metrics import MetricsFile
 
 
 @given(last_step=st.integers(0, 10), torn=st.integers(0, 40))
-def test_what_lies_beyond_the_checkpoint_is_cut(tmp_path_factory: object, last_step: int, torn: int) -> None:
-    path: Path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"  # type: ignore[attr-defined]
+def test_what_lies_beyond_the_checkpoint_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, last_step: int, torn: int
+) -> None:
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     for step in range(1, 11):
         metrics.write(step=step, split="train", loss=1 / step)
