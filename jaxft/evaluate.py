@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,40 +17,49 @@ from ml_collections import ConfigDict
 from jaxft import datasets
 from jaxft.checkpoint import load_checkpoint
 from jaxft.errors import ArgumentParser, UserError, run_command
+from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
 from jaxft.resnet import ResNet
-from jaxft.steps import Batch, Counts, Pictures, TrainState, eval_step, replicate
+from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, replicate
 
 STEPS_AHEAD = 2  # that the host runs before the devices
 
 
 def evaluate_pictures(
-    p_eval_step: Callable[[TrainState, Pictures, Batch], Counts],
+    p_eval_step: Callable[[TrainState, Pictures, Batch], Predictions],
     state: TrainState,
     pictures: Pictures,
     batch_size: int,
-) -> Counts:
-    """Sums over all pictures, each counted once, on any number of devices."""
+) -> Predictions:
+    """Of each picture (N,) in the order of the data, once, on any number of devices."""
     size, devices = len(pictures.label), jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
-    counts: list[Counts] = []
+    parts: list[Predictions] = []
     with Progress("evaluating", size) as progress:
         for batch in datasets.batches(np.arange(size), batch_size, devices):
-            counts.append(p_eval_step(state, pictures, batch))
-            if len(counts) > STEPS_AHEAD:
-                jax.block_until_ready(counts[-1 - STEPS_AHEAD])
+            parts.append(p_eval_step(state, pictures, batch))
+            if len(parts) > STEPS_AHEAD:
+                jax.block_until_ready(parts[-1 - STEPS_AHEAD])
                 progress.update(min(batch_size, size))
-    return jax.tree.map(lambda *batches: np.sum(jax.device_get(batches), dtype=np.float64), *counts)
+        # Padding is at the end of the last batch alone.
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=None)[:size], *jax.device_get(parts))
 
 
-def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> Callable[[TrainState, Pictures, Batch], Counts]:
+def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> Callable[[TrainState, Pictures, Batch], Predictions]:
     step = partial(eval_step, model=model, preprocessing=preprocessing)
     return jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None)
 
 
-def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) -> tuple[int, str, Counts]:
-    """Step, split and counts of a checkpoint: 'best', 'latest' or a step's number."""
+class Evaluation(NamedTuple):
+    checkpoint: int  # its step
+    split: str
+    class_names: tuple[str, ...]
+    predictions: Predictions
+
+
+def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) -> Evaluation:
+    """A checkpoint, 'best', 'latest' or a step's number, on the split that its run was tested on."""
     step, info, model, state = load_checkpoint(workdir, which)
     config = ConfigDict(info["config"])
     data = config.data
@@ -58,7 +68,8 @@ def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) ->
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
     p_eval_step = pmap_eval_step(model, Preprocessing(**info["preprocessing"]))
     pictures = replicate(Pictures(dataset.image, dataset.label))
-    return step, data.eval_split, evaluate_pictures(p_eval_step, state, pictures, config.batch_size)
+    predictions = evaluate_pictures(p_eval_step, state, pictures, config.batch_size)
+    return Evaluation(step, data.eval_split, dataset.class_names, predictions)
 
 
 def main(argv: list[str]) -> None:
@@ -66,16 +77,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path, help="of the training run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
     parser.add_argument("--data_dir", help="of prepared TFDS sets, if it is no longer the one trained with")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with the confusion matrix")
     args = parser.parse_args(argv)
-    step, split, counts = evaluate(args.workdir, args.checkpoint, args.data_dir)
-    pictures, correct = int(counts.pictures), int(counts.correct)
-    accuracy, loss = correct / pictures, float(counts.loss) / pictures
+    step, split, class_names, predictions = evaluate(args.workdir, args.checkpoint, args.data_dir)
+    scores = summarise(predictions, class_names)
     if args.json:
-        line = {"checkpoint": step, "split": split, "pictures": pictures, "correct": correct}
-        print(json.dumps(line | {"accuracy": accuracy, "loss": loss}))
-    else:
-        print(f"checkpoint {step}: accuracy {accuracy:.2%} ({correct} of {pictures}), loss {loss:.4f} on {split}")
+        print(json.dumps({"checkpoint": step, "split": split} | scores))
+        return
+    low, high = scores["accuracy_interval"]
+    print(
+        f"checkpoint {step}: accuracy {scores['accuracy']:.2%} ({scores['correct']} of {scores['pictures']}), "
+        f"loss {scores['loss']:.4f} on {split}"
+    )
+    print(f"  95 % interval {low:.2%} to {high:.2%}")
+    for k, accuracy in scores["top_k_accuracy"].items():
+        print(f"  top-{k} accuracy {accuracy:.2%}")
+    print(f"  mean per-class accuracy {scores['mean_per_class_accuracy']:.2%}")
+    print(f"  expected calibration error {scores['expected_calibration_error']:.2%}")
 
 
 if __name__ == "__main__":

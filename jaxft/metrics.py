@@ -1,8 +1,17 @@
-"""The lines of metrics.jsonl: one JSON object each, appended as they come."""
+"""What is counted: the lines of metrics.jsonl, and what predictions say of a network."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.steps import Predictions
+
+TOP_K = (3, 5)  # told where there are at least twice as many classes
+CALIBRATION_BINS = 15
 
 
 class MetricsFile:
@@ -31,3 +40,62 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def wilson_interval(correct: int, pictures: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy (Wilson 1927), which stays within [0, 1] for few pictures too."""
+    z = 1.959963984540054
+    centre = (correct + z**2 / 2) / (pictures + z**2)
+    half = z / (pictures + z**2) * math.sqrt(correct * (pictures - correct) / pictures + z**2 / 4)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
+    """int64 (num_classes, num_classes): rows are the truth, columns the prediction."""
+    pairs = np.asarray(predictions.label, np.int64) * num_classes + predictions.predicted
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+class Calibration(NamedTuple):
+    """Of the pictures in each of CALIBRATION_BINS equal bins of confidence; 0 in an empty bin."""
+
+    pictures: np.ndarray
+    confidence: np.ndarray  # mean
+    accuracy: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
+        return float((self.pictures * np.abs(self.confidence - self.accuracy)).sum() / self.pictures.sum())
+
+
+def calibration(predictions: Predictions) -> Calibration:
+    confidence = np.asarray(predictions.confidence, np.float64)
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    pictures, confidences, correct = (
+        np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, predictions.rank == 0)
+    )
+    divisor = np.maximum(pictures, 1)
+    return Calibration(pictures, confidences / divisor, correct / divisor)
+
+
+def summarise(predictions: Predictions, class_names: Sequence[str]) -> dict[str, Any]:
+    """Everything that one evaluation says, ready for JSON; a class without pictures has accuracy None."""
+    pictures, correct = len(predictions.label), int((predictions.rank == 0).sum())
+    matrix = confusion_matrix(predictions, len(class_names))
+    of_class = matrix.sum(1)
+    per_class = [int(matrix[i, i]) / int(of_class[i]) if of_class[i] else None for i in range(len(class_names))]
+    return {
+        "pictures": pictures,
+        "correct": correct,
+        "accuracy": correct / pictures,
+        "accuracy_interval": wilson_interval(correct, pictures),
+        "loss": float(np.sum(predictions.loss, dtype=np.float64)) / pictures,
+        "top_k_accuracy": {
+            str(k): int((predictions.rank < k).sum()) / pictures for k in TOP_K if 2 * k <= len(class_names)
+        },
+        "mean_per_class_accuracy": float(np.mean([accuracy for accuracy in per_class if accuracy is not None])),
+        "per_class_accuracy": dict(zip(class_names, per_class, strict=True)),
+        "expected_calibration_error": calibration(predictions).error,
+        "confusion_matrix": matrix.tolist(),
+    }

@@ -62,10 +62,39 @@ class Counts:
     pictures: Array
 
 
+@struct.dataclass
+class Predictions:
+    """What the network says of each picture (B,), beside the truth."""
+
+    label: Array  # int32
+    predicted: Array  # int32, the class of the highest logit
+    confidence: Array  # its probability
+    rank: Array  # int32, of the label among the logits: 0 where the prediction is right
+    loss: Array
+
+
+def _predictions(logits: Array, label: Array) -> Predictions:
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    before = jnp.arange(logits.shape[-1]) < label[:, None]  # argmax takes the first of equals
+    return Predictions(
+        label=label,
+        predicted=logits.argmax(-1).astype(jnp.int32),
+        confidence=jax.nn.softmax(logits).max(-1),
+        rank=((logits > own) | ((logits == own) & before)).sum(-1, dtype=jnp.int32),
+        loss=optax.softmax_cross_entropy_with_integer_labels(logits, label),
+    )
+
+
 def _count(logits: Array, label: Array, mask: Array) -> Counts:
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     correct = logits.argmax(-1) == label
     return Counts((loss * mask).sum(), (correct * mask).sum(), mask.sum())
+
+
+def count_predictions(predictions: Predictions) -> Counts:
+    """On the host, of predictions without padding."""
+    loss, correct = np.sum(predictions.loss, dtype=np.float64), np.sum(predictions.rank == 0)
+    return Counts(np.asarray(loss), np.asarray(correct), np.asarray(len(predictions.label)))
 
 
 def train_step(
@@ -101,12 +130,12 @@ def train_step(
 
 def eval_step(
     state: TrainState, pictures: Pictures, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
-) -> Counts:
-    """Counts over the batch on all devices, with running statistics."""
+) -> Predictions:
+    """Of each picture of the batch (num_devices, B), padding too; with running statistics."""
     image = preprocess(pictures.image[batch.index], preprocessing)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits: Any = model.apply(variables, image, train=False)
-    return jax.lax.psum(_count(logits, pictures.label[batch.index], batch.mask), model.axis_name)
+    return jax.lax.all_gather(_predictions(logits, pictures.label[batch.index]), model.axis_name)
 
 
 def replicated_sharding() -> NamedSharding:

@@ -38,6 +38,7 @@ from jaxft.steps import (
     Pictures,
     TrainState,
     abstract_train_state,
+    count_predictions,
     create_train_state,
     replicate,
     train_step,
@@ -104,7 +105,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
                     progress.update(int(counts.pictures), row["loss"])
 
             started = time.monotonic()
-            counts = evaluate_pictures(p_eval_step, state, eval_pictures, config.batch_size)
+            predictions = evaluate_pictures(p_eval_step, state, eval_pictures, config.batch_size)
+            counts = count_predictions(predictions)
             row = metrics_row(int(state.step), epoch, "eval", counts, time.monotonic() - started)
             metrics.write(**row)
             print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)

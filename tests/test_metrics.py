@@ -1,12 +1,16 @@
-"""metrics.jsonl after interruptions."""
+"""metrics.jsonl after interruptions, and what predictions add up to."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.metrics import MetricsFile
+from jaxft.metrics import CALIBRATION_BINS, MetricsFile, calibration, summarise, wilson_interval
+from jaxft.steps import Predictions
 
 
 @given(last_step=st.integers(0, 10), torn=st.integers(0, 40))
@@ -26,3 +30,60 @@ def test_what_lies_beyond_the_checkpoint_is_cut(
     metrics.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, last_step + 2))
+
+
+@given(st.integers(1, 20_000), st.floats(0, 1))
+def test_the_interval_is_scipys(pictures: int, share: float) -> None:
+    correct = round(share * pictures)
+    expected = scipy.stats.binomtest(correct, pictures).proportion_ci(0.95, "wilson")
+    low, high = wilson_interval(correct, pictures)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= low < high <= 1
+
+
+def random_predictions(num_classes: int, pictures: int) -> tuple[Predictions, np.ndarray]:
+    """With the probabilities (pictures, num_classes) that they come from; no picture is of the last class."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (pictures, num_classes))
+    label = rng.integers(0, num_classes - 1, pictures).astype(np.int32)
+    probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    order = np.argsort(-probability, axis=1)
+    rank = (order == label[:, None]).argmax(1)
+    loss = -np.log(probability[np.arange(pictures), label])
+    return Predictions(label, order[:, 0], probability.max(1), rank, loss), probability
+
+
+def test_the_summary_is_what_one_counts_by_hand() -> None:
+    names = [f"class {i}" for i in range(11)]
+    predictions, probability = random_predictions(11, 500)
+    summary = summarise(predictions, names)
+    pairs = list(zip(predictions.label.tolist(), probability.argmax(1).tolist(), strict=True))
+    assert summary["confusion_matrix"] == [[pairs.count((i, j)) for j in range(11)] for i in range(11)]
+    right = [truth == guess for truth, guess in pairs]
+    assert (summary["pictures"], summary["correct"], summary["accuracy"]) == (500, sum(right), sum(right) / 500)
+    recalls = [
+        np.mean([ok for ok, (truth, _) in zip(right, pairs, strict=True) if truth == i]).item() for i in range(10)
+    ]
+    assert summary["per_class_accuracy"] == dict(zip(names, [*recalls, None], strict=True))
+    assert summary["mean_per_class_accuracy"] == pytest.approx(np.mean(recalls))
+    for k in (3, 5):
+        in_top = [truth in np.argsort(row)[-k:] for (truth, _), row in zip(pairs, probability, strict=True)]
+        assert summary["top_k_accuracy"][str(k)] == np.mean(in_top)
+
+    error = 0.0
+    for i in range(CALIBRATION_BINS):
+        low, high = i / CALIBRATION_BINS, (i + 1) / CALIBRATION_BINS
+        inside = (predictions.confidence > low) & (predictions.confidence <= high)
+        if inside.any():
+            error += inside.mean() * abs(np.mean(np.array(right)[inside]) - predictions.confidence[inside].mean())
+    assert summary["expected_calibration_error"] == pytest.approx(error)
+    assert calibration(predictions).pictures.sum() == 500
+    json.dumps(summary)
+
+
+def test_certainty_that_is_always_right_is_calibrated() -> None:
+    always = np.ones(4)
+    predictions = Predictions(np.arange(4), np.arange(4), always, np.zeros(4, int), np.zeros(4))
+    assert calibration(predictions).error == 0
+    assert calibration(dataclasses.replace(predictions, rank=np.ones(4, int))).error == 1
+    assert summarise(predictions, ["a", "b", "c", "d"])["top_k_accuracy"] == {}

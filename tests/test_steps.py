@@ -11,11 +11,12 @@ import pytest
 
 from jaxft import datasets
 from jaxft.config import default_config
+from jaxft.evaluate import evaluate_pictures, pmap_eval_step
 from jaxft.optimizer import make_optimizer
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.pretrained import from_torch
 from jaxft.resnet import ARCHITECTURES, BasicBlock, BatchNormMode, ResNet
-from jaxft.steps import Batch, Counts, Pictures, TrainState, create_train_state, eval_step, train_step
+from jaxft.steps import Batch, Counts, Pictures, TrainState, count_predictions, create_train_state, train_step
 from tests.reference import torch, torchvision
 
 PREPROCESSING = Preprocessing(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -139,26 +140,28 @@ def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
     np.testing.assert_allclose(statistics["var"], expected["running_var"], rtol=1e-6)
 
 
-def test_evaluation_counts_what_torch_counts() -> None:
+def test_evaluation_tells_of_each_picture_what_torch_tells() -> None:
     torch.manual_seed(1)
     reference = torchvision.models.resnet18(num_classes=10).eval()
     sample = datasets.load("sample:cifar10", "test")
     model = ARCHITECTURES["resnet18"](num_classes=10)
     variables = from_torch({key: value.numpy() for key, value in reference.state_dict().items()}, model)
     state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
-    p_eval = jax.pmap(
-        partial(eval_step, model=model, preprocessing=PREPROCESSING),
-        axis_name="batch",
-        in_axes=(None, None, 0),
-        out_axes=None,
-    )
-    order = np.arange(0, 1000, 13)  # 77 pictures
-    pictures = Pictures(sample.image, sample.label)
-    counts = [p_eval(state, pictures, batch) for batch in datasets.batches(order, 50, 1)]
+    order = np.arange(0, 1000, 13)  # 77 pictures; 27 in the last batch leave devices of 7 without any
+    pictures = Pictures(sample.image[order], sample.label[order])
+    p_eval_step = pmap_eval_step(model, PREPROCESSING)
+    found = evaluate_pictures(p_eval_step, state, pictures, batch_size=50)
     with torch.no_grad():
         logits = reference(torch_input(sample.image[order]).float())
     label = torch.from_numpy(sample.label[order]).long()
-    assert sum(int(count.pictures) for count in counts) == 77
-    assert sum(int(count.correct) for count in counts) == int((logits.argmax(1) == label).sum())
-    loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum").item()
-    assert sum(float(count.loss) for count in counts) == pytest.approx(loss, rel=1e-5)
+    confidence, predicted = logits.softmax(1).max(1)
+    np.testing.assert_array_equal(found.label, label)
+    np.testing.assert_array_equal(found.predicted, predicted)
+    np.testing.assert_array_equal(found.rank, (logits.argsort(1, descending=True) == label[:, None]).int().argmax(1))
+    np.testing.assert_allclose(found.confidence, confidence, rtol=1e-4)
+    np.testing.assert_allclose(
+        found.loss, torch.nn.functional.cross_entropy(logits, label, reduction="none"), rtol=1e-4
+    )
+    counts = count_predictions(found)
+    assert (int(counts.pictures), int(counts.correct)) == (77, int((logits.argmax(1) == label).sum()))
+    assert counts.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, label, reduction="sum").item(), 1e-5)
