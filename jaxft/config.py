@@ -25,15 +25,19 @@ def default_config() -> ConfigDict:
             "model": {
                 "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ... (CHOICES below)
                 "pretrained": "",  # a name (weights/convert.py --list), a file, or '' for random weights
+                "stem": "imagenet",  # or small: one 3x3 convolution, for pictures of about 32 pixels
                 "width": 64,  # channels of the first stage; torchvision's ResNets have 64
                 "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
                 "batch_norm": "update",  # statistics of each device's share; sync: of the batch; frozen: running ones
             },
             "data": {
-                "name": "cifar10",  # a TFDS name, or sample:cifar10
+                "name": "cifar10",  # a TFDS name, folder:PATH, or sample:cifar10
                 "dir": "",  # of prepared TFDS sets; '' for $TFDS_DATA_DIR or ~/tensorflow_datasets
                 "train_split": "train",  # in TFDS's syntax: train[:90%]
                 "eval_split": "test",
+                "stored_size": 0,  # pixels of the squares that pictures of differing sizes are kept as; 0: image_size
+                "holdout": 0.2,  # fraction of a folder's pictures to test with, where it has no folders by split
+                "unreadable": "refuse",  # a folder's files that are no pictures; or skip
             },
             "optimizer": {
                 "learning_rate": 0.001,
@@ -42,6 +46,13 @@ def default_config() -> ConfigDict:
                 "weight_decay": 0.0,  # of all parameters, added to the gradient as torch's SGD does
                 "schedule": "constant",  # or cosine, to 0 at the end
                 "warmup_epochs": 0.0,  # of linear growth from 0
+            },
+            "label_smoothing": 0.0,  # share of a label that is spread over all classes
+            "augment": {  # of the training pictures, each time anew
+                "flip": False,  # mirrored half of the time
+                "shift": 0.0,  # at most, as a fraction of the side
+                "crop_area": 1.0,  # smallest part of the area that is seen; 1: all of it
+                "crop_ratio": 1.0,  # of its width to its height, at most, and at least the inverse
             },
             "checkpoint": {
                 "keep_latest": 1,  # newest checkpoints kept
@@ -53,8 +64,10 @@ def default_config() -> ConfigDict:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.arch": tuple(ARCHITECTURES),
+    "model.stem": ("imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.batch_norm": ("update", "frozen", "sync"),
+    "data.unreadable": ("refuse", "skip"),
     "optimizer.schedule": ("constant", "cosine"),
 }
 RANGES: dict[str, tuple[float, float]] = {
@@ -63,6 +76,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, 2**31 - 1),
     "image_size": (1, 4096),
     "model.width": (1, 4096),
+    "data.stored_size": (0, 4096),
+    "data.holdout": (0, 1),
+    "label_smoothing": (0, 1),
+    "augment.shift": (0, 1),
+    "augment.crop_area": (0.01, 1),
+    "augment.crop_ratio": (1, 10),
     "optimizer.learning_rate": (0, sys.float_info.max),
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, sys.float_info.max),

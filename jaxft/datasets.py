@@ -4,26 +4,24 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
+from jaxft import folders
+from jaxft.arrays import Dataset, open_arrays, write_arrays
 from jaxft.errors import UserError
 from jaxft.steps import Batch
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
-
-
-class Dataset(NamedTuple):
-    image: np.ndarray  # uint8 (N, H, W, 3)
-    label: np.ndarray  # int32 (N,)
-    class_names: tuple[str, ...]
 
 
 def cache_dir() -> Path:
@@ -31,11 +29,42 @@ def cache_dir() -> Path:
     return Path(os.environ.get("JAXFT_CACHE") or Path.home() / ".cache" / "jaxft")
 
 
-def load(name: str, split: str, data_dir: str = "") -> Dataset:
-    """`name` is `sample:cifar10` or a TFDS name, `split` in TFDS's syntax (`train[:2%]`) for the latter."""
+def load(
+    name: str,
+    split: str,
+    data_dir: str = "",
+    *,
+    side: int = 224,
+    holdout: float = 0.2,
+    unreadable: str = "refuse",
+    class_names: tuple[str, ...] | None = None,
+) -> Dataset:
+    """`name` is `sample:cifar10`, `folder:PATH` or a TFDS name, `split` in TFDS's syntax (`train[:2%]`) for the last.
+
+    side: pictures that differ in size, or are larger, become squares of so many pixels, as preprocessing to that size
+    would make them. holdout, unreadable, class_names: of a folder's pictures, see folders.find_files.
+    """
     if name.startswith("sample:"):
         return _load_sample(name.removeprefix("sample:"), split)
-    return _load_tfds(name, split, data_dir)
+    if name.startswith("folder:"):
+        files = folders.find_files(Path(name.removeprefix("folder:")).expanduser(), split, holdout, class_names)
+        return _load_folder(files, name, split, side, unreadable)
+    return _load_tfds(name, split, data_dir, side)
+
+
+def load_config_data(
+    data: ConfigDict, split: str, image_size: int, class_names: tuple[str, ...] | None = None
+) -> Dataset:
+    """A split of what the config's `data` section names; class_names: of the training pictures, if known."""
+    return load(
+        data.name,
+        split,
+        data.dir,
+        side=data.stored_size or image_size,
+        holdout=data.holdout,
+        unreadable=data.unreadable,
+        class_names=class_names,
+    )
 
 
 def _sample_names() -> list[str]:
@@ -59,39 +88,58 @@ def _load_sample(name: str, split: str) -> Dataset:
     return Dataset(np.stack(images), np.array(labels, np.int32), class_names)
 
 
-def _load_tfds(name: str, split: str, data_dir: str) -> Dataset:
+def _load_folder(files: folders.LabelledFiles, name: str, split: str, side: int, unreadable: str) -> Dataset:
+    source = {"fingerprint": files.fingerprint(), "unreadable": unreadable, "side": side}
+    arrays_dir = _arrays_dir(name, split)
+    opened = open_arrays(arrays_dir)
+    if opened is None or any(opened[1].get(key) != value for key, value in source.items()):
+        same = folders.one_size(files)
+        keep = same is not None and min(same) <= side
+        examples = folders.read_pictures(files, None if keep else side, unreadable)
+        try:
+            write_arrays(arrays_dir, examples, files.class_names, None, source)
+        except ValueError as error:
+            raise UserError(f"{name} {error}") from None
+        opened = open_arrays(arrays_dir)
+        assert opened, f"{arrays_dir} was just written"
+    return opened[0]
+
+
+def _arrays_dir(name: str, split: str, *more: str) -> Path:
+    key = hashlib.sha256(json.dumps([name, split, *more]).encode()).hexdigest()[:16]
+    return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"
+
+
+def _load_tfds(name: str, split: str, data_dir: str, side: int) -> Dataset:
     """From the cache of arrays; filled by a child process, so that TensorFlow is never imported here."""
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" not in data_dir:  # gs://... stays as it is
         data_dir = str(Path(data_dir).expanduser().absolute())
-    key = hashlib.sha256(json.dumps([name, split, data_dir]).encode()).hexdigest()[:16]
-    arrays_dir = cache_dir() / "datasets" / f"{name.replace('/', '_')}-{key}"
-    if dataset := _open_arrays(arrays_dir):
-        return dataset
-    command = [sys.executable, "-m", "jaxft.tfds_reader", name, split, data_dir, str(arrays_dir)]
+    as_they_are, shrunk = _arrays_dir(name, split, data_dir), _arrays_dir(name, split, data_dir, str(side))
+    for attempt in range(2):
+        for arrays_dir in (as_they_are, shrunk):
+            opened = open_arrays(arrays_dir)
+            if opened and _is_fresh(opened[1]) and min(opened[0].image.shape[1:3]) <= side:
+                return opened[0]
+        if not attempt:
+            _run_tfds_reader(name, split, data_dir, side, as_they_are, shrunk)
+    raise UserError(f"{data_dir} changed while {name} was read from it; run the command again")
+
+
+def _is_fresh(info: dict[str, Any]) -> bool:
+    source = Path(info["source"])
+    return not source.exists() or hashlib.sha256(source.read_bytes()).hexdigest() == info["source_sha256"]
+
+
+def _run_tfds_reader(name: str, split: str, data_dir: str, side: int, as_they_are: Path, shrunk: Path) -> None:
+    arguments = [name, split, data_dir, str(side), str(as_they_are), str(shrunk)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}  # TensorFlow would take the accelerator's memory
+    command = [sys.executable, "-m", "jaxft.tfds_reader", *arguments]
     child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if child.returncode == 2:
         raise UserError(child.stdout)
     if child.returncode:
         raise UserError(f"reading {name} from {data_dir} failed with exit code {child.returncode}; see above")
-    if dataset := _open_arrays(arrays_dir):
-        return dataset
-    raise UserError(f"{data_dir} changed while {name} was read from it; run the command again")
-
-
-def _open_arrays(arrays_dir: Path) -> Dataset | None:
-    """None where the arrays are missing or incomplete, or the prepared set that they came from is another by now."""
-    try:
-        info = json.loads((arrays_dir / "info.json").read_text())
-        image = np.load(arrays_dir / "image.npy", mmap_mode="r")
-        label = np.load(arrays_dir / "label.npy")
-    except (OSError, ValueError):
-        return None
-    source = Path(info["source"])
-    if source.exists() and hashlib.sha256(source.read_bytes()).hexdigest() != info["source_sha256"]:
-        return None
-    return Dataset(image, label, tuple(info["class_names"]))
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:

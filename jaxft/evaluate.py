@@ -63,7 +63,9 @@ def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) ->
     step, info, model, state = load_checkpoint(workdir, which)
     config = ConfigDict(info["config"])
     data = config.data
-    dataset = datasets.load(data.name, data.eval_split, data.dir if data_dir is None else data_dir)
+    if data_dir is not None:
+        data.dir = data_dir
+    dataset = datasets.load_config_data(data, data.eval_split, config.image_size, tuple(info["class_names"]))
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
     p_eval_step = pmap_eval_step(model, Preprocessing(**info["preprocessing"]))

@@ -83,5 +83,9 @@ def preprocess(images: ArrayLike, preprocessing: Preprocessing) -> jax.Array:
 
     torchvision's Resize, CenterCrop, ToTensor and Normalize.
     """
-    pixels = resize_and_crop(images, preprocessing.image_size) / 255
-    return (pixels - jnp.array(preprocessing.mean)) / jnp.array(preprocessing.std)
+    return normalize(resize_and_crop(images, preprocessing.image_size), preprocessing)
+
+
+def normalize(pixels: jax.Array, preprocessing: Preprocessing) -> jax.Array:
+    """0..255 to the network's input."""
+    return (pixels / 255 - jnp.array(preprocessing.mean)) / jnp.array(preprocessing.std)

@@ -15,6 +15,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 BatchNormMode = Literal["update", "frozen", "sync"]
+Stem = Literal["imagenet", "small"]
+STEMS: dict[Stem, tuple[int, int]] = {  # conv1's size and stride
+    "imagenet": (7, 2),  # then a max-pool of stride 2
+    "small": (3, 1),  # alone: for pictures of about 32 pixels (He et al. 2015, section 4.2)
+}
 
 # torch: kaiming_normal_(mode="fan_out", nonlinearity="relu")
 conv_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -174,6 +179,7 @@ class ResNet(nn.Module):
     stage_depths: tuple[int, ...]
     num_classes: int
     width: int = 64
+    stem: Stem = "imagenet"
     batch_norm: BatchNormMode = "update"
     axis_name: str = "batch"
     dtype: Any = jnp.float32
@@ -185,9 +191,11 @@ class ResNet(nn.Module):
         mask: (N,), 0 for padding, which then stays out of the batch statistics in training.
         """
         norm = partial(BatchNorm, mode=self.batch_norm, axis_name=self.axis_name, dtype=self.dtype)
-        x = conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(image)
+        size, stride = STEMS[self.stem]
+        x = conv(self.width, size, stride, dtype=self.dtype, name="conv1")(image)
         x = nn.relu(norm(name="bn1")(x, mask, train))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
         for i, depth in enumerate(self.stage_depths):
             block = partial(self.block, features=self.width * 2**i, dtype=self.dtype, norm=norm)
             x = Stage(block, depth, stride=1 if i == 0 else 2, name=f"layer{i + 1}")(x, mask, train)
@@ -213,5 +221,9 @@ ARCHITECTURES: dict[str, Callable[..., ResNet]] = {
 def make_model(config: ConfigDict, num_classes: int) -> ResNet:
     """Of the config's `model` section."""
     return ARCHITECTURES[config.arch](
-        num_classes=num_classes, width=config.width, batch_norm=config.batch_norm, dtype=jnp.dtype(config.dtype)
+        num_classes=num_classes,
+        width=config.width,
+        stem=config.stem,
+        batch_norm=config.batch_norm,
+        dtype=jnp.dtype(config.dtype),
     )

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxft.augment import NO_AUGMENTATION, Augmentation, augment, picture_keys
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.resnet import ResNet
 
@@ -105,9 +106,17 @@ def train_step(
     model: ResNet,
     tx: optax.GradientTransformation,
     preprocessing: Preprocessing,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
 ) -> tuple[TrainState, Counts]:
-    """One update by the mean cross entropy of the batch over all devices; the counts are from before it."""
-    image = preprocess(pictures.image[batch.index], preprocessing)
+    """One update by the mean cross entropy of the batch over all devices; the counts are from before it.
+
+    What is random is a function of `seed`, the step and the picture alone, on any number of devices.
+    label_smoothing: the share of a label that is spread over all classes (Szegedy et al. 2016), as torch's.
+    """
+    keys = picture_keys(seed, state.step, batch.index)
+    image = augment(pictures.image[batch.index], keys, augmentation, preprocessing)
     label = pictures.label[batch.index]
     total = jax.lax.psum(batch.mask.sum(), model.axis_name)
 
@@ -115,7 +124,10 @@ def train_step(
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
         counts = _count(logits, label, batch.mask)
-        return counts.loss / total, (updates["batch_stats"], counts)
+        loss = (1 - label_smoothing) * counts.loss
+        if label_smoothing:
+            loss -= label_smoothing * (jax.nn.log_softmax(logits).mean(-1) * batch.mask).sum()
+        return loss / total, (updates["batch_stats"], counts)
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(state.params)
     grads = jax.lax.psum(grads, model.axis_name)

@@ -1,6 +1,6 @@
 """A child process that prepares a TFDS set if need be and writes one split of it as arrays.
 
-    python -m jaxft.tfds_reader NAME SPLIT DATA_DIR ARRAYS_DIR
+    python -m jaxft.tfds_reader NAME SPLIT DATA_DIR SIDE AS_THEY_ARE_DIR SHRUNK_DIR
 
 What the user can mend goes to stdout in one line, with exit code 2; progress goes to stderr.
 """
@@ -8,10 +8,7 @@ What the user can mend goes to stdout in one line, with exit code 2; progress go
 import contextlib
 import hashlib
 import importlib.util
-import json
 import logging
-import os
-import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -19,10 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from jaxft.arrays import write_arrays
 from jaxft.errors import UserError
 
 CONNECT_SECONDS = 5
@@ -91,8 +88,8 @@ def _examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterable[Any]:
         yield from tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
 
 
-def write_arrays(builder: tfds.core.DatasetBuilder, split: str, arrays_dir: Path) -> None:
-    """image.npy (uint8, N H W 3), label.npy (int32) and info.json, in a folder that appears all at once."""
+def read_split(builder: tfds.core.DatasetBuilder, split: str, side: int, as_they_are: Path, shrunk: Path) -> None:
+    """Writes the split's arrays: into `as_they_are`, or into `shrunk` where pictures differ in size or are larger."""
     image_name, label_name = (
         _feature_of_type(builder, kind) for kind in (tfds.features.Image, tfds.features.ClassLabel)
     )
@@ -102,49 +99,22 @@ def write_arrays(builder: tfds.core.DatasetBuilder, split: str, arrays_dir: Path
         raise UserError(str(error).split(". See format")[0]) from None
     if not size:
         raise UserError(f"the split '{split}' of '{builder.name}' has no pictures")
+    progress = tqdm(_examples(builder, split), f"reading {builder.name} {split}", size, disable=not sys.stderr.isatty())
+    examples = ((example[image_name], int(example[label_name])) for example in progress)
+    features = builder.info.features
+    height, width, _ = features[image_name].shape
+    keep = bool(height and width and min(height, width) <= side)
     source = Path(builder.data_path) / "dataset_info.json"
-    partial_dir = arrays_dir.with_name(f"{arrays_dir.name}.partial-{os.getpid()}")
-    partial_dir.mkdir(parents=True)
+    info = {"source": str(source), "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    arrays_dir, side_or_none = (as_they_are, None) if keep else (shrunk, side)
     try:
-        image = None
-        label = np.empty(size, np.int32)
-        progress = tqdm(
-            _examples(builder, split), f"reading {builder.name} {split}", size, disable=not sys.stderr.isatty()
-        )
-        for i, example in enumerate(progress):
-            picture = example[image_name]
-            if image is None:
-                shape = (size, *picture.shape[:2], 3)
-                image = np.lib.format.open_memmap(partial_dir / "image.npy", "w+", np.uint8, shape)
-            if picture.shape[:2] != image.shape[1:3]:
-                raise UserError(f"the pictures of '{builder.name}' differ in size, which jaxft cannot read yet")
-            if picture.dtype != np.uint8 or picture.shape[2] not in (1, 3):
-                kind = f"{picture.dtype} with {picture.shape[2]} channels"
-                raise UserError(f"the pictures of '{builder.name}' are {kind}; jaxft reads uint8 with 1 or 3")
-            image[i] = picture  # a grey picture's one channel becomes three
-            label[i] = example[label_name]
-        if image is None:
-            raise UserError(f"the split '{split}' of '{builder.name}' has no pictures")
-        image.flush()
-        np.save(partial_dir / "label.npy", label)
-        info = {
-            "class_names": builder.info.features[label_name].names,
-            "source": str(source),
-            "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-        }
-        (partial_dir / "info.json").write_text(json.dumps(info))
-        shutil.rmtree(arrays_dir, ignore_errors=True)
-        try:
-            partial_dir.rename(arrays_dir)
-        except OSError:
-            if not arrays_dir.exists():  # else a process that started beside this one was faster
-                raise
-    finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
+        write_arrays(arrays_dir, examples, features[label_name].names, side_or_none, info)
+    except ValueError as error:
+        raise UserError(f"the split '{split}' of '{builder.name}' {error}") from None
 
 
-def main(name: str, split: str, data_dir: str, arrays_dir: str) -> None:
-    write_arrays(prepared_builder(name, data_dir), split, Path(arrays_dir))
+def main(name: str, split: str, data_dir: str, side: str, as_they_are: str, shrunk: str) -> None:
+    read_split(prepared_builder(name, data_dir), split, int(side), Path(as_they_are), Path(shrunk))
 
 
 if __name__ == "__main__":

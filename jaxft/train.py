@@ -22,6 +22,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxft import datasets
+from jaxft.augment import Augmentation
 from jaxft.checkpoint import Checkpoints, check_workdir, has_checkpoint, write_config
 from jaxft.config import load_config
 from jaxft.errors import ArgumentParser, UserError, run_command
@@ -56,8 +57,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     check_batch_size(config.batch_size)
 
     # data
-    train_data = datasets.load(config.data.name, config.data.train_split, config.data.dir)
-    eval_data = datasets.load(config.data.name, config.data.eval_split, config.data.dir)
+    train_data = datasets.load_config_data(config.data, config.data.train_split, config.image_size)
+    eval_data = datasets.load_config_data(
+        config.data, config.data.eval_split, config.image_size, train_data.class_names
+    )
     train_size = len(train_data.label)
     steps_per_epoch = math.ceil(train_size / config.batch_size)
 
@@ -85,7 +88,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     if first_epoch <= config.num_epochs:
         print("compiling the first step, which takes a while", file=sys.stderr, flush=True)
     preprocessing = Preprocessing(**info["preprocessing"])
-    p_train_step = pmap_train_step(model, tx, preprocessing)
+    p_train_step = pmap_train_step(config, model, tx, preprocessing)
     p_eval_step = pmap_eval_step(model, preprocessing)
     train_pictures = replicate(Pictures(train_data.image, train_data.label))
     eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
@@ -163,8 +166,18 @@ def check_data(info: dict[str, Any], train_data: datasets.Dataset, workdir: Path
         raise UserError(f"{workdir} began with {info['train_size']} other pictures to train; name another --workdir")
 
 
-def pmap_train_step(model: ResNet, tx: optax.GradientTransformation, preprocessing: Preprocessing) -> PTrainStep:
-    step = partial(train_step, model=model, tx=tx, preprocessing=preprocessing)
+def pmap_train_step(
+    config: ConfigDict, model: ResNet, tx: optax.GradientTransformation, preprocessing: Preprocessing
+) -> PTrainStep:
+    step = partial(
+        train_step,
+        model=model,
+        tx=tx,
+        preprocessing=preprocessing,
+        augmentation=Augmentation(**config.augment),
+        label_smoothing=config.label_smoothing,
+        seed=config.seed,
+    )
     return jax.pmap(
         step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0
     )  # state in natural shapes: no leading axis to add or strip

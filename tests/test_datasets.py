@@ -90,7 +90,7 @@ def test_tfds_is_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_cache_that_was_cut_short_is_made_again(cache: Path) -> None:
     first = datasets.load("tiny_pictures", "test", str(DATA / "array_record"))
     image = np.array(first.image)
-    (path,) = cache.glob("datasets/*/image.npy")
+    (path,) = cache.glob("datasets/*/image.bin")
     path.write_bytes(path.read_bytes()[:1000])
     np.testing.assert_array_equal(datasets.load("tiny_pictures", "test", str(DATA / "array_record")).image, image)
 

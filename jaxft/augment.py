@@ -1,0 +1,95 @@
+"""Random changes of the training pictures: pure functions of a key, on the device, inside the step."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxft.preprocessing import Preprocessing, normalize, preprocess
+
+
+class Augmentation(NamedTuple):
+    """The config's `augment` section."""
+
+    flip: bool = False
+    shift: float = 0.0
+    crop_area: float = 1.0
+    crop_ratio: float = 1.0
+
+
+NO_AUGMENTATION = Augmentation()
+
+
+class Boxes(NamedTuple):
+    """Of each picture the part that is seen, in fractions of its sides; left > right shows it mirrored."""
+
+    top: jax.Array  # (N,)
+    bottom: jax.Array
+    left: jax.Array
+    right: jax.Array
+
+
+def picture_keys(seed: int, step: ArrayLike, index: ArrayLike) -> jax.Array:
+    """A key for each picture of a step, whichever device it is on: (N,) from its number in the data set, (N,)."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))
+
+
+def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width: int) -> Boxes:
+    """For each picture the central square, or a random part of it, shifted and mirrored by chance.
+
+    The part's area is at least `crop_area` of the square's, its sides' ratio at most `crop_ratio` (Szegedy et al.
+    2015, as torchvision's RandomResizedCrop).
+    """
+
+    def box(key: jax.Array) -> Boxes:
+        area_key, ratio_key, place_key, shift_key, flip_key = jax.random.split(key, 5)
+        area = jax.random.uniform(area_key, minval=augmentation.crop_area, maxval=1.0)
+        log_ratio = jnp.log(augmentation.crop_ratio)
+        ratio = jnp.exp(jax.random.uniform(ratio_key, minval=-log_ratio, maxval=log_ratio))  # width to height
+        size = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), 1.0)
+        corner = (1 - size) * jax.random.uniform(place_key, (2,))
+        corner += jax.random.uniform(shift_key, (2,), minval=-augmentation.shift, maxval=augmentation.shift)
+        # from the central square to the whole picture
+        shorter = min(height, width)
+        scale = jnp.array([shorter / height, shorter / width])
+        corner, size = (1 - scale) / 2 + corner * scale, size * scale
+        (top, left), (bottom, right) = corner, corner + size
+        flip = augmentation.flip & jax.random.bernoulli(flip_key)
+        return Boxes(top, bottom, jnp.where(flip, right, left), jnp.where(flip, left, right))
+
+    return jax.vmap(box)(keys)
+
+
+def sampling_weights(start: jax.Array, end: jax.Array, size_in: int, size_out: int) -> jax.Array:
+    """Pillow's bilinear filter for the part of a side from `start` to `end`: (size_out, size_in).
+
+    start, end: fractions of the side; mirrored where start > end. Rows sum to 1, and to 0 beyond the side's ends.
+    """
+    scale = (end - start) * size_in / size_out
+    support = jnp.maximum(jnp.abs(scale), 1.0)
+    centre = (start * size_in + (jnp.arange(size_out) + 0.5) * scale)[:, None]
+    weights = jnp.maximum(0.0, 1 - jnp.abs(jnp.arange(size_in) + 0.5 - centre) / support)
+    inside = (centre >= 0) & (centre <= size_in)
+    return jnp.where(inside, weights / weights.sum(1, keepdims=True), 0.0)
+
+
+def crop_and_resize(images: jax.Array, boxes: Boxes, size: int, fill: ArrayLike) -> jax.Array:
+    """uint8 (N, H, W, 3) to float32 (N, size, size, 3) in 0..255: each picture's box, `fill` (3,) outside of it."""
+    _, height, width, _ = images.shape
+    vertical = jax.vmap(lambda a, b: sampling_weights(a, b, height, size))(boxes.top, boxes.bottom)
+    horizontal = jax.vmap(lambda a, b: sampling_weights(a, b, width, size))(boxes.left, boxes.right)
+    pixels = images.astype(jnp.float32) - jnp.asarray(fill)
+    pixels = jnp.einsum("nvw,nhwc->nhvc", horizontal, pixels)
+    return jnp.einsum("nuh,nhvc->nuvc", vertical, pixels) + jnp.asarray(fill)
+
+
+def augment(images: ArrayLike, keys: jax.Array, augmentation: Augmentation, preprocessing: Preprocessing) -> jax.Array:
+    """uint8 (N, H, W, 3) to normalised float32 (N, size, size, 3), as preprocess(), with what the keys pick (N,)."""
+    if augmentation == NO_AUGMENTATION:
+        return preprocess(images, preprocessing)
+    images = jnp.asarray(images)
+    boxes = random_boxes(keys, augmentation, *images.shape[1:3])
+    fill = 255 * jnp.array(preprocessing.mean)
+    return normalize(crop_and_resize(images, boxes, preprocessing.image_size, fill), preprocessing)

@@ -1,0 +1,153 @@
+"""A folder of the user's own pictures: which files there are, their classes, and which are held out."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxft.errors import UserError
+from jaxft.pictures import SUFFIXES, PictureError, decode, shrink
+from jaxft.progress import Progress
+
+SHOWN = 10  # names in a message
+
+
+class LabelledFiles(NamedTuple):
+    paths: list[Path]
+    label: list[int]
+    class_names: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Of the files' names, sizes and times: another one means other pictures."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.paths, self.label, strict=True):
+            stat = path.stat() if path.exists() else None  # a dangling link, which decoding will tell
+            digest.update(f"{path}\0{label}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+        return digest.hexdigest()
+
+
+def find_files(root: Path, split: str, holdout: float, class_names: tuple[str, ...] | None) -> LabelledFiles:
+    """The pictures of `split`: of ROOT/SPLIT/CLASS/**, or else the part of ROOT/CLASS/** that is held out or is not.
+
+    In the second case "train" names the pictures that are trained on and any other name those held out: of each
+    class the fraction `holdout`, chosen by the files' names alone. class_names: None takes the folders' names;
+    otherwise a class may lack pictures but not have another name. Raises UserError.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; data.name is folder:PATH, with PATH/train/CLASS/*.jpg")
+    has_splits = any((root / name).is_dir() for name in ("train", split))
+    top = root / split if has_splits else root
+    if not top.is_dir():
+        raise UserError(f"{root} has no split '{split}'; it has {', '.join(_folders(root))}")
+    found = {name: _pictures_below(top / name) for name in _folders(top)}
+    if class_names is None:
+        class_names = tuple(name for name, paths in found.items() if paths)
+    if not any(found.values()):
+        raise UserError(f"{top} has no pictures in folders named by class: {top}/CLASS/*.jpg")
+    if unknown := sorted(name for name, paths in found.items() if paths and name not in class_names):
+        raise UserError(f"{top} has classes that the training pictures lack: {_shortened(unknown)}")
+    if len(class_names) < 2:
+        raise UserError(f"{top} has pictures of one class alone, {class_names[0]}; there must be two or more")
+    if not has_splits:
+        found = {name: _part(root, paths, split, holdout) for name, paths in found.items()}
+        if not any(found.values()):
+            raise UserError(f"a data.holdout of {holdout} leaves no picture of {root} for the split '{split}'")
+    pairs = [(path, label) for label, name in enumerate(class_names) for path in found.get(name, [])]
+    return LabelledFiles([path for path, _ in pairs], [label for _, label in pairs], class_names)
+
+
+def _folders(top: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    """Every file with a picture's ending, dangling links too, in the order of names."""
+    return [
+        Path(parent, name)
+        for parent, folders, names in os.walk(folder)
+        for name in (folders.sort() or sorted(names))  # os.walk goes down in the order that it finds here
+        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    ]
+
+
+def _part(root: Path, paths: list[Path], split: str, holdout: float) -> list[Path]:
+    """By the names' hashes, so that most pictures stay where they are when others come or go."""
+
+    def by_name(path: Path) -> bytes:
+        return hashlib.sha256(str(path.relative_to(root)).encode(errors="surrogateescape")).digest()
+
+    held_out = set(sorted(paths, key=by_name)[: round(len(paths) * holdout)])
+    return [path for path in paths if (path in held_out) == (split != "train")]
+
+
+def one_size(files: LabelledFiles) -> tuple[int, int] | None:
+    """(height, width) where all files that can be read have the same, as their headers tell."""
+    with ThreadPoolExecutor() as pool:
+        sizes = {size for size in pool.map(_header_size, files.paths) if size}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _header_size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: lying on its side
+            return picture.size if turned else picture.size[::-1]
+    except Exception:  # Pillow's plugins raise whatever they like; decoding tells it
+        return None
+
+
+def read_pictures(files: LabelledFiles, side: int | None, unreadable: str) -> Iterator[tuple[np.ndarray, int]]:
+    """(picture, label) of each file in order, shrunk to a square of `side` pixels unless None.
+
+    unreadable: "refuse" raises UserError with the files that are no pictures, "skip" lists them and goes on.
+    """
+    problems: list[str] = []
+    with ThreadPoolExecutor() as pool, Progress("reading pictures", len(files.paths)) as progress:
+        read = partial(_read, side=side)
+        for picture, label in zip(_map_ahead(pool, read, files.paths), files.label, strict=True):
+            progress.update(1)
+            if isinstance(picture, PictureError):
+                problems.append(str(picture))
+            elif not problems or unreadable == "skip":
+                yield picture, label
+    if problems and unreadable == "refuse":
+        raise UserError(
+            f"{len(problems)} of {len(files.paths)} files cannot be used: {_shortened(problems)}; "
+            "mend or remove them, or pass over them by --config.data.unreadable=skip"
+        )
+    for problem in problems[:SHOWN]:
+        print(f"skipped: {problem}", file=sys.stderr)
+    if len(problems) > SHOWN:
+        print(f"skipped: {len(problems) - SHOWN} more", file=sys.stderr, flush=True)
+
+
+def _read(path: Path, side: int | None) -> np.ndarray | PictureError:
+    try:
+        picture = decode(path)
+    except PictureError as error:
+        return error
+    return picture if side is None else shrink(picture, side)
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Path], np.ndarray | PictureError], paths: list[Path]
+) -> Iterator[np.ndarray | PictureError]:
+    """pool.map that holds a few results at a time, not all pictures of the folder."""
+    ahead = 4 * (os.cpu_count() or 1)
+    waiting = [pool.submit(function, path) for path in paths[:ahead]]
+    for i in range(len(paths)):
+        yield waiting[i % ahead].result()
+        if i + ahead < len(paths):
+            waiting[i % ahead] = pool.submit(function, paths[i + ahead])
+
+
+def _shortened(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

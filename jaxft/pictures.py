@@ -1,0 +1,64 @@
+"""A picture file, of whatever kind, as the uint8 RGB array that a person would call the picture."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxft.errors import UserError
+
+MAX_PIXELS = 178_956_970  # where Pillow would raise DecompressionBombError: 0.5 GB of RGB
+Image.MAX_IMAGE_PIXELS = None  # checked here, without Pillow's warning at half of it
+
+Image.init()
+SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+class PictureError(UserError):
+    """A file that is no picture, or not one to be read."""
+
+
+def decode(source: Path | bytes, name: str = "") -> np.ndarray:
+    """uint8 (H, W, 3) of anything that Pillow reads: turned as EXIF says, transparency on white, the first frame.
+
+    Grey, palette, CMYK and 16-bit pictures become RGB. Raises PictureError with `name`, or the path.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "the picture")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise PictureError(f"{name} has {width} x {height} pixels; jaxft reads up to {MAX_PIXELS:,} in all")
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+    except PictureError:
+        raise
+    except FileNotFoundError:
+        raise PictureError(f"there is no picture {name}") from None
+    except Exception as error:  # Pillow's plugins raise whatever they like for damaged files
+        raise PictureError(f"{name} cannot be read as a picture ({error or type(error).__name__})") from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
+        grey = np.asarray(picture).astype(np.int64)
+        return Image.fromarray((np.clip(grey, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def shrink(picture: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W, 3) to (size, size, 3): the shorter side to `size` by Pillow's BILINEAR, then the central square.
+
+    torchvision's Resize(size) and CenterCrop(size), and what preprocessing.resize_and_crop does on the device.
+    """
+    height, width = picture.shape[:2]
+    shorter = min(height, width)
+    new_height, new_width = int(size * height / shorter), int(size * width / shorter)
+    if (new_height, new_width) != (height, width):
+        picture = np.asarray(Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BILINEAR))
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return picture[top : top + size, left : left + size]

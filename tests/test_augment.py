@@ -1,0 +1,91 @@
+"""Augmentation against Pillow, and as a function of the seed, the step and the picture alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jaxft import datasets
+from jaxft.augment import Augmentation, Boxes, augment, crop_and_resize, picture_keys, random_boxes
+from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
+
+PREPROCESSING = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
+EVERYTHING = Augmentation(flip=True, shift=0.1, crop_area=0.3, crop_ratio=4 / 3)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(8, 40), st.integers(8, 40), st.integers(4, 70), st.booleans(), st.floats(0.1, 1), st.floats(0, 1))
+def test_a_box_is_what_pillow_resizes(
+    height: int, width: int, size: int, mirrored: bool, part: float, place: float
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    left, top = place * (1 - part), (1 - place) * (1 - part)
+    right, bottom = left + part, top + part
+    pixels = (left * width, top * height, right * width, bottom * height)
+    expected = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, pixels), np.float32)
+    sides = (right, left) if mirrored else (left, right)
+    boxes = Boxes(*(jnp.array([side]) for side in (top, bottom, *sides)))
+    (ours,) = crop_and_resize(jnp.asarray(image[None]), boxes, size, 0.0)
+    np.testing.assert_allclose(ours[:, ::-1] if mirrored else ours, expected, rtol=0, atol=1.1)  # Pillow rounds, twice
+
+
+def test_beyond_the_picture_is_the_mean_colour() -> None:
+    image = jnp.full((1, 10, 10, 3), 200, jnp.uint8)
+    boxes = Boxes(*(jnp.array([side]) for side in (0.5, 1.5, 0.0, 1.0)))
+    (ours,) = crop_and_resize(image, boxes, 10, jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(ours[:5], 200, rtol=1e-6)
+    np.testing.assert_allclose(ours[6:], np.broadcast_to([1, 2, 3], (4, 10, 3)), rtol=1e-6)
+
+
+def test_it_depends_on_seed_step_and_picture_alone() -> None:
+    sample = datasets.load("sample:cifar10", "test")
+    index = np.arange(0, 64)
+
+    def seen(seed: int, step: int, index: np.ndarray) -> np.ndarray:
+        return np.asarray(augment(sample.image[index], picture_keys(seed, step, index), EVERYTHING, PREPROCESSING))
+
+    whole = seen(0, 3, index)
+    np.testing.assert_allclose(np.concatenate([seen(0, 3, part) for part in np.split(index, 8)]), whole, atol=1e-6)
+    for other in (seen(1, 3, index), seen(0, 4, index)):
+        assert (np.abs(other - whole).max((1, 2, 3)) > 0.1).all()
+
+
+def test_without_augmentation_it_is_the_preprocessing_to_the_bit() -> None:
+    images = datasets.load("sample:cifar10", "test").image[:8]
+    keys = picture_keys(0, 0, np.arange(8))
+    np.testing.assert_array_equal(
+        augment(images, keys, Augmentation(), PREPROCESSING), preprocess(images, PREPROCESSING)
+    )
+
+
+def test_flip_shows_half_of_the_pictures_mirrored_and_the_rest_as_they_are() -> None:
+    images = datasets.load("sample:cifar10", "test").image[:400]
+    ours = augment(images, picture_keys(0, 0, np.arange(400)), Augmentation(flip=True), PREPROCESSING)
+    plain = preprocess(images, PREPROCESSING)
+    same = np.abs(ours - plain).max((1, 2, 3)) < 1e-4
+    mirrored = np.abs(ours - plain[:, :, ::-1]).max((1, 2, 3)) < 1e-4
+    assert (same | mirrored).all()
+    assert 160 < mirrored.sum() < 240  # 4 standard deviations of a fair coin
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 50)])
+def test_boxes_have_the_area_ratio_and_place_that_was_asked(height: int, width: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 5000)
+    boxes = random_boxes(keys, Augmentation(crop_area=0.3, crop_ratio=4 / 3), height, width)
+    shorter = min(height, width)
+    tall = np.asarray(boxes.bottom - boxes.top) * height
+    wide = np.asarray(boxes.right - boxes.left) * width
+    area = tall * wide / shorter**2
+    assert 0.28 < area.min() < 0.31
+    assert area.max() > 0.97
+    assert abs(area.mean() - 0.65) < 0.02
+    assert 1.3 < (wide / tall).max() <= 4 / 3 + 1e-3
+    for start, end, side in ((boxes.top, boxes.bottom, height), (boxes.left, boxes.right, width)):
+        low = (1 - shorter / side) / 2
+        assert np.min(start) >= low - 1e-6
+        assert np.max(end) <= 1 - low + 1e-6
+        assert np.min(start) < low + 0.01
+        assert np.max(end) > 1 - low - 0.01
