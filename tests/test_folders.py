@@ -77,6 +77,10 @@ def test_the_cache_follows_the_files(root: Path, monkeypatch: pytest.MonkeyPatch
     assert len(load(root, "train").label) == 5
 
 
+def what_is_shown(data: datasets.Dataset) -> set[tuple[int, int]]:
+    return {(int(image[0, 0, 0]), int(label)) for image, label in zip(data.image, data.label, strict=True)}
+
+
 def test_without_folders_by_split_a_fraction_of_each_class_is_held_out(tmp_path: Path) -> None:
     root = tmp_path / "flat"
     for name, count in (("a", 20), ("b", 10), ("c", 1)):
@@ -85,14 +89,12 @@ def test_without_folders_by_split_a_fraction_of_each_class_is_held_out(tmp_path:
     train, test = (load(root, split, holdout=0.3) for split in ("train", "test"))
     np.testing.assert_array_equal(np.bincount(train.label), [14, 7, 1])
     np.testing.assert_array_equal(np.bincount(test.label), [6, 3])
-    shown = [
-        {(int(image[0, 0, 0]), int(label)) for image, label in zip(*data[:2], strict=True)} for data in (train, test)
-    ]
+    shown = [what_is_shown(data) for data in (train, test)]
     assert len(shown[0] | shown[1]) == 31
     assert not shown[0] & shown[1]
     save(root / "a" / "another.png", (99, 0, 0))
     again = load(root, "test", holdout=0.3)
-    stay = {(int(image[0, 0, 0]), int(label)) for image, label in zip(*again[:2], strict=True)} & shown[1]
+    stay = what_is_shown(again) & shown[1]
     assert len(stay) >= 8  # one picture more moves one at most
 
 

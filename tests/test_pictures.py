@@ -47,7 +47,7 @@ def test_formats(kind: str) -> None:
     ids=["grey", "1 bit", "grey and alpha", "transparent", "opaque", "16 bits", "CMYK", "palette"],
 )
 def test_modes(picture: Image.Image, kind: str, expected: tuple[int, int, int]) -> None:
-    np.testing.assert_array_equal(decode(encoded(picture, kind)), np.broadcast_to(np.uint8(expected), (4, 4, 3)))
+    np.testing.assert_array_equal(decode(encoded(picture, kind)), np.broadcast_to(expected, (4, 4, 3)))
 
 
 def test_exif_orientation_turns_the_picture() -> None:
