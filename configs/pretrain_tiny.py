@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "val_by_class"
 
     config.augment = ConfigDict()
+    config.augment.first_image_size = 16
     config.augment.flip = True
     config.augment.crop_area = 0.5
     config.augment.crop_ratio = 4 / 3

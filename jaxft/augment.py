@@ -5,12 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from ml_collections import ConfigDict
 
 from jaxft.preprocessing import Preprocessing, normalize, preprocess
 
 
 class Augmentation(NamedTuple):
-    """The config's `augment` section."""
+    """What is changed by chance; see the config's `augment` section."""
 
     flip: bool = False
     shift: float = 0.0
@@ -19,6 +20,11 @@ class Augmentation(NamedTuple):
 
 
 NO_AUGMENTATION = Augmentation()
+
+
+def make_augmentation(config: ConfigDict) -> Augmentation:
+    """Of the config's `augment` section."""
+    return Augmentation(**{name: config[name] for name in Augmentation._fields})
 
 
 class Boxes(NamedTuple):

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxft.config import flatten
+from jaxft.config import flatten, resolve
 from jaxft.errors import UserError
 from jaxft.optimizer import make_optimizer
 from jaxft.resnet import ResNet, make_model
@@ -110,7 +110,7 @@ def load_checkpoint(workdir: Path, which: str) -> LoadedCheckpoint:
     with closing(Checkpoints(workdir)) as checkpoints:
         step = checkpoints.resolve(which)
         info = checkpoints.info(step)
-        config = ConfigDict(info["config"])
+        config = resolve(info["config"])
         model = make_model(config.model, len(info["class_names"]))
         tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)  # for the structure of its state
         return LoadedCheckpoint(step, info, model, checkpoints.restore(step, abstract_train_state(model, tx)))
@@ -126,7 +126,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             raise UserError(f"{workdir} has checkpoints but no config.json; name another --workdir")
         return
     try:
-        there = flatten(ConfigDict(json.loads(path.read_text())))
+        there = flatten(resolve(json.loads(path.read_text())))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); name another --workdir") from None
     here = flatten(config)

@@ -5,7 +5,7 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def default_config() -> ConfigDict:
             "augment": {  # of the training pictures, each time anew
                 "flip": False,  # mirrored half of the time
                 "shift": 0.0,  # at most, as a fraction of the side
+                "first_image_size": 0,  # pixels in the first epoch, growing to image_size in the last; 0: no growth
                 "crop_area": 1.0,  # smallest part of the area that is seen; 1: all of it
                 "crop_ratio": 1.0,  # of its width to its height, at most, and at least the inverse
             },
@@ -79,6 +80,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.stored_size": (0, 4096),
     "data.holdout": (0, 1),
     "label_smoothing": (0, 1),
+    "augment.first_image_size": (0, 4096),
     "augment.shift": (0, 1),
     "augment.crop_area": (0.01, 1),
     "augment.crop_ratio": (1, 10),
@@ -89,6 +91,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_latest": (1, 2**31 - 1),
     "checkpoint.keep_best": (0, 2**31 - 1),
 }
+
+
+def resolve(stored: Mapping[str, Any]) -> ConfigDict:
+    """A config as a run has kept it, with the defaults of keys that were not there yet."""
+    config = default_config()
+    _update(config, flatten(ConfigDict(stored)), "of the run")
+    return config
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

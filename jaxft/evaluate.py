@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxft import datasets
 from jaxft.checkpoint import load_checkpoint
+from jaxft.config import resolve
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
@@ -61,7 +61,7 @@ class Evaluation(NamedTuple):
 def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) -> Evaluation:
     """A checkpoint, 'best', 'latest' or a step's number, on the split that its run was tested on."""
     step, info, model, state = load_checkpoint(workdir, which)
-    config = ConfigDict(info["config"])
+    config = resolve(info["config"])
     data = config.data
     if data_dir is not None:
         data.dir = data_dir

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxft.datasets import cache_dir
+from jaxft.datasets import SAMPLES_DIR, cache_dir
 from jaxft.download import fetch
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -92,6 +92,12 @@ WEIGHTS = (
     *_named(_TORCHVISION, "https://download.pytorch.org/models/", "bilinear", "torchvision", "BSD-3-Clause"),
     *_named(_TIMM, _TIMM_RELEASES, "bicubic", "timm", "Apache-2.0"),
 )
+
+
+def shipped(name: str) -> Path | None:
+    """The file of weights that come with jaxft itself."""
+    path = SAMPLES_DIR / f"{name}.safetensors"
+    return path if name and path.is_file() else None
 
 
 def find(name: str) -> NamedWeights | None:

@@ -59,7 +59,7 @@ FORMAT = "jaxft 1"  # in the metadata of a weights file
 
 class Weights(NamedTuple):
     variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, of the file's own types
-    provenance: dict[str, Any]  # arch, width, num_classes, source (file name), source_sha256, mean, std, ...
+    provenance: dict[str, Any]  # arch, width, stem, num_classes, source (file name), source_sha256, mean, std, ...
 
 
 def torch_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
@@ -159,14 +159,25 @@ def _shapes(arch: str, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int
     return torch_shapes(_model_for(arch, tensors))
 
 
+def model_of(provenance: Mapping[str, Any]) -> ResNet:
+    """The network, computing in float32, whose weights these are."""
+    keys = ("num_classes", "width", "stem")
+    return ARCHITECTURES[provenance["arch"]](**{key: provenance[key] for key in keys if key in provenance})
+
+
 def _model_for(arch: str, tensors: Mapping[str, np.ndarray]) -> ResNet:
-    """With the number of classes and the width that the tensors have."""
+    """With the number of classes, the width and the stem that the tensors have."""
 
     def length(key: str, usual: int) -> int:
         shape = tensors[key].shape if key in tensors else ()
         return shape[0] if shape and shape[0] else usual
 
-    return ARCHITECTURES[arch](num_classes=length("fc.bias", 1000), width=length("bn1.weight", 64))
+    small = "conv1.weight" in tensors and tensors["conv1.weight"].shape[2:] == (3, 3)
+    return ARCHITECTURES[arch](
+        num_classes=length("fc.bias", 1000),
+        width=length("bn1.weight", 64),
+        stem="small" if small else "imagenet",
+    )
 
 
 def load_pretrained(source: str, arch: str | None = None) -> Weights:
@@ -174,6 +185,8 @@ def load_pretrained(source: str, arch: str | None = None) -> Weights:
 
     Raises UserError where they cannot be had, or are not of `arch`.
     """
+    if shipped := named_weights.shipped(source):
+        return read_weights(shipped, arch)
     named = named_weights.find(source)
     if named is None:
         if not Path(source).exists() and (near := named_weights.near(source)):
@@ -211,6 +224,7 @@ def read_weights(path: str | Path, arch: str | None = None) -> Weights:
     provenance = {
         "arch": found,
         "width": model.width,
+        "stem": model.stem,
         "num_classes": model.num_classes,
         "source": path.name,
         "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -234,7 +248,7 @@ def _jaxft_metadata(path: Path) -> dict[str, Any] | None:
         return None
     try:
         provenance = json.loads(metadata["jaxft"])
-        ARCHITECTURES[provenance["arch"]](num_classes=provenance["num_classes"], width=provenance["width"])
+        model_of(provenance)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or of a newer jaxft: its metadata is wrong at {error}") from None
     return provenance
@@ -244,8 +258,9 @@ def _read_jaxft(path: Path, provenance: dict[str, Any], arch: str | None) -> Wei
     if arch not in (None, provenance["arch"]):
         raise UserError(f"{path} holds a {provenance['arch']}, not a {arch}")
     tensors = safetensors.numpy.load_file(path)
-    model = ARCHITECTURES[provenance["arch"]](num_classes=provenance["num_classes"], width=provenance["width"])
-    expected = {"/".join(key): array.shape for key, array in flatten_dict(_abstract_variables(model)).items()}
+    expected = {
+        "/".join(key): array.shape for key, array in flatten_dict(_abstract_variables(model_of(provenance))).items()
+    }
     try:
         _check_shapes({key: array.shape for key, array in tensors.items()}, expected)
     except UserError as error:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxft import datasets
-from jaxft.augment import Augmentation
+from jaxft.augment import make_augmentation
 from jaxft.checkpoint import Checkpoints, check_workdir, has_checkpoint, write_config
 from jaxft.config import load_config
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, pmap_eval_step
 from jaxft.metrics import MetricsFile
 from jaxft.optimizer import make_optimizer
-from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
 from jaxft.resnet import ResNet, make_model
@@ -88,7 +88,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     if first_epoch <= config.num_epochs:
         print("compiling the first step, which takes a while", file=sys.stderr, flush=True)
     preprocessing = Preprocessing(**info["preprocessing"])
-    p_train_step = pmap_train_step(config, model, tx, preprocessing)
+    image_size = partial(
+        epoch_image_size, config.augment.first_image_size, config.image_size, num_epochs=config.num_epochs
+    )
+
+    @cache
+    def p_train_step(size: int) -> PTrainStep:
+        return pmap_train_step(config, model, tx, preprocessing._replace(image_size=size))
+
     p_eval_step = pmap_eval_step(model, preprocessing)
     train_pictures = replicate(Pictures(train_data.image, train_data.label))
     eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
@@ -99,7 +106,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
             first_step = int(state.step) + 1
             started = time.monotonic()
             with Progress(f"epoch {epoch}/{config.num_epochs}", train_size) as progress:
-                steps = run_steps(p_train_step, state, train_pictures, batches)
+                steps = run_steps(p_train_step(image_size(epoch)), state, train_pictures, batches)
                 for step, (newest_state, counts) in enumerate(steps, first_step):
                     state = newest_state
                     started, seconds = time.monotonic(), time.monotonic() - started
@@ -134,10 +141,10 @@ def initial_state(
     if not config.model.pretrained:
         return jax.jit(partial(create_train_state, model, tx))(rng), {"source": "random initialisation"}
     weights = load_pretrained(config.model.pretrained, config.model.arch)
-    if weights.provenance["width"] != config.model.width:
-        raise UserError(
-            f"{config.model.pretrained} has width {weights.provenance['width']}; set --config.model.width to it"
-        )
+    for key in ("width", "stem"):
+        there = weights.provenance.get(key, config.model[key])
+        if there != config.model[key]:
+            raise UserError(f"{config.model.pretrained} has {key} {there}; set --config.model.{key} to it")
     variables = jax.tree.map(np.float32, weights.variables)
     variables = replace_head(variables, model.num_classes, rng)
     params, batch_stats = variables["params"], variables["batch_stats"]
@@ -174,7 +181,7 @@ def pmap_train_step(
         model=model,
         tx=tx,
         preprocessing=preprocessing,
-        augmentation=Augmentation(**config.augment),
+        augmentation=make_augmentation(config.augment),
         label_smoothing=config.label_smoothing,
         seed=config.seed,
     )

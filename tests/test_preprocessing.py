@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxft import datasets
-from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess, resize
+from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size, preprocess, resize
 from tests.reference import torchvision
 
 
@@ -57,3 +57,9 @@ def test_preprocess_is_torchvisions_transform(height: int, width: int, size: int
     assert difference.mean() <= 0.1 / 255
     if height == width:
         assert difference.max() <= 1e-6
+
+
+def test_pictures_grow_over_the_epochs() -> None:
+    assert [epoch_image_size(0, 224, epoch, 3) for epoch in (1, 2, 3)] == [224, 224, 224]
+    assert [epoch_image_size(128, 224, epoch, 5) for epoch in range(1, 6)] == [140, 140, 168, 196, 224]
+    assert epoch_image_size(128, 224, 1, 1) == 224
