@@ -16,6 +16,7 @@ from jaxft.resnet import ARCHITECTURES
 
 
 def default_config() -> ConfigDict:
+    """Every key with its default."""
     return ConfigDict(
         {
             "seed": 0,  # of the new head and of the order of pictures

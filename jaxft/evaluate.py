@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxft import datasets
-from jaxft.checkpoint import load_checkpoint
+from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.config import resolve
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.metrics import summarise
@@ -60,7 +60,11 @@ class Evaluation(NamedTuple):
 
 def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) -> Evaluation:
     """A checkpoint, 'best', 'latest' or a step's number, on the split that its run was tested on."""
-    step, info, model, state = load_checkpoint(workdir, which)
+    return evaluate_checkpoint(load_checkpoint(workdir, which), data_dir)
+
+
+def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = None) -> Evaluation:
+    step, info, model, state = checkpoint
     config = resolve(info["config"])
     data = config.data
     if data_dir is not None:

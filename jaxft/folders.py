@@ -46,7 +46,7 @@ def find_files(root: Path, split: str, holdout: float, class_names: tuple[str, .
     top = root / split if has_splits else root
     if not top.is_dir():
         raise UserError(f"{root} has no split '{split}'; it has {', '.join(_folders(root))}")
-    found = {name: _pictures_below(top / name) for name in _folders(top)}
+    found = {name: pictures_below(top / name) for name in _folders(top)}
     if class_names is None:
         class_names = tuple(name for name, paths in found.items() if paths)
     if not any(found.values()):
@@ -67,7 +67,7 @@ def _folders(top: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _pictures_below(folder: Path) -> list[Path]:
+def pictures_below(folder: Path) -> list[Path]:
     """Every file with a picture's ending, dangling links too, in the order of names."""
     return [
         Path(parent, name)

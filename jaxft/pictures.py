@@ -30,13 +30,18 @@ def decode(source: Path | bytes, name: str = "") -> np.ndarray:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise PictureError(f"{name} has {width} x {height} pixels; jaxft reads up to {MAX_PIXELS:,} in all")
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+            return to_rgb(picture)
     except PictureError:
         raise
     except FileNotFoundError:
         raise PictureError(f"there is no picture {name}") from None
     except Exception as error:  # Pillow's plugins raise whatever they like for damaged files
         raise PictureError(f"{name} cannot be read as a picture ({error or type(error).__name__})") from error
+
+
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3) of a picture of any mode, turned as EXIF says."""
+    return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -12,11 +12,10 @@ LOG_SECONDS = 30
 class Progress:
     """Counts pictures. Everything goes to stderr; stdout keeps the results."""
 
-    def __init__(self, description: str, total: int) -> None:
+    def __init__(self, description: str, total: int, bar: bool = True) -> None:
         self._description = description
-        self._bar = tqdm(
-            desc=description, total=total, unit=" images", disable=not sys.stderr.isatty(), leave=False, smoothing=0.1
-        )
+        hidden = not (bar and sys.stderr.isatty())
+        self._bar = tqdm(desc=description, total=total, unit=" images", disable=hidden, leave=False, smoothing=0.1)
         self._done = 0
         self._total = total
         self._start = self._logged = time.monotonic()

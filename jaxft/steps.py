@@ -150,6 +150,13 @@ def eval_step(
     return jax.lax.all_gather(_predictions(logits, pictures.label[batch.index]), model.axis_name)
 
 
+def predict_step(state: TrainState, image: Array, *, model: ResNet, preprocessing: Preprocessing) -> jax.Array:
+    """Probabilities (B, num_classes) of uint8 pictures (B, H, W, 3)."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits: Any = model.apply(variables, preprocess(image, preprocessing), train=False)
+    return jax.nn.softmax(logits)
+
+
 def replicated_sharding() -> NamedSharding:
     """On every local device, in natural shape: what a mapped step with in_axes=None takes and donates."""
     return NamedSharding(Mesh(np.array(jax.local_devices()), ("batch",)), PartitionSpec())

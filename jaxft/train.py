@@ -48,11 +48,12 @@ from jaxft.steps import (
 PTrainStep = Callable[[TrainState, Pictures, Batch], tuple[TrainState, Counts]]
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains for config.num_epochs, with an evaluation and a checkpoint after each; resumes from the latest one.
 
     Raises UserError for what the user can mend, before anything is written.
     """
+    workdir = Path(workdir)
     check_workdir(config, workdir)
     check_batch_size(config.batch_size)
 

@@ -51,3 +51,18 @@ def fails(run: Run) -> Callable[..., str]:
         return line
 
     return run_failing
+
+
+@pytest.fixture(scope="session")
+def small_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of two short epochs on the sample, for the commands that follow training. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    small = (
+        "--config.image_size=32",
+        "--config.model.width=8",
+        "--config.num_epochs=2",
+        "--config.data.train_split=test",
+    )
+    result = run("-m", "jaxft.train", "--config=configs/quickstart.py", *small, "--workdir", workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir
