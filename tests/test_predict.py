@@ -66,9 +66,8 @@ def test_python_gives_what_the_network_gives(small_run: Path, classifier: Classi
 
     @jax.jit
     def probabilities(image: np.ndarray) -> jax.Array:
-        return jax.nn.softmax(
-            checkpoint.model.apply(variables, preprocess(image, classifier.preprocessing), train=False)
-        )
+        logits: Any = checkpoint.model.apply(variables, preprocess(image, classifier.preprocessing), train=False)
+        return jax.nn.softmax(logits)
 
     expected = np.concatenate([probabilities(squares), probabilities(np.stack(wide))])
     found = classifier.probabilities([*files, *wide[:3], *map(Image.fromarray, wide[3:])])
