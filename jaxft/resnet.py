@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jaxft import layers
+
 BatchNormMode = Literal["update", "frozen", "sync"]
 Stem = Literal["imagenet", "small"]
 STEMS: dict[Stem, tuple[int, int]] = {  # conv1's size and stride
@@ -31,28 +33,27 @@ def linear_init(fan_in: int) -> Callable[..., jax.Array]:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def conv(features: int, size: int, stride: int = 1, groups: int = 1, *, dtype: Any, name: str) -> nn.Conv:
-    """A convolution padded by size // 2 on each side (SAME would pad a stride of 2 unlike torch)."""
-    pad = size // 2
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding=((pad, pad), (pad, pad)),
-        feature_group_count=groups,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=conv_kernel_init,
-        name=name,
-    )
+class Conv(nn.Module):
+    """A convolution without bias, padded by size // 2 on each side."""
+
+    features: int
+    size: int
+    stride: int = 1
+    groups: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", conv_kernel_init, shape, jnp.float32)
+        return layers.conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
 
 
 class BatchNorm(nn.Module):
-    """torch's BatchNorm2d: biased variance to normalise, unbiased in the running average.
+    """torch's BatchNorm2d and, if asked, a ReLU: biased variance to normalise, unbiased in the running average.
 
-    Statistics are at least float32 and taken in two passes: E[x^2] - E[x]^2 would cancel where the mean is
-    large. `mode` is "update" (statistics of this device's share of the batch), "sync" (of the whole batch,
-    over `axis_name`) or "frozen" (the running statistics, in training too).
+    `mode` is "update" (statistics of this device's share of the batch), "sync" (of the whole batch, over
+    `axis_name`) or "frozen" (the running statistics, in training too).
     """
 
     mode: BatchNormMode = "update"
@@ -62,7 +63,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool, relu: bool = False) -> jax.Array:
         """x: (N, H, W, C). mask: (N,), 1 for a picture that counts and 0 for padding; used in training only."""
         features = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
@@ -70,33 +71,19 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
 
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train and self.mode != "frozen" and not self.is_initializing():
-            mean, var, count = self._statistics(x, mask)
+            axis_name = self.axis_name if self.mode == "sync" else None
+            y, (mean, var, count) = layers.batch_norm(x, scale, bias, mask, self.epsilon, relu, axis_name)
             unbiased = var * (count / jnp.maximum(count - 1, 1))
             # A device whose share is all padding has nothing to add.
             weight = self.momentum * (count > 0)
             running_mean.value += weight * (mean - running_mean.value)
             running_var.value += weight * (unbiased - running_var.value)
         else:
-            mean, var = running_mean.value, running_var.value
-        y = (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            y = (x - running_mean.value) * (scale * jax.lax.rsqrt(running_var.value + self.epsilon)) + bias
+            y = nn.relu(y) if relu else y
         return y.astype(self.dtype)
-
-    def _statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Mean and biased variance (C,), and the number of values that went into each."""
-        weights = (
-            jnp.ones((x.shape[0], 1, 1, 1), x.dtype) if mask is None else mask[:, None, None, None].astype(x.dtype)
-        )
-
-        def total(a: jax.Array) -> jax.Array:
-            return jax.lax.psum(a, self.axis_name) if self.mode == "sync" else a
-
-        count = total(weights.sum() * (x.shape[1] * x.shape[2]))
-        divisor = jnp.maximum(count, 1)
-        mean = total((x * weights).sum((0, 1, 2))) / divisor
-        var = total((jnp.square(x - mean) * weights).sum((0, 1, 2))) / divisor
-        return mean, var, count
 
 
 class Downsample(nn.Module):
@@ -109,7 +96,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        x = conv(self.features, 1, self.stride, dtype=self.dtype, name="0")(x)
+        x = Conv(self.features, 1, self.stride, dtype=self.dtype, name="0")(x)
         return self.norm(name="1")(x, mask, train)
 
 
@@ -123,9 +110,9 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, mask, train))
-        y = conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
+        y = Conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
+        y = self.norm(name="bn1")(y, mask, train, relu=True)
+        y = Conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask, train)
         if x.shape != y.shape:
             x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
@@ -149,11 +136,11 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         inner = max(self.features * self.width_per_group // 64, 1) * self.groups
-        y = conv(inner, 1, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, mask, train))
-        y = conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y, mask, train))
-        y = conv(self.features * self.expansion, 1, dtype=self.dtype, name="conv3")(y)
+        y = Conv(inner, 1, dtype=self.dtype, name="conv1")(x)
+        y = self.norm(name="bn1")(y, mask, train, relu=True)
+        y = Conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name="conv2")(y)
+        y = self.norm(name="bn2")(y, mask, train, relu=True)
+        y = Conv(self.features * self.expansion, 1, dtype=self.dtype, name="conv3")(y)
         y = self.norm(name="bn3")(y, mask, train)
         if x.shape != y.shape:
             x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
@@ -192,10 +179,10 @@ class ResNet(nn.Module):
         """
         norm = partial(BatchNorm, mode=self.batch_norm, axis_name=self.axis_name, dtype=self.dtype)
         size, stride = STEMS[self.stem]
-        x = conv(self.width, size, stride, dtype=self.dtype, name="conv1")(image)
-        x = nn.relu(norm(name="bn1")(x, mask, train))
+        x = Conv(self.width, size, stride, dtype=self.dtype, name="conv1")(image)
+        x = norm(name="bn1")(x, mask, train, relu=True)
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+            x = layers.max_pool(x)
         for i, depth in enumerate(self.stage_depths):
             block = partial(self.block, features=self.width * 2**i, dtype=self.dtype, norm=norm)
             x = Stage(block, depth, stride=1 if i == 0 else 2, name=f"layer{i + 1}")(x, mask, train)

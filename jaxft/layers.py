@@ -1,0 +1,214 @@
+"""The arithmetic of a ResNet's layers in the formulation that runs fastest: the results of the plain ones.
+
+What helps only XLA's CPU backend is chosen in `conv`, by shape. Arrays are NHWC, kernels HWIO.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+    """A convolution padded by size // 2 on each side (SAME would pad a stride of 2 unlike torch)."""
+    pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+    """`plain_conv`, as one of the formulations below where that is faster."""
+    height, width, channels = x.shape[1:]
+    size = kernel.shape[0]
+    if jax.default_backend() != "cpu" or groups > 1:
+        return plain_conv(x, kernel, stride, groups)
+    if size == 1:
+        return _pointwise(x, kernel, stride)
+    if _divide_up(height, stride) * _divide_up(width, stride) <= 4:
+        return _conv_of_few(x, kernel, stride)
+    if stride == 2 and channels <= 4:
+        return _conv_of_blocks(x, kernel)
+    return plain_conv(x, kernel, stride)
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A 1x1 convolution as a matrix product."""
+    return x[:, ::stride, ::stride] @ kernel[0, 0]
+
+
+def _conv_of_few(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A convolution with few pixels to compute: a matrix product for each, of the pixels that it sees."""
+    batch, height, width, _ = x.shape
+    size, features = kernel.shape[0], kernel.shape[-1]
+
+    def seen(position: int, side: int) -> tuple[slice, slice]:
+        first = position * stride - size // 2
+        low, high = max(first, 0), min(first + size, side)
+        return slice(low, high), slice(low - first, high - first)
+
+    rows = []
+    for i in range(_divide_up(height, stride)):
+        row = []
+        for j in range(_divide_up(width, stride)):
+            (ys, kernel_ys), (xs, kernel_xs) = seen(i, height), seen(j, width)
+            row.append(x[:, ys, xs].reshape(batch, -1) @ kernel[kernel_ys, kernel_xs].reshape(-1, features))
+        rows.append(jnp.stack(row, 1))
+    return jnp.stack(rows, 1)
+
+
+@jax.custom_vjp
+def _conv_of_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution of stride 2 on few channels: one of stride 1 on blocks of 2x2 pixels."""
+    batch, height, width, channels = x.shape
+    size, features = kernel.shape[0], kernel.shape[-1]
+    blocks = (size + 1) // 2
+    out_height, out_width = _divide_up(height, 2), _divide_up(width, 2)
+    pads = [
+        (size // 2, 2 * (out + blocks - 1) - size // 2 - side)
+        for out, side in ((out_height, height), (out_width, width))
+    ]
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    x = x.reshape(batch, out_height + blocks - 1, 2, out_width + blocks - 1, 2, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, out_height + blocks - 1, out_width + blocks - 1, 4 * channels)
+    kernel = jnp.pad(kernel, ((0, 2 * blocks - size), (0, 2 * blocks - size), (0, 0), (0, 0)))
+    kernel = kernel.reshape(blocks, 2, blocks, 2, channels, features).transpose(0, 2, 1, 3, 4, 5)
+    kernel = kernel.reshape(blocks, blocks, 4 * channels, features)
+    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _conv_of_blocks_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv_of_blocks(x, kernel), (x, kernel)
+
+
+def _conv_of_blocks_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients are faster in the plain formulation."""
+    return jax.vjp(partial(plain_conv, stride=2), *residuals)[1](dy)
+
+
+_conv_of_blocks.defvjp(_conv_of_blocks_fwd, _conv_of_blocks_bwd)
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """Of 3x3 pixels with stride 2, padded by one pixel of -inf. The gradient goes to the first of equals."""
+    return _max_pool(x)[0]
+
+
+def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maxima, and where in its window each was: 0..8."""
+    height, width = (_divide_up(side, 2) for side in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    windows = [x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i in range(3) for j in range(3)]
+    largest, place = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
+    for k, window in enumerate(windows[1:], 1):
+        place = jnp.where(window > largest, jnp.uint8(k), place)
+        largest = jnp.maximum(largest, window)
+    return largest, place
+
+
+def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    largest, place = _max_pool(x)
+    return largest, (place, jnp.empty((0, *x.shape[1:3]), x.dtype))
+
+
+def _max_pool_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    """XLA's own (select and scatter) takes 30 times as long on a CPU."""
+    place, like = residuals
+    _, height, width = like.shape
+    batch, out_height, _, channels = dy.shape
+    zero = jnp.zeros((), dy.dtype)
+
+    def share(i: int) -> jax.Array:
+        """Of a window's row i, spread over the columns."""
+        columns = [
+            lax.pad(jnp.where(place == 3 * i + j, dy, zero), zero, ((0, 0, 0), (0, 0, 0), (j, 2 - j, 1), (0, 0, 0)))
+            for j in range(3)
+        ]
+        return sum(columns[1:], columns[0])[:, :, 1 : width + 1]
+
+    above = jnp.pad(share(0)[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))  # the next window's first row
+    rows = jnp.stack([share(1), share(2) + above], 2)
+    return (rows.reshape(batch, 2 * out_height, width, channels)[:, :height],)
+
+
+max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def batch_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    weights: jax.Array | None,
+    epsilon: float,
+    relu: bool,
+    axis_name: str | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """x normalised by its own statistics, then scaled, shifted and, if asked, cut off at 0; and these statistics.
+
+    The statistics are mean and biased variance (C,) and the number of values that went into each, in at least
+    float32 and in two passes: E[x^2] - E[x]^2 would cancel where the mean is large. No gradient flows through
+    them as results. weights: (N,), 0 leaves a picture out of the statistics. axis_name: of the devices over which
+    to take them, if not of this one alone.
+    """
+    return _batch_norm_fwd(x, scale, bias, weights, epsilon, relu, axis_name)[0]
+
+
+def _batch_norm_fwd(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    weights: jax.Array | None,
+    epsilon: float,
+    relu: bool,
+    axis_name: str | None,
+) -> tuple:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    pixels = x.shape[1] * x.shape[2]
+    if weights is None:
+        count = _total(jnp.asarray(x.shape[0] * pixels, wide.dtype), axis_name)
+    else:
+        weights = weights.astype(wide.dtype)
+        count = _total(weights.sum() * pixels, axis_name)
+    divisor = jnp.maximum(count, 1)
+
+    def mean_of(a: jax.Array) -> jax.Array:
+        of_pictures = a.sum((1, 2))  # first, which is more exact too
+        if weights is not None:
+            of_pictures *= weights[:, None]
+        return _total(of_pictures.sum(0), axis_name) / divisor
+
+    mean = mean_of(wide)
+    var = mean_of(jnp.square(wide - mean))
+    inverse = lax.rsqrt(var + epsilon)
+    y = (wide - mean) * (scale * inverse) + bias
+    y = jnp.maximum(y, 0) if relu else y
+    return (y.astype(x.dtype), (mean, var, count)), (x, scale, bias, weights, mean, inverse, divisor)
+
+
+def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals: tuple, cotangents: tuple) -> tuple:
+    x, scale, bias, weights, mean, inverse, divisor = residuals
+    centred = x.astype(mean.dtype) - mean
+    slope = scale * inverse
+    dy = cotangents[0].astype(mean.dtype)
+    if relu:
+        dy = jnp.where(centred * slope + bias > 0, dy, 0)
+    dbias, dslope = dy.sum((0, 1, 2)), (dy * centred).sum((0, 1, 2))
+    through_mean = _total(dbias, axis_name) / divisor
+    through_var = _total(dslope, axis_name) * jnp.square(inverse) / divisor
+    common = through_mean + centred * through_var
+    dx = slope * (dy - (common if weights is None else common * weights[:, None, None, None]))
+    return dx.astype(x.dtype), dslope * inverse, dbias, None
+
+
+def _total(a: jax.Array, axis_name: str | None) -> jax.Array:
+    return a if axis_name is None else lax.psum(a, axis_name)
+
+
+batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)

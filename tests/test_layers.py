@@ -1,0 +1,70 @@
+"""Each formulation against the plain one, results and gradients, in float64."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import layers
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def same(ours: Any, plain: Any, *arguments: np.ndarray) -> None:
+    """The results, and the gradients of all arguments for a random gradient of the result."""
+    expected, pull_back = jax.vjp(plain, *arguments)
+    result, our_pull_back = jax.vjp(ours, *arguments)
+    gradient = random(*expected.shape, seed=1)
+    for a, b in zip((result, *our_pull_back(gradient)), (expected, *pull_back(gradient)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 2, 5), (1, 3, 5), (4, 3, 5), (8, 9, 3), (7, 16, 1), (6, 6, 5)])
+def test_convolutions(shape: tuple[int, int, int], size: int, stride: int) -> None:
+    kernel = random(size, size, shape[-1], 4)
+    same(partial(layers.conv, stride=stride), partial(layers.plain_conv, stride=stride), random(2, *shape), kernel)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (8, 8), (5, 8), (8, 5), (7, 3)])
+def test_max_pool(shape: tuple[int, int]) -> None:
+    same(
+        layers.max_pool,
+        partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))),
+        random(2, *shape, 3),
+    )
+
+
+def test_max_pool_gives_the_gradient_to_the_first_of_equals() -> None:
+    x = jnp.zeros((1, 4, 4, 1))
+    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)[0, :, :, 0]
+    np.testing.assert_array_equal(gradient, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("mask", [None, (1, 1, 1, 1), (1, 0, 1, 1), (0, 1, 0, 0)])
+def test_batch_norm(mask: tuple[int, ...] | None, relu: bool) -> None:
+    weights = None if mask is None else jnp.array(mask, float)
+
+    def plain(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        kept = x if mask is None else x[np.flatnonzero(mask)]
+        y = (x - kept.mean((0, 1, 2))) / jnp.sqrt(kept.var((0, 1, 2)) + 1e-5) * scale + bias
+        return nn.relu(y) if relu else y
+
+    def ours(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        return layers.batch_norm(x, scale, bias, weights, 1e-5, relu, None)[0]
+
+    same(ours, plain, random(4, 3, 5, 6), random(6), random(6))
