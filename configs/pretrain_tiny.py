@@ -10,13 +10,12 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.num_epochs = 12
+    config.num_epochs = 20
     config.batch_size = 128  # over all devices
-    config.image_size = 32
+    config.image_size = 64
 
     config.model = ConfigDict()
     config.model.arch = "resnet18"
-    config.model.stem = "small"
     config.model.width = 16
 
     config.data = ConfigDict()
@@ -25,7 +24,7 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "val_by_class"
 
     config.augment = ConfigDict()
-    config.augment.first_image_size = 16
+    config.augment.first_image_size = 48
     config.augment.flip = True
     config.augment.crop_area = 0.5
     config.augment.crop_ratio = 4 / 3
