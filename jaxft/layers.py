@@ -3,11 +3,29 @@
 What helps only XLA's CPU backend is chosen in `conv`, by shape. Arrays are NHWC, kernels HWIO.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+
+def unfused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Its results are computed once and kept, where XLA on a CPU would compute them again for each use of them.
+
+    (An optimization_barrier is gone by the time XLA's CPU backend fuses.)
+    """
+    call = jax.jit(function)
+
+    @wraps(function)
+    def call_apart(*arguments: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return call(*arguments)
+
+    return call_apart
 
 
 def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -100,6 +118,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     return _max_pool(x)[0]
 
 
+@unfused
 def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The maxima, and where in its window each was: 0..8."""
     height, width = (_divide_up(side, 2) for side in x.shape[1:3])
@@ -120,6 +139,11 @@ def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]
 def _max_pool_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
     """XLA's own (select and scatter) takes 30 times as long on a CPU."""
     place, like = residuals
+    return (_max_pool_gradient(place, like, dy),)
+
+
+@unfused
+def _max_pool_gradient(place: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
     _, height, width = like.shape
     batch, out_height, _, channels = dy.shape
     zero = jnp.zeros((), dy.dtype)
@@ -134,7 +158,7 @@ def _max_pool_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tupl
 
     above = jnp.pad(share(0)[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))  # the next window's first row
     rows = jnp.stack([share(1), share(2) + above], 2)
-    return (rows.reshape(batch, 2 * out_height, width, channels)[:, :height],)
+    return rows.reshape(batch, 2 * out_height, width, channels)[:, :height]
 
 
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
