@@ -1,31 +1,48 @@
-"""A trained checkpoint in the form of another library, or as a weights file for another run.
+"""A trained checkpoint for another library, for another run, or as one file that runs without jaxft.
 
 python -m jaxft.export --workdir runs/cifar10 --to torchvision --out resnet50-cifar10.pth
+python -m jaxft.export --workdir runs/cifar10 --to flax --out cifar10.safetensors
+python -m jaxft.export --workdir runs/cifar10 --to stablehlo --out cifar10.zip [--dtype int8]
 
-torchvision.models.resnet50(num_classes=10).load_state_dict(torch.load("resnet50-cifar10.pth")) takes it.
-
-python -m jaxft.export --workdir runs/pets --to flax --out pets.safetensors
-
-Another run starts from it by --config.model.pretrained=pets.safetensors.
+torchvision: torchvision.models.resnet50(num_classes=10).load_state_dict(torch.load("resnet50-cifar10.pth")) takes it.
+flax: another run starts from it by --config.model.pretrained=cifar10.safetensors.
+stablehlo: the network with its preprocessing, for CPU, GPU and TPU; it takes uint8 pictures (N, height, width, 3) of
+any number and size and gives probabilities (N, classes). examples/run_exported.py runs it with JAX alone.
 """
 
+import dataclasses
 import json
+import os
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxft.checkpoint import load_checkpoint
+from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.errors import ArgumentParser, UserError, run_command
+from jaxft.evaluate import evaluate_checkpoint
+from jaxft.metrics import summarise
+from jaxft.preprocessing import Preprocessing, normalize, resize_and_crop_any
 from jaxft.pretrained import Weights, to_torch, write_weights
+from jaxft.steps import replicate
 from jaxft.torch_files import write_tensors
 
+SUFFIXES = {"torchvision": (".pth", ".safetensors"), "flax": (".safetensors",), "stablehlo": (".zip",)}
+DTYPES = {
+    "torchvision": ("float32",),
+    "flax": ("float32", "float16"),
+    "stablehlo": ("float32", "bfloat16", "float16", "int8"),
+}
+PLATFORMS = ("cpu", "cuda", "tpu")
 
-def export_torchvision(workdir: Path, which: str, out: Path) -> None:
+
+def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
     """Writes a state_dict, .pth or .safetensors, that torchvision's model loads with strict=True."""
-    if out.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"--out must end in .pth or .safetensors, not {out}")
-    checkpoint = load_checkpoint(workdir, which)
     state = jax.device_get(checkpoint.state)
     weights = Weights({"params": state.params, "batch_stats": state.batch_stats}, checkpoint.info["weights"])
     write_tensors(out, to_torch(weights))
@@ -37,11 +54,9 @@ def export_torchvision(workdir: Path, which: str, out: Path) -> None:
     )
 
 
-def export_flax(workdir: Path, which: str, out: Path, dtype: str) -> None:
+def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
     """Writes a jaxft weights file, to be another run's model.pretrained, that tells how it was made."""
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out must end in .safetensors, not {out}")
-    step, info, model, state = load_checkpoint(workdir, which)
+    step, info, model, state = checkpoint
     state = jax.device_get(state)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -62,18 +77,105 @@ def export_flax(workdir: Path, which: str, out: Path, dtype: str) -> None:
     print(f"{out}: {provenance['arch']}, {model.num_classes} classes, {dtype}, of checkpoint {step}")
 
 
+def compress(variables: Any, dtype: str) -> dict[str, Any]:
+    """Kernels in a smaller type; norms and biases stay float32. int8 kernels come as (int8, float32 scale).
+
+    int8 is symmetric with a scale for each output channel (Jacob et al. 2018, https://arxiv.org/abs/1712.05877).
+    """
+
+    def compressed(kernel: np.ndarray) -> Any:
+        if dtype != "int8":
+            return kernel.astype(jnp.dtype(dtype))
+        scale = np.abs(kernel).max(tuple(range(kernel.ndim - 1))) / np.float32(127)
+        return np.rint(kernel / np.where(scale, scale, 1)).astype(np.int8), scale
+
+    flat = flatten_dict(jax.device_get(variables))
+    return unflatten_dict({path: compressed(leaf) if path[-1] == "kernel" else leaf for path, leaf in flat.items()})
+
+
+def decompress(variables: Any) -> Any:
+    """What `compress` made, as float32; inside a traced function, so that the small types are what it keeps."""
+
+    def decompressed(leaf: Any) -> jax.Array:
+        if isinstance(leaf, tuple):
+            return jnp.asarray(leaf[0]).astype(jnp.float32) * leaf[1]
+        return jnp.asarray(leaf).astype(jnp.float32)
+
+    return jax.tree.map(decompressed, variables, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
+    """Writes a zip archive of model.stablehlo (jax.export's own format) and info.json."""
+    preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
+    variables = {"params": checkpoint.state.params, "batch_stats": checkpoint.state.batch_stats}
+    variables = compress(variables, dtype)
+
+    @jax.jit
+    def network(image: jax.Array) -> jax.Array:
+        pixels = resize_and_crop_any(image, preprocessing.image_size)
+        logits: Any = checkpoint.model.apply(decompress(variables), normalize(pixels, preprocessing), train=False)
+        return jax.nn.softmax(logits)
+
+    shape = (*jax.export.symbolic_shape("pictures, height, width"), 3)
+    exported = jax.export.export(network, platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    info = {"dtype": dtype, "checkpoint": checkpoint.step, **checkpoint.info}
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with zipfile.ZipFile(partial, "w") as archive:
+            archive.writestr("model.stablehlo", exported.serialize())
+            archive.writestr("info.json", json.dumps(info, indent=2))
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    print(
+        f"{out}: {checkpoint.info['config']['model']['arch']}, {checkpoint.model.num_classes} classes, of checkpoint "
+        f"{checkpoint.step}, {dtype}, {out.stat().st_size / 1e6:.2f} MB, for {', '.join(PLATFORMS)}",
+        flush=True,
+    )
+
+
+def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: str | None) -> tuple[float, float]:
+    """On the split that the run was tested on: with the checkpoint's own weights, and with compressed ones."""
+    state = checkpoint.state
+    variables = decompress(compress({"params": state.params, "batch_stats": state.batch_stats}, dtype))
+    smaller = checkpoint._replace(state=replicate(dataclasses.replace(state, **variables)))
+    before, after = (
+        summarise(evaluation.predictions, evaluation.class_names)["accuracy"]
+        for evaluation in (evaluate_checkpoint(checkpoint, data_dir), evaluate_checkpoint(smaller, data_dir))
+    )
+    return before, after
+
+
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.export", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="of the training run")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the training run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
-    parser.add_argument("--to", required=True, choices=["torchvision", "flax"])
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .pth or .safetensors file")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="of the weights, for flax")
+    parser.add_argument("--to", required=True, choices=list(SUFFIXES))
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .pth, .safetensors or .zip file")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=DTYPES["stablehlo"],
+        help="of the weights: flax takes float16 too, stablehlo all; the accuracy before and after is told",
+    )
+    parser.add_argument("--data_dir", help="of prepared TFDS sets, if it is no longer the one trained with")
     args = parser.parse_args(argv)
-    if args.to == "flax":
-        export_flax(args.workdir, args.checkpoint, args.out, args.dtype)
+    if args.out.suffix not in SUFFIXES[args.to]:
+        raise UserError(f"--out must end in {' or '.join(SUFFIXES[args.to])}, not {args.out}")
+    if args.dtype not in DTYPES[args.to]:
+        raise UserError(f"--to {args.to} takes --dtype {' or '.join(DTYPES[args.to])}, not {args.dtype}")
+    checkpoint = load_checkpoint(args.workdir, args.checkpoint)
+    if args.to == "torchvision":
+        export_torchvision(checkpoint, args.out)
+    elif args.to == "flax":
+        export_flax(args.workdir, checkpoint, args.out, args.dtype)
     else:
-        export_torchvision(args.workdir, args.checkpoint, args.out)
+        export_stablehlo(checkpoint, args.out, args.dtype)
+        if args.dtype != "float32":
+            before, after = compressed_accuracies(checkpoint, args.dtype, args.data_dir)
+            print(f"accuracy {before:.2%} with the weights of the checkpoint, {after:.2%} with {args.dtype}")
 
 
 if __name__ == "__main__":

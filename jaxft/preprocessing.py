@@ -1,7 +1,7 @@
 """uint8 pictures to the network's input: pure functions that run inside the jitted step."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def resize_coefficients(size_in: int, size_out: int) -> np.ndarray:
     return np.floor(0.5 + weights * 2**_PRECISION_BITS).astype(np.int32)
 
 
-def _filter(images: jax.Array, coefficients: np.ndarray, equation: str) -> jax.Array:
+def _filter(images: jax.Array, coefficients: np.ndarray | jax.Array, equation: str) -> jax.Array:
     """One pass of Pillow's resize, rounded to whole pixel values as Pillow does, with no error at all.
 
     The 22-bit coefficients are split into two halves whose products with 8-bit pixels are summed exactly in
@@ -88,6 +88,33 @@ def resize_and_crop(images: ArrayLike, size: int) -> jax.Array:
     images = resize(images, int(size * height / shorter), int(size * width / shorter))
     top, left = (round((side - size) / 2) for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
+
+
+def resize_and_crop_any(images: jax.Array, size: int) -> jax.Array:
+    """resize_and_crop where height and width are not known while tracing (jax.export's symbolic dimensions)."""
+    _, height, width, _ = images.shape
+    shorter = jnp.minimum(jnp.asarray(height), jnp.asarray(width))
+    pixels = images.astype(jnp.float32)
+    pixels = _filter(pixels, _central_coefficients(width, shorter, size), "nhwc,vw->nhvc")
+    return _filter(pixels, _central_coefficients(height, shorter, size), "nhwc,uh->nuwc")
+
+
+def _central_coefficients(size_in: Any, shorter: jax.Array, size: int) -> jax.Array:
+    """The rows of resize_coefficients that the central square keeps, int32 (size, size_in)."""
+    with jax.enable_x64(True):  # 22 bits are more than float32 can tell
+        side = jnp.asarray(size_in, jnp.float64)
+        size_out = jnp.floor(size * side / shorter)
+        row = jnp.arange(size) + jnp.round((size_out - size) / 2)
+        scale = side / size_out
+        support = jnp.maximum(scale, 1.0)
+        centre = ((row + 0.5) * scale)[:, None]
+        first = jnp.maximum(jnp.floor(centre - support + 0.5), 0)
+        last = jnp.minimum(jnp.floor(centre + support + 0.5), side)
+        pixel = jnp.arange(size_in, dtype=jnp.float64)
+        weights = jnp.maximum(0, 1 - jnp.abs((pixel - centre + 0.5) * (1 / support)))
+        weights *= (pixel >= first) & (pixel < last)
+        weights /= weights.sum(1, keepdims=True)
+        return jnp.floor(0.5 + weights * 2**_PRECISION_BITS).astype(jnp.int32)
 
 
 def preprocess(images: ArrayLike, preprocessing: Preprocessing) -> jax.Array:
