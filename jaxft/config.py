@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -134,8 +135,10 @@ def _get_config(path: str) -> ConfigDict:
         hint = f"did you mean {file.parent / near[0]}?" if near else "see configs/ for the ones that ship"
         raise UserError(f"there is no config file {path}; {hint}")
     try:
+        if file.suffix == ".json":  # of a workdir
+            return ConfigDict(json.loads(file.read_text()))
         spec = importlib.util.spec_from_file_location("jaxft_config_file", file)
-        assert spec and spec.loader, "its name must end in .py"
+        assert spec and spec.loader, "its name must end in .py or .json"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return ConfigDict(module.get_config())

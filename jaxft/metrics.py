@@ -18,7 +18,7 @@ class MetricsFile:
     """DIR/metrics.jsonl, cut back to `last_step` first: what an interrupted run wrote beyond its checkpoint goes."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        kept = [line for line in _read_lines(path) if line["step"] <= last_step]
+        kept = [line for line in read_lines(path) if line["step"] <= last_step]
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
@@ -31,7 +31,7 @@ class MetricsFile:
         self._file.close()
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Without a last line that a killed run left half-written."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxft import datasets
+from jaxft import datasets, report
 from jaxft.augment import make_augmentation
 from jaxft.checkpoint import Checkpoints, check_workdir, has_checkpoint, write_config
 from jaxft.config import load_config
@@ -122,7 +122,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             metrics.write(**row)
             print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)
             checkpoints.save(state, info, row["accuracy"])
-    print(f"done; see its best checkpoint again by: python -m jaxft.evaluate --workdir {workdir}")
+            report.update(workdir, info, eval_data, predictions)
+    print(f"done; look at {workdir / 'report.html'}, and test again by: python -m jaxft.evaluate --workdir {workdir}")
     return state
 
 
