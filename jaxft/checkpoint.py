@@ -13,6 +13,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from jaxft.config import flatten, resolve
 from jaxft.errors import UserError
 from jaxft.optimizer import make_optimizer
+from jaxft.parts import freeze
 from jaxft.resnet import ResNet, make_model
 from jaxft.steps import TrainState, abstract_train_state, replicated_sharding
 
@@ -111,7 +112,7 @@ def load_checkpoint(workdir: Path, which: str) -> LoadedCheckpoint:
         step = checkpoints.resolve(which)
         info = checkpoints.info(step)
         config = resolve(info["config"])
-        model = make_model(config.model, len(info["class_names"]))
+        model = freeze(make_model(config.model, len(info["class_names"])), config.optimizer, config.num_epochs)
         tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)  # for the structure of its state
         return LoadedCheckpoint(step, info, model, checkpoints.restore(step, abstract_train_state(model, tx)))
 

@@ -42,12 +42,22 @@ def default_config() -> ConfigDict:
                 "unreadable": "refuse",  # a folder's files that are no pictures; or skip
             },
             "optimizer": {
+                "name": "sgd",  # or adamw, adabelief, lamb, lion
                 "learning_rate": 0.001,
-                "momentum": 0.9,
-                "nesterov": False,
-                "weight_decay": 0.0,  # of all parameters, added to the gradient as torch's SGD does
-                "schedule": "constant",  # or cosine, to 0 at the end
+                "momentum": 0.9,  # of sgd
+                "nesterov": False,  # of sgd
+                "weight_decay": 0.0,  # sgd adds it to the gradient as torch's does; the others decouple it
+                "decay_all": True,  # also biases and BatchNorm's parameters
+                "schedule": "constant",  # or cosine or linear, to 0 at the end, or step
+                "step_epochs": 30.0,  # of the schedule step: the learning rate falls after each so many,
+                "step_factor": 0.1,  # by this
                 "warmup_epochs": 0.0,  # of linear growth from 0
+                "clip_norm": 0.0,  # largest norm of the whole gradient; 0: any
+                "accumulate_steps": 1,  # batches behind one update
+                "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; commas between
+                "unfreeze": "",  # from which epoch on what trains again: '3: stage4, 5: stage3'
+                "head_factor": 1.0,  # on the learning rate of the head
+                "layer_decay": 1.0,  # on the learning rate, from each part to the one before: stage4, stage3, ...
             },
             "label_smoothing": 0.0,  # share of a label that is spread over all classes
             "augment": {  # of the training pictures, each time anew
@@ -71,7 +81,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.batch_norm": ("update", "frozen", "sync"),
     "data.unreadable": ("refuse", "skip"),
-    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),
+    "optimizer.schedule": ("constant", "cosine", "linear", "step"),
 }
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
@@ -89,7 +100,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.learning_rate": (0, sys.float_info.max),
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, sys.float_info.max),
+    "optimizer.step_epochs": (0, sys.float_info.max),
+    "optimizer.step_factor": (0, 1),
     "optimizer.warmup_epochs": (0, 2**31 - 1),
+    "optimizer.clip_norm": (0, sys.float_info.max),
+    "optimizer.accumulate_steps": (1, 2**31 - 1),
+    "optimizer.head_factor": (0, sys.float_info.max),
+    "optimizer.layer_decay": (0, 1),
     "checkpoint.keep_latest": (1, 2**31 - 1),
     "checkpoint.keep_best": (0, 2**31 - 1),
 }

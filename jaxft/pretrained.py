@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxft import named_weights
 from jaxft.errors import UserError
+from jaxft.parts import abstract_variables
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jaxft.resnet import ARCHITECTURES, ResNet, linear_init
 from jaxft.torch_files import read_tensors
@@ -65,16 +65,11 @@ class Weights(NamedTuple):
 def torch_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
     """{torchvision's key: torch's shape} of all that the model holds."""
     shapes = {}
-    for (collection, *path, leaf), array in flatten_dict(_abstract_variables(model)).items():
+    for (collection, *path, leaf), array in flatten_dict(abstract_variables(model)).items():
         name = _TORCH_NAMES[collection, leaf, array.ndim]
         axes = LAYOUT[name, array.ndim][2]
         shapes[".".join([*path, name])] = tuple(array.shape[i] for i in np.argsort(axes))
     return shapes
-
-
-def _abstract_variables(model: ResNet) -> Any:
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet) -> dict[str, Any]:
@@ -259,7 +254,7 @@ def _read_jaxft(path: Path, provenance: dict[str, Any], arch: str | None) -> Wei
         raise UserError(f"{path} holds a {provenance['arch']}, not a {arch}")
     tensors = safetensors.numpy.load_file(path)
     expected = {
-        "/".join(key): array.shape for key, array in flatten_dict(_abstract_variables(model_of(provenance))).items()
+        "/".join(key): array.shape for key, array in flatten_dict(abstract_variables(model_of(provenance))).items()
     }
     try:
         _check_shapes({key: array.shape for key, array in tensors.items()}, expected)

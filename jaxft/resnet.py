@@ -53,10 +53,12 @@ class BatchNorm(nn.Module):
     """torch's BatchNorm2d and, if asked, a ReLU: biased variance to normalise, unbiased in the running average.
 
     `mode` is "update" (statistics of this device's share of the batch), "sync" (of the whole batch, over
-    `axis_name`) or "frozen" (the running statistics, in training too).
+    `axis_name`) or "frozen" (the running statistics, in training too), which it also is where `frozen` has the paths
+    of both its parameters.
     """
 
     mode: BatchNormMode = "update"
+    frozen: frozenset[str] = frozenset()
     axis_name: str = "batch"
     dtype: Any = jnp.float32
     momentum: float = 0.1  # the weight of the new value, as torch counts it
@@ -71,7 +73,8 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
 
-        if train and self.mode != "frozen" and not self.is_initializing():
+        frozen = self.mode == "frozen" or has_norm(self.frozen, "/".join(self.path))
+        if train and not frozen and not self.is_initializing():
             axis_name = self.axis_name if self.mode == "sync" else None
             y, (mean, var, count) = layers.batch_norm(x, scale, bias, mask, self.epsilon, relu, axis_name)
             unbiased = var * (count / jnp.maximum(count - 1, 1))
@@ -84,6 +87,11 @@ class BatchNorm(nn.Module):
             y = (x - running_mean.value) * (scale * jax.lax.rsqrt(running_var.value + self.epsilon)) + bias
             y = nn.relu(y) if relu else y
         return y.astype(self.dtype)
+
+
+def has_norm(frozen: frozenset[str], path: str) -> bool:
+    """Whether all parameters of the BatchNorm at 'layer1/0/bn1' are frozen, and so its statistics are too."""
+    return {f"{path}/scale", f"{path}/bias"} <= frozen
 
 
 class Downsample(nn.Module):
@@ -168,8 +176,13 @@ class ResNet(nn.Module):
     width: int = 64
     stem: Stem = "imagenet"
     batch_norm: BatchNormMode = "update"
+    frozen: frozenset[str] = frozenset()  # paths of parameters that do not train: 'layer1/0/bn1/scale'
     axis_name: str = "batch"
     dtype: Any = jnp.float32
+
+    def norm_is_frozen(self, path: str) -> bool:
+        """Whether the running statistics at 'layer1/0/bn1' stay as they are in training."""
+        return self.batch_norm == "frozen" or has_norm(self.frozen, path)
 
     @nn.compact
     def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
@@ -177,7 +190,7 @@ class ResNet(nn.Module):
 
         mask: (N,), 0 for padding, which then stays out of the batch statistics in training.
         """
-        norm = partial(BatchNorm, mode=self.batch_norm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = partial(BatchNorm, mode=self.batch_norm, frozen=self.frozen, axis_name=self.axis_name, dtype=self.dtype)
         size, stride = STEMS[self.stem]
         x = Conv(self.width, size, stride, dtype=self.dtype, name="conv1")(image)
         x = norm(name="bn1")(x, mask, train, relu=True)

@@ -1,5 +1,6 @@
 """The training and the evaluation step: pure functions, mapped over devices where they are used."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.augment import NO_AUGMENTATION, Augmentation, augment, picture_keys
+from jaxft.parts import carry_over, map_with_path, merge, split_frozen
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.resnet import ResNet
 
@@ -30,7 +32,13 @@ class TrainState:
 def create_train_state(model: ResNet, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
     """Step 0 with random weights, initialised as torchvision does."""
     variables = model.init(rng, jnp.zeros((1, 32, 32, 3)), train=False)
-    return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], tx.init(variables["params"]))
+    return initial_train_state(model, tx, variables)
+
+
+def initial_train_state(model: ResNet, tx: optax.GradientTransformation, variables: Mapping[str, Any]) -> TrainState:
+    """Step 0 from these variables; the optimizer knows the parameters that train alone."""
+    trainable, _ = split_frozen(variables["params"], model.frozen)
+    return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], tx.init(trainable))
 
 
 def abstract_train_state(model: ResNet, tx: optax.GradientTransformation) -> TrainState:
@@ -112,6 +120,8 @@ def train_step(
 ) -> tuple[TrainState, Counts]:
     """One update by the mean cross entropy of the batch over all devices; the counts are from before it.
 
+    What `model` has frozen stays as it is to the bit, and nothing is propagated back through it where nothing before
+    it trains.
     What is random is a function of `seed`, the step and the picture alone, on any number of devices.
     label_smoothing: the share of a label that is spread over all classes (Szegedy et al. 2016), as torch's.
     """
@@ -120,8 +130,10 @@ def train_step(
     label = pictures.label[batch.index]
     total = jax.lax.psum(batch.mask.sum(), model.axis_name)
 
-    def share_of_loss(params: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
+    trainable, kept = split_frozen(state.params, model.frozen)
+
+    def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
+        variables = {"params": merge(trainable, kept), "batch_stats": state.batch_stats}
         logits, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
         counts = _count(logits, label, batch.mask)
         loss = (1 - label_smoothing) * counts.loss
@@ -129,13 +141,20 @@ def train_step(
             loss -= label_smoothing * (jax.nn.log_softmax(logits).mean(-1) * batch.mask).sum()
         return loss / total, (updates["batch_stats"], counts)
 
-    grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(state.params)
+    grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
     grads = jax.lax.psum(grads, model.axis_name)
     if model.batch_norm == "update":  # each device's own: their mean, weighted by the pictures they saw
         weight = batch.mask.sum() / total
-        batch_stats = jax.lax.psum(jax.tree.map(lambda a: a * weight, batch_stats), model.axis_name)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+
+        def mean(path: str, a: jax.Array) -> jax.Array:
+            frozen = model.norm_is_frozen(path.rpartition("/")[0])
+            return a if frozen else jax.lax.psum(a * weight, model.axis_name)
+
+        batch_stats = map_with_path(mean, batch_stats)
+    opt_state = carry_over(state.opt_state, jax.eval_shape(tx.init, trainable))  # what will train later is left out
+    updates, opt_state = tx.update(grads, opt_state, trainable)
+    params = merge(optax.apply_updates(trainable, updates), kept)
+    opt_state = carry_over(opt_state, state.opt_state)
     new_state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
     return new_state, jax.lax.psum(counts, model.axis_name)
 

@@ -29,6 +29,7 @@ from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, pmap_eval_step
 from jaxft.metrics import MetricsFile
 from jaxft.optimizer import make_optimizer
+from jaxft.parts import freeze, table
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
@@ -41,6 +42,7 @@ from jaxft.steps import (
     abstract_train_state,
     count_predictions,
     create_train_state,
+    initial_train_state,
     replicate,
     train_step,
 )
@@ -66,7 +68,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     steps_per_epoch = math.ceil(train_size / config.batch_size)
 
     # model
-    model = make_model(config.model, num_classes=len(train_data.class_names))
+    model = freeze(make_model(config.model, len(train_data.class_names)), config.optimizer, config.num_epochs)
     tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs)
 
     # weights and state
@@ -83,7 +85,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         state = replicate(state)
     first_epoch = int(state.step) // steps_per_epoch + 1
     metrics = MetricsFile(workdir / "metrics.jsonl", last_step=int(state.step))
-    print_start(config, workdir, state, info, len(eval_data.label), first_epoch)
+    print_start(config, workdir, model, state, info, len(eval_data.label), first_epoch)
 
     # loop
     if first_epoch <= config.num_epochs:
@@ -94,8 +96,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     )
 
     @cache
-    def p_train_step(size: int) -> PTrainStep:
+    def compiled(model: ResNet, size: int) -> PTrainStep:
         return pmap_train_step(config, model, tx, preprocessing._replace(image_size=size))
+
+    def p_train_step(epoch: int) -> PTrainStep:
+        return compiled(freeze(model, config.optimizer, epoch), image_size(epoch))
 
     p_eval_step = pmap_eval_step(model, preprocessing)
     train_pictures = replicate(Pictures(train_data.image, train_data.label))
@@ -107,7 +112,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             first_step = int(state.step) + 1
             started = time.monotonic()
             with Progress(f"epoch {epoch}/{config.num_epochs}", train_size) as progress:
-                steps = run_steps(p_train_step(image_size(epoch)), state, train_pictures, batches)
+                steps = run_steps(p_train_step(epoch), state, train_pictures, batches)
                 for step, (newest_state, counts) in enumerate(steps, first_step):
                     state = newest_state
                     started, seconds = time.monotonic(), time.monotonic() - started
@@ -149,8 +154,7 @@ def initial_state(
             raise UserError(f"{config.model.pretrained} has {key} {there}; set --config.model.{key} to it")
     variables = jax.tree.map(np.float32, weights.variables)
     variables = replace_head(variables, model.num_classes, rng)
-    params, batch_stats = variables["params"], variables["batch_stats"]
-    return TrainState(jax.numpy.int32(0), params, batch_stats, tx.init(params)), weights.provenance
+    return initial_train_state(model, tx, variables), weights.provenance
 
 
 def run_info(config: ConfigDict, train_data: datasets.Dataset, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +228,13 @@ def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: floa
 
 
 def print_start(
-    config: ConfigDict, workdir: Path, state: TrainState, info: dict[str, Any], eval_size: int, first_epoch: int
+    config: ConfigDict,
+    workdir: Path,
+    model: ResNet,
+    state: TrainState,
+    info: dict[str, Any],
+    eval_size: int,
+    first_epoch: int,
 ) -> None:
     device = jax.local_devices()[0]
     weights = info["weights"]
@@ -240,6 +250,8 @@ def print_start(
     )
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
+    if config.optimizer.freeze:
+        print(table(freeze(model, config.optimizer, first_epoch)))
     print(f"workdir  {workdir}" + (f", goes on with epoch {first_epoch}" if first_epoch > 1 else ""), flush=True)
 
 
