@@ -3,8 +3,11 @@
 import ast
 import difflib
 import importlib.util
+import inspect
+import io
 import json
 import sys
+import tokenize
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,11 +24,11 @@ def default_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,  # of the new head and of the order of pictures
-            "num_epochs": 10,
+            "num_epochs": 10,  # times that all pictures are trained on
             "batch_size": 64,  # over all devices
             "image_size": 224,  # pixels of the shorter side after resizing; the central square is seen
             "model": {
-                "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ... (CHOICES below)
+                "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ...
                 "pretrained": "",  # a name (weights/convert.py --list), a file, or '' for random weights
                 "stem": "imagenet",  # or small: one 3x3 convolution, for pictures of about 32 pixels
                 "width": 64,  # channels of the first stage; torchvision's ResNets have 64
@@ -36,14 +39,14 @@ def default_config() -> ConfigDict:
                 "name": "cifar10",  # a TFDS name, folder:PATH, or sample:cifar10
                 "dir": "",  # of prepared TFDS sets; '' for $TFDS_DATA_DIR or ~/tensorflow_datasets
                 "train_split": "train",  # in TFDS's syntax: train[:90%]
-                "eval_split": "test",
+                "eval_split": "test",  # tested on after each epoch
                 "stored_size": 0,  # pixels of the squares that pictures of differing sizes are kept as; 0: image_size
                 "holdout": 0.2,  # fraction of a folder's pictures to test with, where it has no folders by split
                 "unreadable": "refuse",  # a folder's files that are no pictures; or skip
             },
             "optimizer": {
                 "name": "sgd",  # or adamw, adabelief, lamb, lion
-                "learning_rate": 0.001,
+                "learning_rate": 0.001,  # at its highest, where a schedule changes it
                 "momentum": 0.9,  # of sgd
                 "nesterov": False,  # of sgd
                 "weight_decay": 0.0,  # sgd adds it to the gradient as torch's does; the others decouple it
@@ -110,6 +113,28 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_latest": (1, 2**31 - 1),
     "checkpoint.keep_best": (0, 2**31 - 1),
 }
+
+
+def explanations() -> dict[str, str]:
+    """{'optimizer.learning_rate': what the comment beside it in default_config says, or ''}"""
+    source = inspect.getsource(default_config)
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+
+    def leaves(node: ast.Dict, prefix: str) -> Iterator[tuple[str, str]]:
+        for key, value in zip(node.keys, node.values, strict=True):
+            assert isinstance(key, ast.Constant) and isinstance(key.value, str)
+            if isinstance(value, ast.Dict):
+                yield from leaves(value, f"{prefix}{key.value}.")
+            else:
+                yield f"{prefix}{key.value}", comments.get(value.lineno, "")
+
+    (call,) = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    assert isinstance(call.args[0], ast.Dict)
+    return dict(leaves(call.args[0], ""))
 
 
 def resolve(stored: Mapping[str, Any]) -> ConfigDict:

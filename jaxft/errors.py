@@ -14,10 +14,11 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and exit. Every command has --debug."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
+    def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
         super().__init__(
             prog,
             description=description,
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

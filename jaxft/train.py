@@ -2,7 +2,7 @@
 
 python -m jaxft.train --config configs/cifar10.py [--workdir DIR] [--config.KEY=VALUE ...]
 
-The same command with the same workdir goes on where it stopped. Keys and their defaults are in jaxft/config.py.
+The same command with the same workdir goes on where it stopped.
 """
 
 import math
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from jaxft import datasets, report
 from jaxft.augment import make_augmentation
 from jaxft.checkpoint import Checkpoints, check_workdir, has_checkpoint, write_config
-from jaxft.config import load_config
+from jaxft.config import default_config, explanations, flatten, load_config
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, pmap_eval_step
 from jaxft.metrics import MetricsFile
@@ -256,7 +256,9 @@ def print_start(
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser("python -m jaxft.train", __doc__)
+    defaults = flatten(default_config())
+    keys = "".join(f"\n  {f'{key}={defaults[key]}':<34} {meaning}" for key, meaning in explanations().items())
+    parser = ArgumentParser("python -m jaxft.train", __doc__, f"config keys with their defaults:{keys}")
     parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), as in configs/")
     parser.add_argument(
         "--workdir", type=Path, metavar="DIR", help="for checkpoints and metrics (default: runs/CONFIG)"

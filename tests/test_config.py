@@ -1,12 +1,13 @@
 """Config files and overrides: what is taken, and the one line for what is not."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.config import default_config, flatten, load_config
+from jaxft.config import default_config, explanations, flatten, load_config
 from jaxft.errors import UserError
 from jaxft.train import parse_overrides
 from tests.conftest import ROOT
@@ -116,3 +117,19 @@ def test_arguments() -> None:
     for stray in (["configs/cifar10.py"], ["--confg.seed=1"], ["--seed", "1"]):
         with pytest.raises(UserError, match="unknown argument"):
             parse_overrides(stray)
+
+
+def test_every_key_is_explained_where_it_is_set() -> None:
+    found = explanations()
+    assert found.keys() == flatten(default_config()).keys()
+    assert found["batch_size"] == "over all devices"
+    assert found["data.dir"].startswith("of prepared TFDS sets")
+    assert [key for key, meaning in found.items() if not meaning] == []
+
+
+def test_the_config_that_a_workdir_holds_can_be_given(tmp_path: Path) -> None:
+    config = load_config(CIFAR10, {"seed": "7"})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert load_config(str(tmp_path / "config.json"), {}) == config
+    (tmp_path / "broken.json").write_text("{")
+    assert "gives no config" in message(tmp_path / "broken.json", {})
