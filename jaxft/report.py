@@ -267,7 +267,9 @@ def _learning_rate(run: Run) -> charts.Curve:
     config = run.config
     steps = np.linspace(0, config.num_epochs * run.steps_per_epoch - 1, 200)
     schedule = learning_rate_schedule(config.optimizer, run.steps_per_epoch, config.num_epochs)
-    return (steps + 1) / run.steps_per_epoch, np.broadcast_to(np.asarray(schedule(jnp.asarray(steps) // config.optimizer.accumulate_steps)), steps.shape)
+    return (steps + 1) / run.steps_per_epoch, np.broadcast_to(
+        np.asarray(schedule(jnp.asarray(steps) // config.optimizer.accumulate_steps)), steps.shape
+    )
 
 
 def _distinct_names(workdirs: Sequence[Path]) -> list[str]:

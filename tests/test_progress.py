@@ -9,11 +9,14 @@ import sys
 import termios
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, environment
 
 QUICK = ("--config=configs/quickstart.py", "--config.image_size=32", "--config.model.width=8")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_half_drawn_line(tmp_path: Path) -> None:
     leader, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
