@@ -70,9 +70,12 @@ def default_config() -> ConfigDict:
                 "crop_area": 1.0,  # smallest part of the area that is seen; 1: all of it
                 "crop_ratio": 1.0,  # of its width to its height, at most, and at least the inverse
             },
+            "steps_per_call": 1,  # of the device; more save time where a step takes less than some milliseconds
             "checkpoint": {
-                "keep_latest": 1,  # newest checkpoints kept
+                "every_steps": 0,  # besides the one after each epoch; 0: none
+                "keep_latest": 2,  # newest kept; two, for a run may diverge right after the newest
                 "keep_best": 1,  # checkpoints of the highest accuracy kept besides
+                "on_damage": "refuse",  # to resume from a damaged checkpoint; or newest_good: take one that is whole
             },
         }
     )
@@ -86,6 +89,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.unreadable": ("refuse", "skip"),
     "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),
     "optimizer.schedule": ("constant", "cosine", "linear", "step"),
+    "checkpoint.on_damage": ("refuse", "newest_good"),
 }
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
@@ -110,8 +114,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.accumulate_steps": (1, 2**31 - 1),
     "optimizer.head_factor": (0, sys.float_info.max),
     "optimizer.layer_decay": (0, 1),
+    "steps_per_call": (1, 10_000),
+    "checkpoint.every_steps": (0, 2**31 - 1),
     "checkpoint.keep_latest": (1, 2**31 - 1),
     "checkpoint.keep_best": (0, 2**31 - 1),
+}
+# What an interrupted run may go on with another value of: the results are the same.
+MAY_CHANGE = {"data.dir", "steps_per_call"} | {
+    f"checkpoint.{key}" for key in ("every_steps", "keep_latest", "keep_best", "on_damage")
 }
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,13 @@ from ml_collections import ConfigDict
 
 from jaxft import datasets, report
 from jaxft.augment import make_augmentation
-from jaxft.checkpoint import Checkpoints, check_workdir, has_checkpoint, write_config
+from jaxft.checkpoint import Checkpoints, NotFiniteError, check_workdir, has_checkpoint, workdir_lock, write_config
 from jaxft.config import default_config, explanations, flatten, load_config
-from jaxft.errors import ArgumentParser, UserError, run_command
+from jaxft.errors import ArgumentParser, Interrupted, UserError, run_command
 from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, pmap_eval_step
+from jaxft.interrupt import StopSignals
 from jaxft.metrics import MetricsFile
-from jaxft.optimizer import make_optimizer
+from jaxft.optimizer import learning_rate_schedule, make_optimizer
 from jaxft.parts import freeze, table
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
@@ -51,9 +52,9 @@ PTrainStep = Callable[[TrainState, Pictures, Batch], tuple[TrainState, Counts]]
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
-    """Trains for config.num_epochs, with an evaluation and a checkpoint after each; resumes from the latest one.
+    """Trains for config.num_epochs, with a checkpoint and an evaluation after each; resumes from the latest one.
 
-    Raises UserError for what the user can mend, before anything is written.
+    Raises UserError for what the user can mend, before anything is written; Interrupted for SIGTERM and Ctrl-C.
     """
     workdir = Path(workdir)
     check_workdir(config, workdir)
@@ -72,19 +73,19 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs)
 
     # weights and state
+    metrics = MetricsFile(workdir / "metrics.jsonl")
     if has_checkpoint(workdir):
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best)
-        info = checkpoints.info(checkpoints.latest_step())
+        checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
+        info, state = checkpoints.restore_latest(abstract_train_state(model, tx), config.checkpoint.on_damage)
         check_data(info, train_data, workdir)
-        state = checkpoints.restore(checkpoints.latest_step(), abstract_train_state(model, tx))
     else:
         state, provenance = initial_state(config, model, tx)
         info = run_info(config, train_data, provenance)
         write_config(config, workdir)
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep_latest, config.checkpoint.keep_best)
+        checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         state = replicate(state)
-    first_epoch = int(state.step) // steps_per_epoch + 1
-    metrics = MetricsFile(workdir / "metrics.jsonl", last_step=int(state.step))
+    metrics.open(last_step=int(state.step))
+    first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
     print_start(config, workdir, model, state, info, len(eval_data.label), first_epoch)
 
     # loop
@@ -94,6 +95,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     image_size = partial(
         epoch_image_size, config.augment.first_image_size, config.image_size, num_epochs=config.num_epochs
     )
+    learning_rate = learning_rate_schedule(config.optimizer, steps_per_epoch, config.num_epochs)
 
     @cache
     def compiled(model: ResNet, size: int) -> PTrainStep:
@@ -105,20 +107,23 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     p_eval_step = pmap_eval_step(model, preprocessing)
     train_pictures = replicate(Pictures(train_data.image, train_data.label))
     eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
-    with closing(checkpoints), closing(metrics):
+    with StopSignals() as stop, closing(metrics), closing(checkpoints), divergence_told(checkpoints, learning_rate):
         for epoch in range(first_epoch, config.num_epochs + 1):
             order = datasets.epoch_order(config.seed, epoch, train_size)
+            order = order[(int(state.step) - (epoch - 1) * steps_per_epoch) * config.batch_size :]  # what is to come
             batches = datasets.batches(order, config.batch_size, jax.local_device_count())
-            first_step = int(state.step) + 1
-            started = time.monotonic()
-            with Progress(f"epoch {epoch}/{config.num_epochs}", train_size) as progress:
-                steps = run_steps(p_train_step(epoch), state, train_pictures, batches)
-                for step, (newest_state, counts) in enumerate(steps, first_step):
-                    state = newest_state
-                    started, seconds = time.monotonic(), time.monotonic() - started
-                    row = metrics_row(step, epoch, "train", counts, seconds)
-                    metrics.write(**row)
-                    progress.update(int(counts.pictures), row["loss"])
+            with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
+                for part in up_to_checkpoints(batches, int(state.step), config.checkpoint.every_steps):
+                    steps = run_steps(p_train_step(epoch), state, train_pictures, part, stop)
+                    for state, step, counts, seconds in steps:  # noqa: B007, the last one's state is the part's
+                        row = metrics_row(step, epoch, "train", counts, seconds)
+                        metrics.write(**row)
+                        progress.update(int(counts.pictures), row["loss"])
+                        checkpoints.poll()
+                    checkpoints.save(state, info)
+                    if stop.received:
+                        checkpoints.finish(state, info)
+                        raise Interrupted(stop.received, f"the same command goes on after step {int(state.step)}")
 
             started = time.monotonic()
             predictions = evaluate_pictures(p_eval_step, state, eval_pictures, config.batch_size)
@@ -126,10 +131,33 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             row = metrics_row(int(state.step), epoch, "eval", counts, time.monotonic() - started)
             metrics.write(**row)
             print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)
-            checkpoints.save(state, info, row["accuracy"])
             report.update(workdir, info, eval_data, predictions)
+        checkpoints.finish(state, info)
     print(f"done; look at {workdir / 'report.html'}, and test again by: python -m jaxft.evaluate --workdir {workdir}")
     return state
+
+
+def epochs_evaluated(metrics: MetricsFile, step: int, steps_per_epoch: int) -> int:
+    """After `step`: the epoch that it ends does not count before its evaluation is done."""
+    epochs, rest = divmod(step, steps_per_epoch)
+    return epochs - 1 if epochs and not rest and step not in metrics.accuracy else epochs
+
+
+@contextmanager
+def divergence_told(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> Iterator[None]:
+    """Turns NotFiniteError into a UserError. A checkpoint that led there at once is set aside: it is no good either."""
+    try:
+        yield
+    except NotFiniteError as error:
+        checkpoints.wait()
+        if error.made_by in checkpoints.steps():
+            checkpoints.set_aside(error.made_by)
+        steps = checkpoints.steps()
+        last_good = f"the last good checkpoint is {steps[-1]}" if steps else "there is no good checkpoint"
+        raise UserError(
+            f"{error} at step {error.step}, where the learning rate is {float(learning_rate(error.step - 1)):g}; "
+            f"{last_good}; train in another --workdir with a lower optimizer.learning_rate"
+        ) from None
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -196,26 +224,52 @@ def pmap_train_step(
     )  # state in natural shapes: no leading axis to add or strip
 
 
+def up_to_checkpoints(batches: Iterable[Batch], steps_done: int, every_steps: int) -> Iterator[list[Batch]]:
+    """The batches up to each multiple of every_steps, and the rest; every_steps 0: all of them at once."""
+    part: list[Batch] = []
+    for step, batch in enumerate(batches, steps_done + 1):
+        part.append(batch)
+        if every_steps and step % every_steps == 0:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
 def run_steps(
-    p_train_step: PTrainStep, state: TrainState, pictures: Pictures, batches: Iterable[Batch]
-) -> Iterator[tuple[TrainState, Counts]]:
-    """The newest state with each step's counts, which arrive STEPS_AHEAD late so that the devices never wait."""
-    waiting: deque[Counts] = deque()
+    p_train_step: PTrainStep, state: TrainState, pictures: Pictures, batches: Iterable[Batch], stop: StopSignals
+) -> Iterator[tuple[TrainState, int, Counts, float]]:
+    """The newest state, and each step with its counts and the seconds it took.
+
+    Counts arrive STEPS_AHEAD late so that the devices never wait; the last state is the one after the last counts.
+    """
+    step = int(state.step)
+    launched = deque[Counts]()
+    started = time.monotonic()
+
+    def arrived() -> tuple[TrainState, int, Counts, float]:
+        nonlocal step, started
+        counts = jax.device_get(launched.popleft())
+        step, before, started = step + 1, started, time.monotonic()
+        return state, step, counts, started - before
+
     for batch in batches:
+        if stop.reached(step + len(launched) + 1):
+            break
         state, counts = p_train_step(state, pictures, batch)
-        waiting.append(counts)
-        if len(waiting) > STEPS_AHEAD:
-            yield state, jax.device_get(waiting.popleft())
-    for counts in waiting:
-        yield state, jax.device_get(counts)
+        launched.append(counts)
+        if len(launched) > STEPS_AHEAD:
+            yield arrived()
+    while launched:
+        yield arrived()
 
 
 def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: float) -> dict[str, Any]:
-    """A line of metrics.jsonl; raises UserError where the loss is no number."""
+    """A line of metrics.jsonl; raises NotFiniteError where the loss is none."""
     pictures = int(counts.pictures)
     loss = float(counts.loss) / pictures
     if not math.isfinite(loss):
-        raise UserError(f"the {split} loss is {loss} at step {step}; a lower optimizer.learning_rate may help")
+        raise NotFiniteError(f"the {split} loss is {loss}", step, made_by=step - 1 if split == "train" else step)
     return {
         "step": step,
         "epoch": epoch,
@@ -252,7 +306,7 @@ def print_start(
     print(f"weights  {source}")
     if config.optimizer.freeze:
         print(table(freeze(model, config.optimizer, first_epoch)))
-    print(f"workdir  {workdir}" + (f", goes on with epoch {first_epoch}" if first_epoch > 1 else ""), flush=True)
+    print(f"workdir  {workdir}" + (f", goes on after step {int(state.step)}" if state.step else ""), flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -265,7 +319,9 @@ def main(argv: list[str]) -> None:
     )
     args, rest = parser.parse_known_args(argv)
     config = load_config(args.config, parse_overrides(rest))
-    train_and_evaluate(config, args.workdir or Path("runs", Path(args.config).stem))
+    workdir = args.workdir or Path("runs", Path(args.config).stem)
+    with workdir_lock(workdir):
+        train_and_evaluate(config, workdir)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:

@@ -25,6 +25,8 @@ def environment(devices: int) -> dict[str, str]:
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["JAXFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))  # of the commands' processes
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 
 @pytest.fixture(scope="session")
