@@ -1,0 +1,124 @@
+"""The documentation: what it shows is what happens."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from docs.hooks import config_table
+from jaxft import datasets, evaluate, predict, train
+from jaxft.config import default_config, flatten, load_config
+from jaxft.errors import run_command
+from jaxft.train import parse_overrides
+from tests.conftest import ROOT, environment
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Of all bash blocks, those that begin with python, without comments."""
+    lines = "".join(blocks(page, "bash")).splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and line[0] == "python"]
+
+
+@pytest.fixture
+def desk(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the documentation takes it for granted: the repository's files, pictures and a finished run."""
+    for name in ("configs", "weights", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    sample = datasets.load("sample:cifar10", "test")
+    for i in range(100):
+        for path in (f"train/{sample.class_names[sample.label[i * 10]]}/{i}.png", "cat.png", "dog.png"):
+            (tmp_path / "pictures" / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sample.image[i * 10]).save(tmp_path / "pictures" / path)
+    shutil.copytree(tmp_path / "pictures" / "train", tmp_path / "pictures" / "test")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_names_what_there_is(page: Path) -> None:
+    for words in commands(page):
+        if words[1] == "-m":
+            module, *arguments = words[2:]
+            assert (ROOT / f"{module.replace('.', '/')}.py").exists() or module == "pytest", words
+        else:
+            assert (ROOT / words[1]).exists(), words
+            continue
+        if module == "jaxft.train" and "CONFIG" not in arguments[1] and arguments[1].startswith("configs/"):
+            rest = [a for a in arguments[2:] if a.startswith("--config.")]
+            load_config(str(ROOT / arguments[1]), parse_overrides(rest))
+
+
+def test_every_config_key_is_in_the_table() -> None:
+    table = config_table()
+    for key, value in flatten(default_config()).items():
+        assert f"| `{key}` |" in table
+        assert f"| `{value!r}` |" in table
+
+
+def test_errors_are_as_they_are_shown(desk: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every console block, in this process and its eight devices."""
+    shutil.copytree(small_run, "runs/quickstart")
+    small = (
+        "--config.image_size=32",
+        "--config.model.width=8",
+        "--config.num_epochs=2",
+        "--config.data.train_split=test",
+    )
+    shown = "".join(block for page in PAGES for block in blocks(page, "console"))
+    examples = re.findall(r"^\$ python -m jaxft\.(\w+) (.*)\n((?:(?!\$ ).*\n)*)", shown, re.MULTILINE)
+    assert len(examples) >= 10
+    for name, arguments, expected in examples:
+        argv = shlex.split(arguments, comments=True)
+        if "runs/quickstart" in argv and name == "train":
+            argv += small  # as it was made
+        elif "runs/new" in argv:
+            argv.insert(2, "--config.batch_size=64")  # of which eight devices can have equal shares
+        code = run_command(COMMANDS[name], argv)
+        output = capsys.readouterr()
+        assert output.out + output.err == expected, arguments
+        assert code == 2
+
+
+@pytest.mark.slow
+def test_every_command_works(desk: Path) -> None:
+    """In the order of the pages, with networks and pictures made small and the full-size data by the sample."""
+    make_small = [
+        "--config.image_size=32",
+        "--config.model.width=8",
+        "--config.num_epochs=1",
+        "--config.model.pretrained=",
+        "--config.model.arch=resnet18",
+        "--config.model.stem=imagenet",
+    ]
+    env = environment(1) | {"PYTHONPATH": str(ROOT)}
+    done: set[str] = set()
+    for page in PAGES:
+        for words in commands(page):
+            arguments = words[1:]
+            line = " ".join(arguments)
+            elsewhere = "pytest" in arguments or "benchmarks" in line or "weights/convert.py" in line  # tested there
+            if line in done or elsewhere:
+                continue
+            done.add(line)
+            if "jaxft.train" in arguments and "quickstart/config.json" not in line:
+                arguments += make_small
+                if "data.name" not in line:
+                    arguments += ["--config.data.name=sample:cifar10", "--config.data.train_split=test"]
+                if "unfreeze" in line:
+                    arguments.remove("--config.num_epochs=1")
+            result = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+            assert result.returncode == 0, f"{page.name}: {line}\n{result.stderr}"
+    assert len(done) >= 20
