@@ -1,5 +1,6 @@
 """The documentation: what it shows is what happens."""
 
+import json
 import re
 import shlex
 import shutil
@@ -122,3 +123,16 @@ def test_every_command_works(desk: Path) -> None:
             result = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
             assert result.returncode == 0, f"{page.name}: {line}\n{result.stderr}"
     assert len(done) >= 20
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Its cells, one after the other, from the folder that it is in."""
+    notebook = json.loads((ROOT / "examples" / "finetune.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    env = environment(1) | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", "\n".join(cells)]
+    result = subprocess.run(command, cwd=ROOT / "examples", env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for part in ("fc trained", "layer4 the same", "bn1 the same", "accuracy", "for cpu, cuda, tpu"):
+        assert part in result.stdout
