@@ -95,7 +95,7 @@ def test_errors_are_as_they_are_shown(desk: Path, small_run: Path, capsys: pytes
 
 @pytest.mark.slow
 def test_every_command_works(desk: Path) -> None:
-    """In the order of the pages, with networks and pictures made small and the full-size data by the sample."""
+    """In the order of the pages, with networks, pictures and data made small."""
     make_small = [
         "--config.image_size=32",
         "--config.model.width=8",
@@ -117,7 +117,7 @@ def test_every_command_works(desk: Path) -> None:
             if "jaxft.train" in arguments and "quickstart/config.json" not in line:
                 arguments += make_small
                 if "data.name" not in line:
-                    arguments += ["--config.data.name=sample:cifar10", "--config.data.train_split=test"]
+                    arguments += ["--config.data.name=folder:pictures"]
                 if "unfreeze" in line:
                     arguments.remove("--config.num_epochs=1")
             result = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
