@@ -311,7 +311,8 @@ def load_checkpoint(workdir: Path, which: str) -> LoadedCheckpoint:
         config = resolve(info["config"])
         model = freeze(make_model(config.model, len(info["class_names"])), config.optimizer, config.num_epochs)
         tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)  # for the structure of its state
-        return LoadedCheckpoint(step, info, model, checkpoints.restore(step, abstract_train_state(model, tx)))
+        abstract_state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
+        return LoadedCheckpoint(step, info, model, checkpoints.restore(step, abstract_state))
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:

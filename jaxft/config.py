@@ -23,6 +23,7 @@ def default_config() -> ConfigDict:
     """Every key with its default."""
     return ConfigDict(
         {
+            "note": "",  # printed at the end of a run
             "seed": 0,  # of the new head and of the order of pictures
             "num_epochs": 10,  # times that all pictures are trained on
             "batch_size": 64,  # over all devices
@@ -56,12 +57,14 @@ def default_config() -> ConfigDict:
                 "step_factor": 0.1,  # by this
                 "warmup_epochs": 0.0,  # of linear growth from 0
                 "clip_norm": 0.0,  # largest norm of the whole gradient; 0: any
+                "ema_decay": 0.0,  # of the average of weights that is tested, kept and used instead of the last ones
                 "accumulate_steps": 1,  # batches behind one update
                 "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; commas between
                 "unfreeze": "",  # from which epoch on what trains again: '3: stage4, 5: stage3'
                 "head_factor": 1.0,  # on the learning rate of the head
                 "layer_decay": 1.0,  # on the learning rate, from each part to the one before: stage4, stage3, ...
             },
+            "class_weights": "none",  # or balanced: classes with few pictures count as much as those with many
             "label_smoothing": 0.0,  # share of a label that is spread over all classes
             "augment": {  # of the training pictures, each time anew
                 "flip": False,  # mirrored half of the time
@@ -69,6 +72,9 @@ def default_config() -> ConfigDict:
                 "first_image_size": 0,  # pixels in the first epoch, growing to image_size in the last; 0: no growth
                 "crop_area": 1.0,  # smallest part of the area that is seen; 1: all of it
                 "crop_ratio": 1.0,  # of its width to its height, at most, and at least the inverse
+                "erase": 0.0,  # probability that a rectangle is blotted out
+                "mixup": 0.0,  # alpha: how evenly two pictures and their labels are added up; 0: not at all
+                "cutmix": 0.0,  # the same, one picture showing through a hole in the other
             },
             "steps_per_call": 1,  # of the device; more save time where a step takes less than some milliseconds
             "checkpoint": {
@@ -86,6 +92,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.stem": ("imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.batch_norm": ("update", "frozen", "sync"),
+    "class_weights": ("none", "balanced"),
     "data.unreadable": ("refuse", "skip"),
     "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),
     "optimizer.schedule": ("constant", "cosine", "linear", "step"),
@@ -104,6 +111,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "augment.shift": (0, 1),
     "augment.crop_area": (0.01, 1),
     "augment.crop_ratio": (1, 10),
+    "augment.erase": (0, 1),
+    "augment.mixup": (0, 100),
+    "augment.cutmix": (0, 100),
+    "optimizer.ema_decay": (0, 0.999999),
     "optimizer.learning_rate": (0, sys.float_info.max),
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, sys.float_info.max),

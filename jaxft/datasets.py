@@ -152,8 +152,10 @@ def batches(order: np.ndarray, batch_size: int, num_devices: int) -> Iterator[Ba
     shape = (num_devices, batch_size // num_devices)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
-        padding = batch_size - len(index)
+        padding = (0, batch_size - len(index))
         mask = np.ones(len(index), np.float32)
         yield Batch(
-            np.pad(index, (0, padding)).astype(np.int32).reshape(shape), np.pad(mask, (0, padding)).reshape(shape)
+            np.pad(index, padding).astype(np.int32).reshape(shape),
+            np.pad(np.roll(index, -1), padding).astype(np.int32).reshape(shape),
+            np.pad(mask, padding).reshape(shape),
         )

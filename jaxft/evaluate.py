@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
 from jaxft.resnet import ResNet
-from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, replicate
+from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, features_step, replicate
 
 STEPS_AHEAD = 2  # that the host runs before the devices
 
@@ -33,17 +33,41 @@ def evaluate_pictures(
     batch_size: int,
 ) -> Predictions:
     """Of each picture (N,) in the order of the data, once, on any number of devices."""
+    return _of_each(p_eval_step, state, pictures, batch_size, "evaluating")
+
+
+def extract_features(
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, pictures: Pictures, batch_size: int
+) -> Pictures:
+    """The same labels with what the head sees of each picture, float32 (N, F), for a backbone that stays as it is."""
+    step = partial(features_step, model=model, preprocessing=preprocessing)
+    p_step = jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None)
+    return Pictures(_of_each(p_step, state, pictures, batch_size, "the backbone's features"), pictures.label)
+
+
+def _of_each(
+    p_step: Callable[[TrainState, Pictures, Batch], Any],
+    state: TrainState,
+    pictures: Pictures,
+    batch_size: int,
+    description: str,
+) -> Any:
+    """A step's results (num_devices, B, ...) for all pictures, on the host: (N, ...)."""
     size, devices = len(pictures.label), jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
-    parts: list[Predictions] = []
-    with Progress("evaluating", size) as progress:
+    parts: list[Any] = []
+    with Progress(description, size) as progress:
         for batch in datasets.batches(np.arange(size), batch_size, devices):
-            parts.append(p_eval_step(state, pictures, batch))
+            parts.append(p_step(state, pictures, batch))
             if len(parts) > STEPS_AHEAD:
                 jax.block_until_ready(parts[-1 - STEPS_AHEAD])
                 progress.update(min(batch_size, size))
-        # Padding is at the end of the last batch alone.
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=None)[:size], *jax.device_get(parts))
+
+        def joined(*arrays: np.ndarray) -> np.ndarray:
+            """Without padding, which is at the end of the last batch alone."""
+            return np.concatenate([array.reshape(-1, *array.shape[2:]) for array in arrays])[:size]
+
+        return jax.tree.map(joined, *jax.device_get(parts))
 
 
 def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> Callable[[TrainState, Pictures, Batch], Predictions]:

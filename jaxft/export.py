@@ -44,7 +44,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
     """Writes a state_dict, .pth or .safetensors, that torchvision's model loads with strict=True."""
     state = jax.device_get(checkpoint.state)
-    weights = Weights({"params": state.params, "batch_stats": state.batch_stats}, checkpoint.info["weights"])
+    weights = Weights(state.variables(), checkpoint.info["weights"])
     write_tensors(out, to_torch(weights))
     preprocessing = checkpoint.info["preprocessing"]
     print(
@@ -58,7 +58,7 @@ def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: s
     """Writes a jaxft weights file, to be another run's model.pretrained, that tells how it was made."""
     step, info, model, state = checkpoint
     state = jax.device_get(state)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = state.variables()
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     accuracy = {row["step"]: row["accuracy"] for row in rows if row["split"] == "eval"}
     config = info["config"]
@@ -107,7 +107,7 @@ def decompress(variables: Any) -> Any:
 def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
     """Writes a zip archive of model.stablehlo (jax.export's own format) and info.json."""
     preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
-    variables = {"params": checkpoint.state.params, "batch_stats": checkpoint.state.batch_stats}
+    variables = checkpoint.state.variables()
     variables = compress(variables, dtype)
 
     @jax.jit
@@ -139,7 +139,7 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> Non
 def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: str | None) -> tuple[float, float]:
     """On the split that the run was tested on: with the checkpoint's own weights, and with compressed ones."""
     state = checkpoint.state
-    variables = decompress(compress({"params": state.params, "batch_stats": state.batch_stats}, dtype))
+    variables = decompress(compress(state.variables(), dtype))
     smaller = checkpoint._replace(state=replicate(dataclasses.replace(state, **variables)))
     before, after = (
         summarise(evaluation.predictions, evaluation.class_names)["accuracy"]

@@ -30,6 +30,11 @@ def abstract_variables(model: ResNet) -> Any:
     return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
 
 
+def parameter_paths(model: ResNet) -> list[str]:
+    """The parameters' paths: 'conv1/kernel' and so on."""
+    return sorted(flatten_dict(abstract_variables(model)["params"], sep="/"))
+
+
 def part_of(path: str) -> str:
     """'layer1/0/conv1/kernel' -> 'stage1'"""
     return next(name for name, pattern in PARTS.items() if re.match(pattern, path))
@@ -72,7 +77,7 @@ def freeze(model: ResNet, config: ConfigDict, epoch: int) -> ResNet:
 
     Raises UserError where a name matches nothing, or nothing is left to train.
     """
-    paths = sorted(flatten_dict(abstract_variables(model)["params"], sep="/"))
+    paths = parameter_paths(model)
     frozen = select(paths, config.freeze)
     for first_epoch, name in parse_unfreeze(config.unfreeze):
         thawed = select(paths, name)
@@ -83,6 +88,11 @@ def freeze(model: ResNet, config: ConfigDict, epoch: int) -> ResNet:
     if len(frozen) == len(paths):
         raise UserError(f"optimizer.freeze '{config.freeze}' leaves nothing to train")
     return model.clone(frozen=frozen)
+
+
+def trains_head_alone(model: ResNet) -> bool:
+    """Whether nothing before the head changes: neither parameters nor statistics."""
+    return all(part_of(path) == "head" or path in model.frozen for path in parameter_paths(model))
 
 
 def split_frozen(params: Mapping[str, Any], frozen: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:

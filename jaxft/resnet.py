@@ -185,11 +185,21 @@ class ResNet(nn.Module):
         return self.batch_norm == "frozen" or has_norm(self.frozen, path)
 
     @nn.compact
-    def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
-        """Logits (N, num_classes), at least float32, of normalised pictures (N, H, W, 3).
+    def __call__(
+        self, image: jax.Array, mask: jax.Array | None = None, *, train: bool, features_only: bool = False
+    ) -> jax.Array:
+        """Logits (N, num_classes), at least float32, of normalised pictures (N, H, W, 3) or of their features.
 
+        The features are what the head sees, (N, F); features_only returns them instead.
         mask: (N,), 0 for padding, which then stays out of the batch statistics in training.
         """
+        x = image if image.ndim == 2 else self._features(image, mask, train)
+        if features_only:
+            return x
+        init = linear_init(x.shape[-1])
+        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
+
+    def _features(self, image: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         norm = partial(BatchNorm, mode=self.batch_norm, frozen=self.frozen, axis_name=self.axis_name, dtype=self.dtype)
         size, stride = STEMS[self.stem]
         x = Conv(self.width, size, stride, dtype=self.dtype, name="conv1")(image)
@@ -199,9 +209,7 @@ class ResNet(nn.Module):
         for i, depth in enumerate(self.stage_depths):
             block = partial(self.block, features=self.width * 2**i, dtype=self.dtype, norm=norm)
             x = Stage(block, depth, stride=1 if i == 0 else 2, name=f"layer{i + 1}")(x, mask, train)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
-        init = linear_init(x.shape[-1])
-        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
 
 ARCHITECTURES: dict[str, Callable[..., ResNet]] = {

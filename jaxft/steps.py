@@ -1,8 +1,9 @@
 """The training and the evaluation step: pure functions, mapped over devices where they are used."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxft.augment import NO_AUGMENTATION, Augmentation, augment, picture_keys
+from jaxft.augment import NO_AUGMENTATION, Augmentation, augment, mix, picture_keys
 from jaxft.parts import carry_over, map_with_path, merge, split_frozen
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.resnet import ResNet
@@ -27,30 +28,39 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = struct.field(default_factory=dict)  # averaged params and batch_stats; {} where none are wanted
+
+    def variables(self) -> dict[str, Any]:
+        """What is tested, kept and used: the averages if there are any."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create_train_state(model: ResNet, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+def create_train_state(
+    model: ResNet, tx: optax.GradientTransformation, rng: jax.Array, *, ema: bool = False
+) -> TrainState:
     """Step 0 with random weights, initialised as torchvision does."""
-    variables = model.init(rng, jnp.zeros((1, 32, 32, 3)), train=False)
-    return initial_train_state(model, tx, variables)
+    return initial_train_state(model, tx, model.init(rng, jnp.zeros((1, 32, 32, 3)), train=False), ema=ema)
 
 
-def initial_train_state(model: ResNet, tx: optax.GradientTransformation, variables: Mapping[str, Any]) -> TrainState:
-    """Step 0 from these variables; the optimizer knows the parameters that train alone."""
+def initial_train_state(
+    model: ResNet, tx: optax.GradientTransformation, variables: Mapping[str, Any], *, ema: bool = False
+) -> TrainState:
+    """Step 0 from these variables; the optimizer knows the parameters that train alone. ema: averages are wanted."""
     trainable, _ = split_frozen(variables["params"], model.frozen)
-    return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], tx.init(trainable))
+    averages = jax.tree.map(jnp.array, dict(variables)) if ema else {}
+    return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], tx.init(trainable), averages)
 
 
-def abstract_train_state(model: ResNet, tx: optax.GradientTransformation) -> TrainState:
+def abstract_train_state(model: ResNet, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
     """Its shapes and types alone."""
-    return jax.eval_shape(partial(create_train_state, model, tx), jax.random.key(0))
+    return jax.eval_shape(partial(create_train_state, model, tx, ema=ema), jax.random.key(0))
 
 
 @struct.dataclass
 class Pictures:
     """A whole data set, on every device."""
 
-    image: Array  # uint8 (N, H, W, 3)
+    image: Array  # uint8 (N, H, W, 3), or float32 (N, F): the features that a frozen backbone gives of them
     label: Array  # int32 (N,)
 
 
@@ -59,6 +69,7 @@ class Batch:
     """Which pictures make a batch, in each device's part of it."""
 
     index: Array  # int32 (B,)
+    partner: Array  # int32 (B,): the next picture of the whole batch, to be mixed with
     mask: Array  # float32 (B,), 0 for padding
 
 
@@ -106,6 +117,48 @@ def count_predictions(predictions: Predictions) -> Counts:
     return Counts(np.asarray(loss), np.asarray(correct), np.asarray(len(predictions.label)))
 
 
+class Objective(NamedTuple):
+    """What is random in a training step, and what it minimises."""
+
+    seed: int = 0
+    augmentation: Augmentation = NO_AUGMENTATION
+    label_smoothing: float = 0.0  # share of a label that is spread over all classes (Szegedy et al. 2016), as torch's
+    class_weights: tuple[float, ...] = ()  # on the loss of each class's pictures, as torch's cross_entropy has it
+
+
+def training_inputs(
+    pictures: Pictures, batch: Batch, step: Array, preprocessing: Preprocessing, objective: Objective
+) -> tuple[jax.Array, list[tuple[Array, Array]]]:
+    """The network's input for a batch, and its labels, each with its share (B,) of the picture.
+
+    What is random is a function of the seed, the step and the picture alone, on any number of devices.
+    """
+    augmentation = objective.augmentation
+
+    def seen(index: Array) -> jax.Array:
+        image = jnp.asarray(pictures.image[index])
+        keys = picture_keys(objective.seed, step, index)
+        return image if image.ndim == 2 else augment(image, keys, augmentation, preprocessing)
+
+    image, label = seen(batch.index), pictures.label[batch.index]
+    if not augmentation.mixup and not augmentation.cutmix:
+        return image, [(label, jnp.ones(label.shape))]
+    keys = jax.vmap(jax.random.fold_in, (0, None))(picture_keys(objective.seed, step, batch.index), 2)
+    image, share = mix(image, seen(batch.partner), keys, augmentation)
+    return image, [(label, share), (pictures.label[batch.partner], 1 - share)]
+
+
+def cross_entropy(logits: Array, label: Array, objective: Objective) -> tuple[jax.Array, jax.Array]:
+    """Of each picture (B,): its loss, weighted by its class, and that weight; as torch.nn.functional.cross_entropy."""
+    log_probabilities = jax.nn.log_softmax(logits)
+    weights = jnp.array(objective.class_weights or (1.0,) * logits.shape[-1], log_probabilities.dtype)
+    own = -jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0] * weights[label]
+    loss = (1 - objective.label_smoothing) * own
+    if objective.label_smoothing:
+        loss -= objective.label_smoothing * (log_probabilities * weights).mean(-1)
+    return loss, weights[label]
+
+
 def train_step(
     state: TrainState,
     pictures: Pictures,
@@ -114,32 +167,26 @@ def train_step(
     model: ResNet,
     tx: optax.GradientTransformation,
     preprocessing: Preprocessing,
-    augmentation: Augmentation = NO_AUGMENTATION,
-    label_smoothing: float = 0.0,
-    seed: int = 0,
+    objective: Objective = Objective(),  # noqa: B008, it is immutable
+    ema_decay: float = 0.0,
 ) -> tuple[TrainState, Counts]:
     """One update by the mean cross entropy of the batch over all devices; the counts are from before it.
 
     What `model` has frozen stays as it is to the bit, and nothing is propagated back through it where nothing before
     it trains.
-    What is random is a function of `seed`, the step and the picture alone, on any number of devices.
-    label_smoothing: the share of a label that is spread over all classes (Szegedy et al. 2016), as torch's.
     """
-    keys = picture_keys(seed, state.step, batch.index)
-    image = augment(pictures.image[batch.index], keys, augmentation, preprocessing)
-    label = pictures.label[batch.index]
+    image, labels = training_inputs(pictures, batch, state.step, preprocessing, objective)
     total = jax.lax.psum(batch.mask.sum(), model.axis_name)
-
     trainable, kept = split_frozen(state.params, model.frozen)
 
     def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
         variables = {"params": merge(trainable, kept), "batch_stats": state.batch_stats}
         logits, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
-        counts = _count(logits, label, batch.mask)
-        loss = (1 - label_smoothing) * counts.loss
-        if label_smoothing:
-            loss -= label_smoothing * (jax.nn.log_softmax(logits).mean(-1) * batch.mask).sum()
-        return loss / total, (updates["batch_stats"], counts)
+        parts = [(*cross_entropy(logits, label, objective), share * batch.mask) for label, share in labels]
+        loss = sum((losses * share).sum() for losses, _, share in parts)
+        weight = sum((weights * share).sum() for _, weights, share in parts)
+        counts = _count(logits, pictures.label[batch.index], batch.mask)
+        return loss / jax.lax.psum(weight, model.axis_name), (updates["batch_stats"], counts)
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
     grads = jax.lax.psum(grads, model.axis_name)
@@ -155,24 +202,42 @@ def train_step(
     updates, opt_state = tx.update(grads, opt_state, trainable)
     params = merge(optax.apply_updates(trainable, updates), kept)
     opt_state = carry_over(opt_state, state.opt_state)
-    new_state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+    new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
+    if ema_decay:
+        new_state = dataclasses.replace(new_state, ema=_averaged(state.ema, new_state, ema_decay))
     return new_state, jax.lax.psum(counts, model.axis_name)
+
+
+def _averaged(averages: Any, state: TrainState, decay: float) -> Any:
+    """The averages after this step: of few steps at first, or the start would weigh on them for long."""
+    weight = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    newest = {"params": state.params, "batch_stats": state.batch_stats}
+    return jax.tree.map(lambda mean, new: mean + weight * (new - mean), averages, newest)
 
 
 def eval_step(
     state: TrainState, pictures: Pictures, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
 ) -> Predictions:
     """Of each picture of the batch (num_devices, B), padding too; with running statistics."""
+    image = jnp.asarray(pictures.image[batch.index])
+    if image.ndim == 4:
+        image = preprocess(image, preprocessing)
+    logits: Any = model.apply(state.variables(), image, train=False)
+    return jax.lax.all_gather(_predictions(logits, pictures.label[batch.index]), model.axis_name)
+
+
+def features_step(
+    state: TrainState, pictures: Pictures, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+) -> jax.Array:
+    """What the head sees of each picture of the batch: (num_devices, B, F), padding too."""
     image = preprocess(pictures.image[batch.index], preprocessing)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits: Any = model.apply(variables, image, train=False)
-    return jax.lax.all_gather(_predictions(logits, pictures.label[batch.index]), model.axis_name)
+    return jax.lax.all_gather(model.apply(variables, image, train=False, features_only=True), model.axis_name)
 
 
 def predict_step(state: TrainState, image: Array, *, model: ResNet, preprocessing: Preprocessing) -> jax.Array:
     """Probabilities (B, num_classes) of uint8 pictures (B, H, W, 3)."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits: Any = model.apply(variables, preprocess(image, preprocessing), train=False)
+    logits: Any = model.apply(state.variables(), preprocess(image, preprocessing), train=False)
     return jax.nn.softmax(logits)
 
 

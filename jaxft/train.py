@@ -22,15 +22,15 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxft import datasets, report
-from jaxft.augment import make_augmentation
+from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.checkpoint import Checkpoints, NotFiniteError, check_workdir, has_checkpoint, workdir_lock, write_config
 from jaxft.config import default_config, explanations, flatten, load_config
 from jaxft.errors import ArgumentParser, Interrupted, UserError, run_command
-from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, pmap_eval_step
+from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, extract_features, pmap_eval_step
 from jaxft.interrupt import StopSignals
 from jaxft.metrics import MetricsFile
 from jaxft.optimizer import learning_rate_schedule, make_optimizer
-from jaxft.parts import freeze, table
+from jaxft.parts import freeze, table, trains_head_alone
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
@@ -38,6 +38,7 @@ from jaxft.resnet import ResNet, make_model
 from jaxft.steps import (
     Batch,
     Counts,
+    Objective,
     Pictures,
     TrainState,
     abstract_train_state,
@@ -76,7 +77,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     metrics = MetricsFile(workdir / "metrics.jsonl")
     if has_checkpoint(workdir):
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
-        info, state = checkpoints.restore_latest(abstract_train_state(model, tx), config.checkpoint.on_damage)
+        abstract_state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
+        info, state = checkpoints.restore_latest(abstract_state, config.checkpoint.on_damage)
         check_data(info, train_data, workdir)
     else:
         state, provenance = initial_state(config, model, tx)
@@ -97,9 +99,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     )
     learning_rate = learning_rate_schedule(config.optimizer, steps_per_epoch, config.num_epochs)
 
+    balanced = config.class_weights == "balanced"
+    class_weights = balanced_class_weights(train_data.label, model.num_classes) if balanced else ()
+
     @cache
     def compiled(model: ResNet, size: int) -> PTrainStep:
-        return pmap_train_step(config, model, tx, preprocessing._replace(image_size=size))
+        return pmap_train_step(config, model, tx, preprocessing._replace(image_size=size), class_weights)
 
     def p_train_step(epoch: int) -> PTrainStep:
         return compiled(freeze(model, config.optimizer, epoch), image_size(epoch))
@@ -107,6 +112,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     p_eval_step = pmap_eval_step(model, preprocessing)
     train_pictures = replicate(Pictures(train_data.image, train_data.label))
     eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
+    if features_suffice(config, model):
+        train_pictures, eval_pictures = (
+            replicate(extract_features(model, preprocessing, state, pictures, config.batch_size))
+            for pictures in (train_pictures, eval_pictures)
+        )
     with StopSignals() as stop, closing(metrics), closing(checkpoints), divergence_told(checkpoints, learning_rate):
         for epoch in range(first_epoch, config.num_epochs + 1):
             order = datasets.epoch_order(config.seed, epoch, train_size)
@@ -134,6 +144,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             report.update(workdir, info, eval_data, predictions)
         checkpoints.finish(state, info)
     print(f"done; look at {workdir / 'report.html'}, and test again by: python -m jaxft.evaluate --workdir {workdir}")
+    if config.note:
+        print(config.note)
     return state
 
 
@@ -173,8 +185,9 @@ def initial_state(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Step 0 with pretrained weights and a new head, or with random weights; and where they come from."""
     rng = jax.random.key(config.seed)
+    ema = config.optimizer.ema_decay > 0
     if not config.model.pretrained:
-        return jax.jit(partial(create_train_state, model, tx))(rng), {"source": "random initialisation"}
+        return jax.jit(partial(create_train_state, model, tx, ema=ema))(rng), {"source": "random initialisation"}
     weights = load_pretrained(config.model.pretrained, config.model.arch)
     for key in ("width", "stem"):
         there = weights.provenance.get(key, config.model[key])
@@ -182,7 +195,7 @@ def initial_state(
             raise UserError(f"{config.model.pretrained} has {key} {there}; set --config.model.{key} to it")
     variables = jax.tree.map(np.float32, weights.variables)
     variables = replace_head(variables, model.num_classes, rng)
-    return initial_train_state(model, tx, variables), weights.provenance
+    return initial_train_state(model, tx, variables, ema=ema), weights.provenance
 
 
 def run_info(config: ConfigDict, train_data: datasets.Dataset, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -207,17 +220,32 @@ def check_data(info: dict[str, Any], train_data: datasets.Dataset, workdir: Path
         raise UserError(f"{workdir} began with {info['train_size']} other pictures to train; name another --workdir")
 
 
+def features_suffice(config: ConfigDict, model: ResNet) -> bool:
+    """Whether the head sees the same of a picture in every epoch, so that the backbone needs to see it only once."""
+    augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
+    return trains_head_alone(model) and not augmented
+
+
+def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """N / (C n_c) for a class of n_c pictures: the classes' weights as sklearn's class_weight="balanced" has them."""
+    counts = np.maximum(np.bincount(label, minlength=num_classes), 1)
+    return tuple((len(label) / (num_classes * counts)).tolist())
+
+
 def pmap_train_step(
-    config: ConfigDict, model: ResNet, tx: optax.GradientTransformation, preprocessing: Preprocessing
+    config: ConfigDict,
+    model: ResNet,
+    tx: optax.GradientTransformation,
+    preprocessing: Preprocessing,
+    class_weights: tuple[float, ...] = (),
 ) -> PTrainStep:
     step = partial(
         train_step,
         model=model,
         tx=tx,
         preprocessing=preprocessing,
-        augmentation=make_augmentation(config.augment),
-        label_smoothing=config.label_smoothing,
-        seed=config.seed,
+        objective=Objective(config.seed, make_augmentation(config.augment), config.label_smoothing, class_weights),
+        ema_decay=config.optimizer.ema_decay,
     )
     return jax.pmap(
         step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxft import datasets
-from jaxft.augment import Augmentation, Boxes, augment, crop_and_resize, picture_keys, random_boxes
+from jaxft.augment import Augmentation, Boxes, augment, crop_and_resize, erase, mix, picture_keys, random_boxes
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
 
 PREPROCESSING = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
@@ -89,3 +89,42 @@ def test_boxes_have_the_area_ratio_and_place_that_was_asked(height: int, width: 
         assert np.max(end) <= 1 - low + 1e-6
         assert np.min(start) < low + 0.01
         assert np.max(end) > 1 - low - 0.01
+
+
+def test_erased_rectangles_have_the_mean_colour_and_the_size_that_was_asked() -> None:
+    images = jnp.ones((2000, 40, 40, 3))
+    erased = np.asarray(erase(images, jax.random.split(jax.random.key(0), 2000), 0.25)) == 0
+    assert (erased.all(-1) == erased.any(-1)).all()
+    area = erased[..., 0].mean((1, 2))
+    assert 0.21 < (area > 0).mean() < 0.29  # 4 standard deviations
+    assert area[area > 0].min() > 0.015
+    assert area.max() < 0.36
+    for mask in erased[area > 0][:100, ..., 0]:
+        assert mask.sum() == mask.any(0).sum() * mask.any(1).sum()  # a rectangle
+
+
+def test_mixup_adds_two_pictures_in_the_share_of_their_labels() -> None:
+    ones, zeros, keys = jnp.ones((500, 8, 8, 3)), jnp.zeros((500, 8, 8, 3)), jax.random.split(jax.random.key(0), 500)
+    mixed, share = mix(ones, zeros, keys, Augmentation(mixup=0.4))
+    np.testing.assert_allclose(mixed, np.broadcast_to(share[:, None, None, None], mixed.shape), rtol=1e-6)
+    expected = np.random.default_rng(0).beta(0.4, 0.4, 100_000)
+    assert abs(share.mean() - 0.5) < 4 * expected.std() / 500**0.5
+    assert abs(share.std() - expected.std()) < 0.03
+
+
+def test_cutmix_shows_the_partner_in_a_square_and_the_share_is_the_area_seen() -> None:
+    ones, keys = jnp.ones((500, 16, 16, 3)), jax.random.split(jax.random.key(0), 500)
+    zeros = jnp.zeros_like(ones)
+    mixed, share = mix(ones, zeros, keys, Augmentation(cutmix=1.0))
+    assert np.isin(mixed, (0, 1)).all()
+    np.testing.assert_allclose(mixed.mean((1, 2, 3)), share, rtol=1e-6)
+    assert abs(share.mean() - 0.5) < 0.06
+    for picture in np.asarray(mixed[:50, ..., 0]) == 0:
+        assert picture.sum() == picture.any(0).sum() * picture.any(1).sum()
+
+
+def test_both_kinds_of_mixing_happen() -> None:
+    ones, zeros, keys = jnp.ones((400, 8, 8, 3)), jnp.zeros((400, 8, 8, 3)), jax.random.split(jax.random.key(1), 400)
+    mixed, _ = mix(ones, zeros, keys, Augmentation(mixup=1.0, cutmix=1.0))
+    cut = np.isin(mixed, (0, 1)).all((1, 2, 3))
+    assert 150 < cut.sum() < 250

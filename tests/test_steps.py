@@ -10,13 +10,25 @@ import optax
 import pytest
 
 from jaxft import datasets
+from jaxft.augment import Augmentation
 from jaxft.config import default_config
-from jaxft.evaluate import evaluate_pictures, pmap_eval_step
+from jaxft.evaluate import evaluate_pictures, extract_features, pmap_eval_step
 from jaxft.optimizer import make_optimizer
+from jaxft.parts import freeze
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.pretrained import from_torch
 from jaxft.resnet import ARCHITECTURES, BasicBlock, BatchNormMode, ResNet
-from jaxft.steps import Batch, Counts, Pictures, TrainState, count_predictions, create_train_state, train_step
+from jaxft.steps import (
+    Batch,
+    Counts,
+    Objective,
+    Pictures,
+    TrainState,
+    count_predictions,
+    create_train_state,
+    cross_entropy,
+    train_step,
+)
 from tests.reference import torch, torchvision
 
 PREPROCESSING = Preprocessing(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -165,3 +177,84 @@ def test_evaluation_tells_of_each_picture_what_torch_tells() -> None:
     counts = count_predictions(found)
     assert (int(counts.pictures), int(counts.correct)) == (77, int((logits.argmax(1) == label).sum()))
     assert counts.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, label, reduction="sum").item(), 1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [(), (0.5, 2.0, 1.0)])
+def test_cross_entropy_is_torchs(smoothing: float, weights: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(0)
+    logits, label = rng.normal(size=(20, 3)), rng.integers(0, 3, 20)
+    with jax.enable_x64(True):
+        losses, counted = cross_entropy(
+            jnp.asarray(logits), jnp.asarray(label), Objective(label_smoothing=smoothing, class_weights=weights)
+        )
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits),
+        torch.from_numpy(label),
+        weight=torch.tensor(weights, dtype=torch.float64) if weights else None,
+        label_smoothing=smoothing,
+    )
+    assert float(losses.sum() / counted.sum()) == pytest.approx(expected.item(), rel=1e-12)
+
+
+SMALL = ResNet(BasicBlock, (1, 1), num_classes=10, width=8)
+
+
+def small_step(model: ResNet, devices: int, steps: int, **options: Any) -> list[TrainState]:
+    """The states after each of some steps in float32 on real pictures."""
+    sample = datasets.load("sample:cifar10", "train")
+    tx = optax.sgd(0.05, momentum=0.9)
+    state = create_train_state(model, tx, jax.random.key(0), ema="ema_decay" in options)
+    step = partial(train_step, model=model, tx=tx, preprocessing=Preprocessing(32, *PREPROCESSING[1:]), **options)
+    p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+    states = [state]
+    for batch in list(datasets.batches(datasets.epoch_order(0, 1, 2000)[:70], 32, devices))[:steps]:
+        states.append(p_step(states[-1], Pictures(sample.image, sample.label), batch)[0])
+    return states
+
+
+def test_mixed_pictures_are_the_same_on_one_device_and_on_four() -> None:
+    """Also of a last batch that is not full: partners come from the whole batch, not from a device's share."""
+    objective = Objective(augmentation=Augmentation(flip=True, shift=0.1, mixup=0.5, cutmix=0.5, erase=0.3))
+    model = SMALL.clone(batch_norm="sync")
+    one, four = (small_step(model, devices, 3, objective=objective)[-1] for devices in (1, 4))
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_averages_of_weights_are_what_numpy_averages() -> None:
+    states = small_step(SMALL, 1, 2, ema_decay=0.5)
+    mean = np.asarray(states[0].params["fc"]["kernel"])
+    for i, state in enumerate(states[1:], 1):
+        decay = min(0.5, (1 + i) / (10 + i))
+        mean = decay * mean + (1 - decay) * np.asarray(state.params["fc"]["kernel"])
+    np.testing.assert_allclose(states[-1].variables()["params"]["fc"]["kernel"], mean, rtol=1e-5)
+    assert states[-1].variables()["params"] is not states[-1].params
+
+
+def test_a_head_learns_from_features_what_it_learns_from_pictures() -> None:
+    config = default_config().optimizer
+    config.update(freeze="backbone", learning_rate=0.1)
+    model = freeze(SMALL, config, 1)
+    preprocessing = Preprocessing(32, *PREPROCESSING[1:])
+    sample = datasets.load("sample:cifar10", "test")
+    tx = make_optimizer(config, 10, 1)
+    state = create_train_state(model, tx, jax.random.key(0))
+    pictures = Pictures(sample.image[:90], sample.label[:90])
+    features = extract_features(model, preprocessing, state, pictures, 32)
+    assert features.image.shape == (90, 16)
+    step = jax.pmap(
+        partial(train_step, model=model, tx=tx, preprocessing=preprocessing),
+        axis_name="batch",
+        in_axes=(None, None, 0),
+        out_axes=None,
+    )
+    ends = []
+    for data in (pictures, features):
+        end = state
+        for batch in datasets.batches(np.arange(90), 32, 1):
+            end, counts = step(end, data, batch)
+        ends.append((end, counts))
+    (a, a_counts), (b, b_counts) = ends
+    assert float(a_counts.loss) == pytest.approx(float(b_counts.loss), rel=1e-4)
+    np.testing.assert_allclose(a.params["fc"]["kernel"], b.params["fc"]["kernel"], rtol=1e-3, atol=1e-5)
