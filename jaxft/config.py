@@ -131,7 +131,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_best": (0, 2**31 - 1),
 }
 # What an interrupted run may go on with another value of: the results are the same.
-MAY_CHANGE = {"data.dir", "steps_per_call"} | {
+MAY_CHANGE = {"note", "data.dir", "steps_per_call"} | {
     f"checkpoint.{key}" for key in ("every_steps", "keep_latest", "keep_best", "on_damage")
 }
 

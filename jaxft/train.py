@@ -112,7 +112,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     p_eval_step = pmap_eval_step(model, preprocessing)
     train_pictures = replicate(Pictures(train_data.image, train_data.label))
     eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
-    if features_suffice(config, model):
+    if first_epoch <= config.num_epochs and features_suffice(config, model):
         train_pictures, eval_pictures = (
             replicate(extract_features(model, preprocessing, state, pictures, config.batch_size))
             for pictures in (train_pictures, eval_pictures)
