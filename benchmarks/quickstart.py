@@ -6,9 +6,11 @@ Prints one JSON object: the accuracy after the last epoch of each run, in percen
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from jaxft.train import train_and_evaluate
 
 def accuracy(workdir: Path, seed: int, overrides: dict[str, str]) -> float:
     run = workdir / f"{'scratch' if overrides else 'pretrained'}-{seed}"
-    train_and_evaluate(load_config("configs/quickstart.py", {"seed": str(seed)} | overrides), run)
+    with contextlib.redirect_stdout(sys.stderr):
+        train_and_evaluate(load_config("configs/quickstart.py", {"seed": str(seed)} | overrides), run)
     return 100 * [row["accuracy"] for row in read_lines(run / "metrics.jsonl") if row["split"] == "eval"][-1]
 
 

@@ -88,7 +88,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         state = replicate(state)
     metrics.open(last_step=int(state.step))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
-    print_start(config, workdir, model, state, info, len(eval_data.label), first_epoch)
+    print_start(config, workdir, model, state, info, train_data, eval_data, first_epoch)
 
     # loop
     if first_epoch <= config.num_epochs:
@@ -315,7 +315,8 @@ def print_start(
     model: ResNet,
     state: TrainState,
     info: dict[str, Any],
-    eval_size: int,
+    train_data: datasets.Dataset,
+    eval_data: datasets.Dataset,
     first_epoch: int,
 ) -> None:
     device = jax.local_devices()[0]
@@ -328,8 +329,9 @@ def print_start(
     data = config.data
     print(
         f"data     {data.name}: {info['train_size']:,} pictures of {data.train_split} to train, "
-        f"{eval_size:,} of {data.eval_split} to test"
+        f"{len(eval_data.label):,} of {data.eval_split} to test"
     )
+    print(f"{'':9}{datasets.describe(train_data, eval_data)}")
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
     if config.optimizer.freeze:

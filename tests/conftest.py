@@ -64,6 +64,7 @@ def small_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "small"
     small = (
         "--config.image_size=32",
+        "--config.model.pretrained=",
         "--config.model.width=8",
         "--config.num_epochs=2",
         "--config.data.train_split=test",

@@ -137,3 +137,15 @@ def test_the_sample_is_what_pillow_decodes() -> None:
         picture = np.asarray(Image.open(io.BytesIO(file.read())))
     (found,) = np.flatnonzero((train.image == picture).all((1, 2, 3)))
     assert train.class_names[train.label[found]] == "frog"
+
+
+def test_the_description_tells_of_uneven_classes_and_of_pictures_in_both_splits() -> None:
+    train, test = (datasets.load("sample:cifar10", split) for split in ("train", "test"))
+    assert datasets.describe(train, test) == "10 classes of 200 pictures each"
+    few = np.concatenate([np.flatnonzero(train.label == label)[: 5 + label] for label in range(10)])
+    uneven = datasets.Dataset(train.image[few], train.label[few], train.class_names)
+    mixed = datasets.Dataset(np.concatenate([test.image[:10], train.image[few[:3]]]), np.zeros(13, int), CLASSES)
+    assert datasets.describe(uneven, mixed) == (
+        "10 classes, from 5 pictures (airplane) to 14 (truck); 9 of them not in the test set; "
+        "3 test pictures are trained on too, which flatters the accuracy"
+    )

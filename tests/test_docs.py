@@ -75,6 +75,7 @@ def test_errors_are_as_they_are_shown(desk: Path, small_run: Path, capsys: pytes
     small = (
         "--config.image_size=32",
         "--config.model.width=8",
+        "--config.model.pretrained=",
         "--config.num_epochs=2",
         "--config.data.train_split=test",
     )

@@ -13,7 +13,12 @@ import pytest
 
 from tests.conftest import ROOT, environment
 
-QUICK = ("--config=configs/quickstart.py", "--config.image_size=32", "--config.model.width=8")
+QUICK = (
+    "--config=configs/quickstart.py",
+    "--config.image_size=32",
+    "--config.model.width=8",
+    "--config.model.pretrained=",
+)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ TINY = (
     "--config=configs/quickstart.py",
     "--config.data.train_split=test",
     "--config.image_size=16",
+    "--config.model.pretrained=",
     "--config.model.width=4",
     "--config.batch_size=72",  # 14 steps an epoch, the last of fewer pictures
     "--config.num_epochs=3",

@@ -26,6 +26,7 @@ SMALL = (
     "jaxft.train",
     "--config=configs/quickstart.py",
     "--config.image_size=32",
+    "--config.model.pretrained=",
     "--config.model.width=8",
     "--config.batch_size=72",  # 2,000 pictures leave 56 for the last batch, too few for 8 devices of 9
     "--config.num_epochs=3",
