@@ -191,6 +191,18 @@ def load_config(path: str, overrides: dict[str, str]) -> ConfigDict:
     return config
 
 
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """['--config.seed=1', '--config.batch_size', '32'] -> {'seed': '1', 'batch_size': '32'}"""
+    overrides = {}
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if not key.startswith("--config."):
+            raise UserError(f"unknown argument '{argument}'; see python -m jaxft.train --help")
+        overrides[key.removeprefix("--config.")] = value if equals else next(rest, "")
+    return overrides
+
+
 def _get_config(path: str) -> ConfigDict:
     file = Path(path)
     if not file.is_file():

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from jaxft import datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.checkpoint import Checkpoints, NotFiniteError, check_workdir, has_checkpoint, workdir_lock, write_config
-from jaxft.config import default_config, explanations, flatten, load_config
+from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
 from jaxft.errors import ArgumentParser, Interrupted, UserError, run_command
 from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, extract_features, pmap_eval_step
 from jaxft.interrupt import StopSignals
@@ -352,18 +352,6 @@ def main(argv: list[str]) -> None:
     workdir = args.workdir or Path("runs", Path(args.config).stem)
     with workdir_lock(workdir):
         train_and_evaluate(config, workdir)
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, str]:
-    """['--config.seed=1', '--config.batch_size', '32'] -> {'seed': '1', 'batch_size': '32'}"""
-    overrides = {}
-    rest = iter(arguments)
-    for argument in rest:
-        key, equals, value = argument.partition("=")
-        if not key.startswith("--config."):
-            raise UserError(f"unknown argument '{argument}'; see python -m jaxft.train --help")
-        overrides[key.removeprefix("--config.")] = value if equals else next(rest, "")
-    return overrides
 
 
 if __name__ == "__main__":

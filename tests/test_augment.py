@@ -1,5 +1,7 @@
 """Augmentation against Pillow, and as a function of the seed, the step and the picture alone."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,10 @@ from PIL import Image
 
 from jaxft import datasets
 from jaxft.augment import Augmentation, Boxes, augment, crop_and_resize, erase, mix, picture_keys, random_boxes
+from jaxft.config import load_config
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
+from jaxft.sheet import draw_sheet, main
+from tests.conftest import ROOT
 
 PREPROCESSING = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
 EVERYTHING = Augmentation(flip=True, shift=0.1, crop_area=0.3, crop_ratio=4 / 3)
@@ -128,3 +133,24 @@ def test_both_kinds_of_mixing_happen() -> None:
     mixed, _ = mix(ones, zeros, keys, Augmentation(mixup=1.0, cutmix=1.0))
     cut = np.isin(mixed, (0, 1)).all((1, 2, 3))
     assert 150 < cut.sum() < 250
+
+
+def test_the_sheet_shows_pictures_as_they_are_tested_and_as_they_are_trained_on(tmp_path: Path) -> None:
+    config = load_config(str(ROOT / "configs" / "quickstart.py"), {"image_size": "32"})
+    main(
+        [
+            "--config",
+            str(ROOT / "configs" / "quickstart.py"),
+            "--out",
+            str(tmp_path / "s.png"),
+            "--config.image_size=32",
+        ]
+    )
+    sheet = np.asarray(Image.open(tmp_path / "s.png"))
+    np.testing.assert_array_equal(sheet, draw_sheet(config))
+    train = datasets.load("sample:cifar10", "train")
+    first = train.image[datasets.epoch_order(0, 1, 2000)[0]]
+    np.testing.assert_array_equal(sheet[:32, :32], first)
+    for column in range(1, 9):  # the quickstart mirrors
+        shown = sheet[:32, 36 * column :][:, :32].astype(int)
+        assert min(np.abs(shown - other).max() for other in (first.astype(int), first[:, ::-1].astype(int))) <= 1

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.config import default_config, explanations, flatten, load_config
+from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
 from jaxft.errors import UserError
-from jaxft.train import parse_overrides
 from tests.conftest import ROOT
 
 CIFAR10 = str(ROOT / "configs" / "cifar10.py")

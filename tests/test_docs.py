@@ -13,9 +13,8 @@ from PIL import Image
 
 from docs.hooks import config_table
 from jaxft import datasets, evaluate, predict, train
-from jaxft.config import default_config, flatten, load_config
+from jaxft.config import default_config, flatten, load_config, parse_overrides
 from jaxft.errors import run_command
-from jaxft.train import parse_overrides
 from tests.conftest import ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
