@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from filelock import FileLock, Timeout
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import PreservationContext, PreservationPolicy
 from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
@@ -203,12 +204,19 @@ class Checkpoints:
 
     def restore_latest(self, abstract_state: TrainState, on_damage: str) -> tuple[dict[str, Any], TrainState]:
         """Info and state. on_damage: 'refuse' raises DamagedCheckpointError, 'newest_good' sets damaged ones aside."""
-        for step in reversed(self.steps()):
+        if self._writes and on_damage == "newest_good":
+            self._set_damaged_aside(abstract_state)
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(self.steps()[-1])))
+        return self.info(step), self.restore(step, abstract_state)
+
+    def _set_damaged_aside(self, abstract_state: TrainState) -> None:
+        """Until the latest is good, or none is there."""
+        while self.steps():
+            step = self.steps()[-1]
             try:
-                return self.info(step), self.restore(step, abstract_state)
+                self.restore(step, abstract_state)
+                return
             except DamagedCheckpointError as error:
-                if on_damage == "refuse":
-                    raise
                 print(f"{error.reason}; moved to {self.set_aside(step)}", file=sys.stderr, flush=True)
         raise UserError(f"there is no good checkpoint in {self.directory}; train in another --workdir")
 
@@ -339,7 +347,9 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:
-    """DIR/config.json; the workdir appears with it."""
+    """DIR/config.json, by process 0."""
+    if jax.process_index():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         partial = workdir / "config.json.partial"

@@ -16,7 +16,8 @@ import numpy as np
 from jaxft import datasets
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.config import resolve
-from jaxft.errors import ArgumentParser, UserError, run_command
+from jaxft.distributed import compiled_by_all, own_parts, run_together
+from jaxft.errors import ArgumentParser, UserError
 from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
@@ -41,7 +42,7 @@ def extract_features(
 ) -> Pictures:
     """The same labels with what the head sees of each picture, float32 (N, F), for a backbone that stays as it is."""
     step = partial(features_step, model=model, preprocessing=preprocessing)
-    p_step = jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None)
+    p_step = compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
     return Pictures(_of_each(p_step, state, pictures, batch_size, "the backbone's features"), pictures.label)
 
 
@@ -53,11 +54,11 @@ def _of_each(
     description: str,
 ) -> Any:
     """A step's results (num_devices, B, ...) for all pictures, on the host: (N, ...)."""
-    size, devices = len(pictures.label), jax.local_device_count()
+    size, devices = len(pictures.label), jax.device_count()
     batch_size = -(-batch_size // devices) * devices
     parts: list[Any] = []
     with Progress(description, size) as progress:
-        for batch in datasets.batches(np.arange(size), batch_size, devices):
+        for batch in own_parts(datasets.batches(np.arange(size), batch_size, devices)):
             parts.append(p_step(state, pictures, batch))
             if len(parts) > STEPS_AHEAD:
                 jax.block_until_ready(parts[-1 - STEPS_AHEAD])
@@ -72,7 +73,7 @@ def _of_each(
 
 def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> Callable[[TrainState, Pictures, Batch], Predictions]:
     step = partial(eval_step, model=model, preprocessing=preprocessing)
-    return jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None)
+    return compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
 
 
 class Evaluation(NamedTuple):
@@ -127,4 +128,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run_together(main, sys.argv[1:]))

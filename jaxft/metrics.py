@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxft.errors import UserError
@@ -44,6 +45,8 @@ class MetricsFile:
             )
         for step in [step for step in self.accuracy if step > last_step]:
             del self.accuracy[step]
+        if jax.process_index():
+            return
         partial = self.path.with_name(f"{self.path.name}.partial")
         try:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -56,6 +59,8 @@ class MetricsFile:
         """A line that cannot be written now, as on a full disk, is kept for the next time."""
         if line["split"] == "eval":
             self.accuracy[line["step"]] = line["accuracy"]
+        if jax.process_index():
+            return
         self._pending += (json.dumps(line) + "\n").encode()
         try:
             self.flush()

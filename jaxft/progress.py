@@ -4,6 +4,7 @@ import sys
 import time
 from types import TracebackType
 
+import jax
 from tqdm import tqdm
 
 LOG_SECONDS = 30
@@ -14,7 +15,8 @@ class Progress:
 
     def __init__(self, description: str, total: int, bar: bool = True) -> None:
         self._description = description
-        hidden = not (bar and sys.stderr.isatty())
+        self._silent = jax.process_index() > 0  # process 0 tells for all
+        hidden = self._silent or not (bar and sys.stderr.isatty())
         self._bar = tqdm(desc=description, total=total, unit=" images", disable=hidden, leave=False, smoothing=0.1)
         self._done = 0
         self._total = total
@@ -26,7 +28,7 @@ class Progress:
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(images)
         now = time.monotonic()
-        if self._bar.disable and now - self._logged >= LOG_SECONDS:
+        if self._bar.disable and not self._silent and now - self._logged >= LOG_SECONDS:
             self._logged = now
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate

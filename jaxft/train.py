@@ -25,7 +25,8 @@ from jaxft import datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.checkpoint import Checkpoints, NotFiniteError, check_workdir, has_checkpoint, workdir_lock, write_config
 from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
-from jaxft.errors import ArgumentParser, Interrupted, UserError, run_command
+from jaxft.distributed import compiled_by_all, on_all, own_parts, run_together
+from jaxft.errors import ArgumentParser, Interrupted, UserError
 from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, extract_features, pmap_eval_step
 from jaxft.interrupt import StopSignals
 from jaxft.metrics import MetricsFile
@@ -75,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     # weights and state
     metrics = MetricsFile(workdir / "metrics.jsonl")
-    if has_checkpoint(workdir):
+    if on_all(has_checkpoint(workdir)):
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         abstract_state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
         info, state = checkpoints.restore_latest(abstract_state, config.checkpoint.on_damage)
@@ -91,7 +92,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     print_start(config, workdir, model, state, info, train_data, eval_data, first_epoch)
 
     # loop
-    if first_epoch <= config.num_epochs:
+    if first_epoch <= config.num_epochs and jax.process_index() == 0:
         print("compiling the first step, which takes a while", file=sys.stderr, flush=True)
     preprocessing = Preprocessing(**info["preprocessing"])
     image_size = partial(
@@ -121,7 +122,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         for epoch in range(first_epoch, config.num_epochs + 1):
             order = datasets.epoch_order(config.seed, epoch, train_size)
             order = order[(int(state.step) - (epoch - 1) * steps_per_epoch) * config.batch_size :]  # what is to come
-            batches = datasets.batches(order, config.batch_size, jax.local_device_count())
+            batches = own_parts(datasets.batches(order, config.batch_size, jax.device_count()))
             with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
                 for part in up_to_checkpoints(batches, int(state.step), config.checkpoint.every_steps):
                     steps = run_steps(p_train_step(epoch), state, train_pictures, part, stop)
@@ -141,7 +142,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             row = metrics_row(int(state.step), epoch, "eval", counts, time.monotonic() - started)
             metrics.write(**row)
             print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)
-            report.update(workdir, info, eval_data, predictions)
+            if jax.process_index() == 0:
+                report.update(workdir, info, eval_data, predictions)
         checkpoints.finish(state, info)
     print(f"done; look at {workdir / 'report.html'}, and test again by: python -m jaxft.evaluate --workdir {workdir}")
     if config.note:
@@ -173,7 +175,7 @@ def divergence_told(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> 
 
 
 def check_batch_size(batch_size: int) -> None:
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     if batch_size % devices:
         below = batch_size // devices * devices
         hint = f"{below} or {below + devices}" if below else f"{devices}"
@@ -247,9 +249,10 @@ def pmap_train_step(
         objective=Objective(config.seed, make_augmentation(config.augment), config.label_smoothing, class_weights),
         ema_decay=config.optimizer.ema_decay,
     )
-    return jax.pmap(
+    mapped = jax.pmap(
         step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0
     )  # state in natural shapes: no leading axis to add or strip
+    return compiled_by_all(mapped)
 
 
 def up_to_checkpoints(batches: Iterable[Batch], steps_done: int, every_steps: int) -> Iterator[list[Batch]]:
@@ -325,7 +328,8 @@ def print_start(
     if "source_sha256" in weights:
         source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(f"device   {jax.local_device_count()} x {device.device_kind}, jax {version('jax')}")
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"device   {jax.device_count()} x {device.device_kind}{processes}, jax {version('jax')}")
     data = config.data
     print(
         f"data     {data.name}: {info['train_size']:,} pictures of {data.train_split} to train, "
@@ -355,4 +359,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run_together(main, sys.argv[1:]))
