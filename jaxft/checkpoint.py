@@ -28,7 +28,8 @@ from jaxft.parts import freeze
 from jaxft.resnet import ResNet, make_model
 from jaxft.steps import TrainState, abstract_train_state, replicate
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's tracebacks, of what is told here in one line
+for _name in ("absl", "asyncio"):  # Orbax's tracebacks, of what is told here in one line
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class NotFiniteError(Exception):
@@ -221,6 +222,7 @@ class Checkpoints:
         raise UserError(f"there is no good checkpoint in {self.directory}; train in another --workdir")
 
     def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpointError:
+        _quieten_orbax()
         reason = f"checkpoint {step} in {self.directory} is damaged ({str(error)[:200]})"
         return DamagedCheckpointError(
             reason,
@@ -242,6 +244,17 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _quieten_orbax() -> None:
+    """Once a read fails, those still under way end in an event loop that is closed, with a traceback each."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def to_host(tree: Any) -> Any:

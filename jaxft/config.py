@@ -76,7 +76,7 @@ def default_config() -> ConfigDict:
                 "mixup": 0.0,  # alpha: how evenly two pictures and their labels are added up; 0: not at all
                 "cutmix": 0.0,  # the same, one picture showing through a hole in the other
             },
-            "steps_per_call": 1,  # of the device; more save time where a step takes less than some milliseconds
+            "steps_per_call": 1,  # of a GPU or TPU; more save time where a step takes less than some milliseconds
             "checkpoint": {
                 "every_steps": 0,  # besides the one after each epoch; 0: none
                 "keep_latest": 2,  # newest kept; two, for a run may diverge right after the newest

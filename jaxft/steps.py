@@ -1,7 +1,7 @@
 """The training and the evaluation step: pure functions, mapped over devices where they are used."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -159,6 +159,9 @@ def cross_entropy(logits: Array, label: Array, objective: Objective) -> tuple[ja
     return loss, weights[label]
 
 
+TrainStep = Callable[[TrainState, Pictures, Batch], tuple[TrainState, Counts]]
+
+
 def train_step(
     state: TrainState,
     pictures: Pictures,
@@ -213,6 +216,13 @@ def _averaged(averages: Any, state: TrainState, decay: float) -> Any:
     weight = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     newest = {"params": state.params, "batch_stats": state.batch_stats}
     return jax.tree.map(lambda mean, new: mean + weight * (new - mean), averages, newest)
+
+
+def train_steps(
+    state: TrainState, pictures: Pictures, batches: Batch, *, step: TrainStep, loop: bool
+) -> tuple[TrainState, Counts]:
+    """One after the other: batches (K, B), counts (K,). Without a loop: K copies of the step, which round otherwise."""
+    return jax.lax.scan(lambda state, batch: step(state, pictures, batch), state, batches, unroll=1 if loop else True)
 
 
 def eval_step(

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from importlib.metadata import version
@@ -42,15 +42,15 @@ from jaxft.steps import (
     Objective,
     Pictures,
     TrainState,
+    TrainStep,
     abstract_train_state,
     count_predictions,
     create_train_state,
     initial_train_state,
     replicate,
     train_step,
+    train_steps,
 )
-
-PTrainStep = Callable[[TrainState, Pictures, Batch], tuple[TrainState, Counts]]
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -104,12 +104,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     class_weights = balanced_class_weights(train_data.label, model.num_classes) if balanced else ()
 
     @cache
-    def compiled(model: ResNet, size: int) -> PTrainStep:
-        return pmap_train_step(config, model, tx, preprocessing._replace(image_size=size), class_weights)
+    def compiled(model: ResNet, size: int) -> TrainStep:
+        return pmap_train_steps(config, model, tx, preprocessing._replace(image_size=size), class_weights)
 
-    def p_train_step(epoch: int) -> PTrainStep:
+    def p_train_steps(epoch: int) -> TrainStep:
         return compiled(freeze(model, config.optimizer, epoch), image_size(epoch))
 
+    # A CPU's convolutions are several times slower in a loop, and a call costs it next to nothing.
+    steps_per_call = 1 if jax.default_backend() == "cpu" else config.steps_per_call
     p_eval_step = pmap_eval_step(model, preprocessing)
     train_pictures = replicate(Pictures(train_data.image, train_data.label))
     eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
@@ -125,7 +127,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             batches = own_parts(datasets.batches(order, config.batch_size, jax.device_count()))
             with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
                 for part in up_to_checkpoints(batches, int(state.step), config.checkpoint.every_steps):
-                    steps = run_steps(p_train_step(epoch), state, train_pictures, part, stop)
+                    steps = run_steps(p_train_steps(epoch), state, train_pictures, part, steps_per_call, stop)
                     for state, step, counts, seconds in steps:  # noqa: B007, the last one's state is the part's
                         row = metrics_row(step, epoch, "train", counts, seconds)
                         metrics.write(**row)
@@ -234,13 +236,13 @@ def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, 
     return tuple((len(label) / (num_classes * counts)).tolist())
 
 
-def pmap_train_step(
+def pmap_train_steps(
     config: ConfigDict,
     model: ResNet,
     tx: optax.GradientTransformation,
     preprocessing: Preprocessing,
     class_weights: tuple[float, ...] = (),
-) -> PTrainStep:
+) -> TrainStep:
     step = partial(
         train_step,
         model=model,
@@ -249,8 +251,9 @@ def pmap_train_step(
         objective=Objective(config.seed, make_augmentation(config.augment), config.label_smoothing, class_weights),
         ema_decay=config.optimizer.ema_decay,
     )
+    steps = partial(train_steps, step=step, loop=jax.default_backend() != "cpu")
     mapped = jax.pmap(
-        step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0
+        steps, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0
     )  # state in natural shapes: no leading axis to add or strip
     return compiled_by_all(mapped)
 
@@ -267,32 +270,49 @@ def up_to_checkpoints(batches: Iterable[Batch], steps_done: int, every_steps: in
         yield part
 
 
+def calls(batches: Sequence[Batch], steps_per_call: int) -> Iterator[list[Batch]]:
+    """As many batches a call; what remains one by one, so that no other number is compiled."""
+    whole = len(batches) // steps_per_call * steps_per_call
+    for start in range(0, whole, steps_per_call):
+        yield list(batches[start : start + steps_per_call])
+    for batch in batches[whole:]:
+        yield [batch]
+
+
 def run_steps(
-    p_train_step: PTrainStep, state: TrainState, pictures: Pictures, batches: Iterable[Batch], stop: StopSignals
+    p_train_steps: TrainStep,
+    state: TrainState,
+    pictures: Pictures,
+    batches: Sequence[Batch],
+    steps_per_call: int,
+    stop: StopSignals,
 ) -> Iterator[tuple[TrainState, int, Counts, float]]:
     """The newest state, and each step with its counts and the seconds it took.
 
-    Counts arrive STEPS_AHEAD late so that the devices never wait; the last state is the one after the last counts.
+    Counts arrive STEPS_AHEAD calls late so that the devices never wait; the last state is the one after the last.
     """
-    step = int(state.step)
-    launched = deque[Counts]()
+    step = launched = int(state.step)
+    waiting = deque[Counts]()
     started = time.monotonic()
 
-    def arrived() -> tuple[TrainState, int, Counts, float]:
+    def arrived() -> Iterator[tuple[TrainState, int, Counts, float]]:
         nonlocal step, started
-        counts = jax.device_get(launched.popleft())
-        step, before, started = step + 1, started, time.monotonic()
-        return state, step, counts, started - before
+        counts = jax.device_get(waiting.popleft())
+        before, started = started, time.monotonic()
+        for i in range(len(counts.loss)):
+            step += 1
+            yield state, step, jax.tree.map(lambda array, i=i: array[i], counts), (started - before) / len(counts.loss)
 
-    for batch in batches:
-        if stop.reached(step + len(launched) + 1):
+    for call in calls(batches, steps_per_call):
+        if any([stop.reached(launched + i) for i in range(1, len(call) + 1)]):  # noqa: C419, each has to be asked
             break
-        state, counts = p_train_step(state, pictures, batch)
-        launched.append(counts)
-        if len(launched) > STEPS_AHEAD:
-            yield arrived()
-    while launched:
-        yield arrived()
+        state, counts = p_train_steps(state, pictures, jax.tree.map(lambda *arrays: np.stack(arrays, 1), *call))
+        launched += len(call)
+        waiting.append(counts)
+        if len(waiting) > STEPS_AHEAD:
+            yield from arrived()
+    while waiting:
+        yield from arrived()
 
 
 def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: float) -> dict[str, Any]:
