@@ -4,7 +4,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,8 +28,8 @@ def run_together(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
     def joined(argv: list[str]) -> None:
         _initialize()
-        if jax.process_index():
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, until the process ends
+        if jax.distributed.is_initialized():
+            _keep_stdout_to_process_0()
         try:
             main(argv)
         except JaxRuntimeError as error:
@@ -66,6 +65,14 @@ def _initialize() -> None:
         if address:
             raise UserError(f"JAX_COORDINATOR_ADDRESS is {address}, but: {error}") from None
         # A machine on its own: JAX found no cluster.
+
+
+def _keep_stdout_to_process_0() -> None:
+    """What libraries print there by themselves, as a CPU's collectives do, goes to stderr."""
+    sys.stdout.flush()
+    own = os.open(os.devnull, os.O_WRONLY) if jax.process_index() else os.dup(1)
+    sys.stdout = os.fdopen(own, "w")
+    os.dup2(2, 1)
 
 
 def own_parts(batches: Iterable[Batch]) -> Iterator[Batch]:
