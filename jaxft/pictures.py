@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxft.errors import UserError
 
@@ -19,7 +19,7 @@ class PictureError(UserError):
     """A file that is no picture, or not one to be read."""
 
 
-def decode(source: Path | bytes, name: str = "") -> np.ndarray:
+def decode(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """uint8 (H, W, 3) of anything that Pillow reads: turned as EXIF says, transparency on white, the first frame.
 
     Grey, palette, CMYK and 16-bit pictures become RGB. Raises PictureError with `name`, or the path.
@@ -28,13 +28,15 @@ def decode(source: Path | bytes, name: str = "") -> np.ndarray:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise PictureError(f"{name} has {width} x {height} pixels; jaxft reads up to {MAX_PIXELS:,} in all")
+            if width * height > max_pixels:
+                raise PictureError(f"{name} has {width} x {height} pixels; jaxft reads up to {max_pixels:,} in all")
             return to_rgb(picture)
     except PictureError:
         raise
     except FileNotFoundError:
         raise PictureError(f"there is no picture {name}") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name} cannot be read as a picture (it is in no format that Pillow knows)") from None
     except Exception as error:  # Pillow's plugins raise whatever they like for damaged files
         raise PictureError(f"{name} cannot be read as a picture ({error or type(error).__name__})") from error
 

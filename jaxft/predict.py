@@ -5,6 +5,10 @@ python -m jaxft.predict --workdir runs/cifar10 picture.jpg folder/ [--top_k 3] [
 A line for each picture, with the likeliest classes first. Folders are searched with all that is in them.
 --json prints one object a line: {"file", "label", "probability", "top_k": [{"label", "probability"}, ...]}, or
 {"file", "error"} for a file that is no picture; the exit code is then 2, after all others are done.
+
+python -m jaxft.predict --workdir runs/cifar10 --serve
+
+A web page on this machine, for pictures that a person drops there.
 """
 
 import dataclasses
@@ -196,16 +200,32 @@ def json_line(file: Path, found: Prediction | UserError) -> str:
     return json.dumps({"file": str(file), "label": found.label, "probability": found.probability, "top_k": top})
 
 
+def show_page(classifier: Classifier, host: str, port: int, top_k: int) -> None:
+    try:
+        from jaxft.serve import serve
+    except ImportError:
+        raise UserError("--serve needs a web server: pip install 'jaxft[serve]'") from None
+    serve(classifier, host, port, top_k)
+
+
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.predict", __doc__)
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the training run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
     parser.add_argument("--top_k", type=int, default=3, metavar="K", help="classes shown of each picture (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER")
+    parser.add_argument("--serve", action="store_true", help="show a web page instead (pip install 'jaxft[serve]')")
+    parser.add_argument("--host", default="127.0.0.1", help="of --serve (default: 127.0.0.1, this machine alone)")
+    parser.add_argument("--port", type=int, default=8765, help="of --serve (default: 8765; 0: any that is free)")
+    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER")
     args = parser.parse_args(argv)
     if args.top_k < 1:
         raise UserError(f"--top_k must be at least 1, not {args.top_k}")
+    if args.serve == bool(args.pictures):
+        raise UserError("name pictures or folders, or else --serve")
+    if args.serve:
+        show_page(load(args.workdir, args.checkpoint), args.host, args.port, args.top_k)
+        return
     files = find_files(args.pictures)
     classifier = load(args.workdir, args.checkpoint)
     table = Table(files, classifier.class_names, args.top_k)

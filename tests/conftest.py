@@ -1,10 +1,12 @@
 """What several test files share: paths, and commands run as a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -72,3 +74,19 @@ def small_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run("-m", "jaxft.train", "--config=configs/quickstart.py", *small, "--workdir", workdir)
     assert result.returncode == 0, result.stderr
     return workdir
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; install chromium and chromium-driver (or let Selenium fetch them)."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    if path := shutil.which("chromium"):
+        options.binary_location = path
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -184,22 +184,6 @@ def test_mistakes_are_told_in_one_line(fails: Callable[..., str], small_run: Pat
     (tmp_path / "evaluation.npz").write_bytes(b"PK damaged")
     with pytest.raises(UserError, match="cannot be read"):
         report.load_run(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window; install chromium and chromium-driver (or let Selenium fetch them)."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    if path := shutil.which("chromium"):
-        options.binary_location = path
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.slow
