@@ -107,8 +107,7 @@ def decompress(variables: Any) -> Any:
 def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
     """Writes a zip archive of model.stablehlo (jax.export's own format) and info.json."""
     preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
-    variables = checkpoint.state.variables()
-    variables = compress(variables, dtype)
+    variables = compress(checkpoint.state.variables(), dtype)
 
     @jax.jit
     def network(image: jax.Array) -> jax.Array:
@@ -140,7 +139,7 @@ def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: st
     """On the split that the run was tested on: with the checkpoint's own weights, and with compressed ones."""
     state = checkpoint.state
     variables = decompress(compress(state.variables(), dtype))
-    smaller = checkpoint._replace(state=replicate(dataclasses.replace(state, **variables)))
+    smaller = checkpoint._replace(state=replicate(dataclasses.replace(state, **variables, ema={})))
     before, after = (
         summarise(evaluation.predictions, evaluation.class_names)["accuracy"]
         for evaluation in (evaluate_checkpoint(checkpoint, data_dir), evaluate_checkpoint(smaller, data_dir))

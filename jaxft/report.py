@@ -27,9 +27,11 @@ from jaxft.config import default_config, flatten, resolve
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.metrics import CALIBRATION_BINS, calibration, confusion_matrix, read_lines, summarise
 from jaxft.optimizer import learning_rate_schedule
+from jaxft.sheet import draw_sheet
 from jaxft.steps import Predictions
 
 MISTAKES = 24  # shown
+SHEET = (4, 8)  # rows and columns of pictures as training sees them
 THUMBNAIL = 128  # pixels of the longer side, at most
 SHORT_EPOCH = 10  # seconds
 CURVE_POINTS = 60  # at most; a curve of more rows shows the mean of each such part
@@ -81,6 +83,10 @@ def update(workdir: Path, info: dict[str, Any], test_data: Dataset, predictions:
     run = load_run(workdir)
     seconds = sum(row["seconds"] for row in run.rows if row["epoch"] == run.epoch)
     if run.epoch == run.config.num_epochs or seconds >= SHORT_EPOCH:
+        if run.config.augment != default_config().augment and not (workdir / "sheet.jpg").exists():
+            sheet = Image.fromarray(draw_sheet(run.config, *SHEET))
+            sheet.thumbnail((SHEET[1] * THUMBNAIL, SHEET[0] * THUMBNAIL))
+            sheet.save(workdir / "sheet.jpg", quality=85)
         _write(workdir / "report.html", render(run))
 
 
@@ -145,6 +151,9 @@ def render(run: Run) -> str:
             }
             for index, picture in zip(run.mistakes.tolist(), run.pictures, strict=True)
         ],
+        sheet=_data_uri((run.workdir / "sheet.jpg").read_bytes(), "jpeg")
+        if (run.workdir / "sheet.jpg").exists()
+        else "",
         settings=sorted(
             ((key, value, value != default[key]) for key, value in flatten(config).items()), key=lambda row: not row[2]
         ),
@@ -280,7 +289,11 @@ def _distinct_names(workdirs: Sequence[Path]) -> list[str]:
 def _png(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri(buffer.getvalue(), "png")
+
+
+def _data_uri(image: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -77,6 +77,9 @@ def test_a_run_leaves_its_report(small_run: Path, run: Run) -> None:
     ):
         assert part in text
     assert text.count(", taken for") == report.MISTAKES
+    assert "What training saw" in text
+    with Image.open(small_run / "sheet.jpg") as sheet:
+        assert max(sheet.size) <= 8 * report.THUMBNAIL
     assert f"--config {small_run}/config.json" in text
 
 
