@@ -30,7 +30,7 @@ COMMAND = (
     *(sys.executable, "-m", "jaxft.train", "--config=configs/quickstart.py", "--config.data.train_split=test"),
     *("--config.image_size=16", "--config.model.width=4", "--config.batch_size=72", "--config.num_epochs=15"),
     *("--config.augment.flip=True", "--config.augment.shift=0.1", "--config.augment.crop_area=0.5"),
-    "--config.checkpoint.every_steps=4",
+    *("--config.model.pretrained=", "--config.checkpoint.every_steps=4"),
 )
 MOMENTS = ("starting", "step", "saving", "committing", "evaluated")
 

@@ -23,12 +23,14 @@ TINY = (
     "--config.data.train_split=test",
     "--config.image_size=16",
     "--config.model.pretrained=",
+    "--config.model.pretrained=",
     "--config.model.width=4",
     "--config.batch_size=72",  # 14 steps an epoch, the last of fewer pictures
     "--config.num_epochs=3",
     "--config.augment.flip=True",
     "--config.augment.shift=0.1",
     "--config.augment.crop_area=0.5",
+    "--config.augment.mixup=0.2",
     "--config.checkpoint.every_steps=4",
 )
 
