@@ -5,9 +5,19 @@ python -m jaxft.train --config configs/quickstart.py
 
 from ml_collections import ConfigDict
 
+NOTE = """
+From random weights the same network reaches 43.6 % on these pictures in the same time (pretrained 64.7 %; means of 5
+seeds, benchmarks/quickstart.py). 2,000 pictures are not CIFAR-10. What to try next:
+  look        runs/quickstart/report.html
+  evaluate    python -m jaxft.evaluate --workdir runs/quickstart
+  predict     python -m jaxft.predict --workdir runs/quickstart PICTURE_OR_FOLDER
+  your own    python -m jaxft.train --config configs/image_folder.py --config.data.name=folder:PATH
+  full size   python -m jaxft.train --config configs/cifar10.py"""
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.note = NOTE
     config.num_epochs = 5
     config.batch_size = 50  # over all devices
     config.image_size = 64

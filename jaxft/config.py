@@ -34,7 +34,7 @@ def default_config() -> ConfigDict:
                 "stem": "imagenet",  # or small: one 3x3 convolution, for pictures of about 32 pixels
                 "width": 64,  # channels of the first stage; torchvision's ResNets have 64
                 "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
-                "batch_norm": "update",  # statistics of each device's share; sync: of the batch; frozen: running ones
+                "batch_norm": "update",  # or sync, over all devices; frozen; recalibrate, over all pictures at the end
             },
             "data": {
                 "name": "cifar10",  # a TFDS name, folder:PATH, or sample:cifar10
@@ -91,7 +91,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.arch": tuple(ARCHITECTURES),
     "model.stem": ("imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.batch_norm": ("update", "frozen", "sync"),
+    "model.batch_norm": ("update", "frozen", "sync", "recalibrate"),
     "class_weights": ("none", "balanced"),
     "data.unreadable": ("refuse", "skip"),
     "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),

@@ -3,6 +3,7 @@
 python -m jaxft.evaluate --workdir runs/cifar10 [--checkpoint best|latest|STEP] [--json]
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
 from jaxft.resnet import ResNet
-from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, features_step, replicate
+from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, features_step, replicate, statistics_step
 
 STEPS_AHEAD = 2  # that the host runs before the devices
 
@@ -44,6 +45,27 @@ def extract_features(
     step = partial(features_step, model=model, preprocessing=preprocessing)
     p_step = compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
     return Pictures(_of_each(p_step, state, pictures, batch_size, "the backbone's features"), pictures.label)
+
+
+def recalibrate(
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, pictures: Pictures, batch_size: int
+) -> TrainState:
+    """With running statistics that are the mean of every batch's, as torch.optim.swa_utils.update_bn has them.
+
+    A batch's own statistics belong to the parameters as they are now, running ones also to earlier ones.
+    """
+    step = partial(statistics_step, model=model, preprocessing=preprocessing)
+    p_step = compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
+    size = len(pictures.label)
+    parts: list[Any] = []
+    with Progress("recalibrating", size) as progress:
+        for batch in own_parts(datasets.batches(np.arange(size), batch_size, jax.device_count())):
+            parts.append(jax.device_get(p_step(state, pictures, batch)))
+            progress.update(min(batch_size, size))
+    mean = replicate(jax.tree.map(lambda *a: np.mean(a, axis=0, dtype=np.float64).astype(a[0].dtype), *parts))
+    if state.ema:
+        return dataclasses.replace(state, ema=state.ema | {"batch_stats": mean})
+    return dataclasses.replace(state, batch_stats=mean)
 
 
 def _of_each(

@@ -176,6 +176,7 @@ class ResNet(nn.Module):
     width: int = 64
     stem: Stem = "imagenet"
     batch_norm: BatchNormMode = "update"
+    norm_momentum: float = 0.1  # the weight of the newest batch in the running statistics
     frozen: frozenset[str] = frozenset()  # paths of parameters that do not train: 'layer1/0/bn1/scale'
     axis_name: str = "batch"
     dtype: Any = jnp.float32
@@ -200,7 +201,14 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
 
     def _features(self, image: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        norm = partial(BatchNorm, mode=self.batch_norm, frozen=self.frozen, axis_name=self.axis_name, dtype=self.dtype)
+        norm = partial(
+            BatchNorm,
+            mode=self.batch_norm,
+            momentum=self.norm_momentum,
+            frozen=self.frozen,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+        )
         size, stride = STEMS[self.stem]
         x = Conv(self.width, size, stride, dtype=self.dtype, name="conv1")(image)
         x = norm(name="bn1")(x, mask, train, relu=True)
@@ -232,6 +240,6 @@ def make_model(config: ConfigDict, num_classes: int) -> ResNet:
         num_classes=num_classes,
         width=config.width,
         stem=config.stem,
-        batch_norm=config.batch_norm,
+        batch_norm="update" if config.batch_norm == "recalibrate" else config.batch_norm,
         dtype=jnp.dtype(config.dtype),
     )

@@ -245,6 +245,16 @@ def features_step(
     return jax.lax.all_gather(model.apply(variables, image, train=False, features_only=True), model.axis_name)
 
 
+def statistics_step(
+    state: TrainState, pictures: Pictures, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+) -> Any:
+    """The batch_stats that the batch would leave alone, over all devices, with the parameters that are tested."""
+    image = preprocess(pictures.image[batch.index], preprocessing)
+    model = model.clone(batch_norm="sync", norm_momentum=1.0)
+    _, updates = model.apply(state.variables(), image, batch.mask, train=True, mutable=["batch_stats"])
+    return updates["batch_stats"]
+
+
 def predict_step(state: TrainState, image: Array, *, model: ResNet, preprocessing: Preprocessing) -> jax.Array:
     """Probabilities (B, num_classes) of uint8 pictures (B, H, W, 3)."""
     logits: Any = model.apply(state.variables(), preprocess(image, preprocessing), train=False)

@@ -27,7 +27,7 @@ from jaxft.checkpoint import Checkpoints, NotFiniteError, check_workdir, has_che
 from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
 from jaxft.distributed import compiled_by_all, on_all, own_parts, run_together
 from jaxft.errors import ArgumentParser, Interrupted, UserError
-from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, extract_features, pmap_eval_step
+from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, extract_features, pmap_eval_step, recalibrate
 from jaxft.interrupt import StopSignals
 from jaxft.metrics import MetricsFile
 from jaxft.optimizer import learning_rate_schedule, make_optimizer
@@ -69,6 +69,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     )
     train_size = len(train_data.label)
     steps_per_epoch = math.ceil(train_size / config.batch_size)
+    last_step = steps_per_epoch * config.num_epochs
 
     # model
     model = freeze(make_model(config.model, len(train_data.class_names)), config.optimizer, config.num_epochs)
@@ -133,6 +134,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                         metrics.write(**row)
                         progress.update(int(counts.pictures), row["loss"])
                         checkpoints.poll()
+                    if config.model.batch_norm == "recalibrate" and int(state.step) == last_step:
+                        state = recalibrate(model, preprocessing, state, train_pictures, config.batch_size)
                     checkpoints.save(state, info)
                     if stop.received:
                         checkpoints.finish(state, info)

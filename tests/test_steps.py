@@ -12,7 +12,7 @@ import pytest
 from jaxft import datasets
 from jaxft.augment import Augmentation
 from jaxft.config import default_config
-from jaxft.evaluate import evaluate_pictures, extract_features, pmap_eval_step
+from jaxft.evaluate import evaluate_pictures, extract_features, pmap_eval_step, recalibrate
 from jaxft.optimizer import make_optimizer
 from jaxft.parts import freeze
 from jaxft.preprocessing import Preprocessing, preprocess
@@ -257,3 +257,28 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures() -> None:
     (a, a_counts), (b, b_counts) = ends
     assert float(a_counts.loss) == pytest.approx(float(b_counts.loss), rel=1e-4)
     np.testing.assert_allclose(a.params["fc"]["kernel"], b.params["fc"]["kernel"], rtol=1e-3, atol=1e-5)
+
+
+def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
+    """On one device and on four, with a last batch that is not full; what is frozen stays."""
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet18(num_classes=10).double()
+    sample = datasets.load("sample:cifar10", "test")
+    pictures = Pictures(sample.image[:40], sample.label[:40])
+    with jax.enable_x64(True):
+        model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64)
+        variables = from_torch({key: value.numpy() for key, value in reference.state_dict().items()}, model)
+        state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
+        found = jax.device_get(recalibrate(model, PREPROCESSING, state, pictures, 16))
+        frozen = frozenset({"bn1/scale", "bn1/bias"})
+        kept = jax.device_get(recalibrate(model.clone(frozen=frozen), PREPROCESSING, state, pictures, 16)).batch_stats
+    loader = [torch_input(sample.image[start : start + 16][: 40 - start]) for start in (0, 16, 32)]
+    torch.optim.swa_utils.update_bn(loader, reference)
+    for name in ("bn1", "layer4.1.bn2"):
+        ours: Any = found.batch_stats
+        for part in name.split("."):
+            ours = ours[part]
+        theirs = reference.get_submodule(name)
+        for a, b in ((ours["mean"], theirs.running_mean.numpy()), (ours["var"], theirs.running_var.numpy())):
+            assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)  # pixels are float32
+    np.testing.assert_array_equal(kept["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"])
