@@ -57,7 +57,32 @@ def _divide_up(a: int, b: int) -> int:
 
 def _pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A 1x1 convolution as a matrix product."""
-    return x[:, ::stride, ::stride] @ kernel[0, 0]
+    x = x[:, ::stride, ::stride]
+    return _product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Of matrices (pixels, channels) and (channels, features)."""
+    return x @ kernel
+
+
+def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    return dy @ kernel.T, _product_kernel_gradient(x, dy)
+
+
+@unfused
+def _product_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """x.T @ dy, of which the smaller is transposed, and apart from how x and dy came about: transposing is dear."""
+    return x.T @ dy if x.shape[1] <= dy.shape[1] else (dy.T @ x).T
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def _conv_of_few(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

@@ -1,0 +1,207 @@
+"""jaxft's train and evaluation step beside PyTorch's on the same work, taking turns: images/s as JSON.
+
+    python -m benchmarks.train_step [--arch resnet50] [--work 64x32,224x16] [--steps train,forward] \
+        [--contenders jaxft-float32,torch-float32,...] [--rounds 9]
+
+Each contender is a process of its own that keeps its compiled step; they run one after the other, round by round, so
+that whatever else the machine does hits all of them alike. (PyTorch's threads wait for each other by spinning, so on a busy
+machine only images per second of CPU time on one core compare: --cores 0.) Work is pixels x batch size. A train step is forward,
+backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones, channels_last); a
+forward step is evaluation without gradients. Runs on whatever device JAX and PyTorch find.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "torch-float32", "torch-bfloat16", "torch-float32-compile")
+NUM_CLASSES = 10
+
+
+def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], float]:
+    """A function that makes a step, waits for its end and tells a figure of it."""
+    import jax
+    import numpy as np
+    import optax
+
+    from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+    from jaxft.resnet import ARCHITECTURES
+    from jaxft.steps import Batch, Pictures, create_train_state, eval_step, replicate, train_step
+
+    dtype = jax.numpy.dtype(options[0])
+    model = ARCHITECTURES[arch](num_classes=NUM_CLASSES, dtype=dtype, width=width)
+    tx = optax.sgd(0.01, momentum=0.9)
+    preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
+    random = np.random.default_rng(0)
+    pictures = replicate(
+        Pictures(
+            random.integers(0, 256, (batch, size, size, 3), np.uint8),
+            random.integers(0, NUM_CLASSES, batch, np.int32),
+        )
+    )
+    devices = jax.local_device_count()
+    indices = np.arange(batch, dtype=np.int32).reshape(devices, -1)
+    what = Batch(indices, np.ones(indices.shape, np.float32))
+    state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
+    if which == "train":
+        p_train_step = jax.pmap(
+            partial(train_step, model=model, tx=tx, preprocessing=preprocessing),
+            axis_name=model.axis_name,
+            in_axes=(None, None, 0),
+            out_axes=None,
+            donate_argnums=0,
+        )
+
+        def train() -> float:
+            nonlocal state
+            state, counts = p_train_step(state, pictures, what)
+            return float(counts.loss)
+
+        return train
+    p_eval_step = jax.pmap(
+        partial(eval_step, model=model, preprocessing=preprocessing),
+        axis_name=model.axis_name,
+        in_axes=(None, None, 0),
+        out_axes=None,
+    )
+    return lambda: float(jax.device_get(p_eval_step(state, pictures, what)).loss.sum())
+
+
+def torch_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], float]:
+    """The same in PyTorch, channels_last, autocast for bfloat16."""
+    from tests.reference import torch, torchvision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, arch)(num_classes=NUM_CLASSES, width_per_group=width)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=device == "cuda")
+    image = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    label = torch.randint(NUM_CLASSES, (batch,), device=device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled="bfloat16" in options)
+    run = torch.compile(model) if "compile" in options else model
+
+    def train() -> float:
+        optimizer.zero_grad()
+        with autocast:
+            loss = torch.nn.functional.cross_entropy(run(image), label)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def forward() -> float:
+        with torch.no_grad(), autocast:
+            return run(image).float().sum().item()
+
+    model.train(which == "train")
+    return train if which == "train" else forward
+
+
+def work(name: str, arch: str, size: int, batch: int, which: str, width: int) -> None:
+    """A contender: makes its first step, then one for each line on stdin, and prints what it took as JSON."""
+    library, *options = name.split("-")
+    started = time.perf_counter()
+    step = {"jaxft": jaxft_step, "torch": torch_step}[library](arch, size, batch, which, width, options)
+    built = time.perf_counter()
+    step()
+    print(json.dumps({"build_seconds": built - started, "first_step_seconds": time.perf_counter() - built}), flush=True)
+    for _ in sys.stdin:
+        started, cpu = time.perf_counter(), time.process_time()
+        step()
+        print(json.dumps([time.perf_counter() - started, time.process_time() - cpu]), flush=True)
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
+
+
+def compare(arch: str, size: int, batch: int, which: str, width: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Of each contender: images/s (median, and from the slowest to the fastest quarter), start and memory."""
+    task = (arch, str(size), str(batch), which, str(width))
+    children, result = {}, {}
+    for name in args.contenders:
+        command = [sys.executable, "-m", "benchmarks.train_step", "--contender", name, *task]
+        log = None if args.verbose else subprocess.DEVNULL
+        child = subprocess.Popen(
+            ["taskset", "--cpu-list", args.cores, *command] if args.cores else command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        assert child.stdout
+        line = child.stdout.readline()
+        if line:
+            children[name], result[name] = child, json.loads(line)
+        else:
+            result[name] = {"failed": child.wait()}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in children}
+    for _ in range(args.rounds + 1):
+        for name, child in children.items():
+            assert child.stdin and child.stdout
+            print(file=child.stdin, flush=True)
+            seconds[name].append(json.loads(child.stdout.readline()))
+    for name, child in children.items():
+        assert child.stdin and child.stdout
+        child.stdin.close()
+        wall, cpu = zip(*seconds[name][1:], strict=True)  # the first turn warms up
+        fast, median, slow = statistics.quantiles(wall, n=4, method="inclusive")
+        result[name] |= {
+            "images_per_second": round(batch / median, 2),
+            "quartiles": [round(batch / slow, 2), round(batch / fast, 2)],
+            "best": round(batch / min(wall), 2),
+            "images_per_cpu_second": round(batch / statistics.median(cpu), 2),
+            "peak_memory_mib": round(json.loads(child.stdout.readline())),
+        }
+        child.wait()
+    return result
+
+
+def machine() -> dict[str, Any]:
+    try:
+        processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    except (OSError, IndexError):
+        processor = platform.processor()
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "torchvision")},
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--contender"]:
+        name, arch, size, batch, which, width = sys.argv[2:]
+        return work(name, arch, int(size), int(batch), which, int(width))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--width", type=int, default=64, help="other than 64 for jaxft alone")
+    parser.add_argument("--work", default="64x32,224x16", help="pixels x batch size")
+    parser.add_argument("--steps", default="train,forward")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cores", default="", help="such as 0 or 0-3, to which to keep; on a busy machine one core")
+    parser.add_argument("--verbose", action="store_true", help="show what the contenders write to stderr")
+    args = parser.parse_args()
+    args.contenders = args.contenders.split(",")
+    results: dict[str, Any] = {"arch": args.arch, "machine": machine()}
+    for task in args.work.split(","):
+        size, batch = map(int, task.split("x"))
+        for which in args.steps.split(","):
+            results[f"{which} {task}"] = compare(args.arch, size, batch, which, args.width, args)
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
