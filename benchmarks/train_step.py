@@ -4,10 +4,10 @@
         [--contenders jaxft-float32,torch-float32,...] [--rounds 9]
 
 Each contender is a process of its own that keeps its compiled step; they run one after the other, round by round, so
-that whatever else the machine does hits all of them alike. (PyTorch's threads wait for each other by spinning, so on a busy
-machine only images per second of CPU time on one core compare: --cores 0.) Work is pixels x batch size. A train step is forward,
-backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones, channels_last); a
-forward step is evaluation without gradients. Runs on whatever device JAX and PyTorch find.
+that whatever else the machine does hits all of them alike. PyTorch's threads wait for each other by spinning, so on a
+busy machine only images per second of CPU time on one core compare: --cores 0. Work is pixels x batch size. A train
+step is forward, backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones,
+channels_last); a forward step is evaluation without gradients. Runs on whatever device JAX and PyTorch find.
 """
 
 import argparse
@@ -36,10 +36,12 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
     import numpy as np
     import optax
 
+    from jaxft.backend import set_up_backend
     from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
     from jaxft.resnet import ARCHITECTURES
     from jaxft.steps import Batch, Pictures, create_train_state, eval_step, replicate, train_step
 
+    set_up_backend()
     dtype = jax.numpy.dtype(options[0])
     model = ARCHITECTURES[arch](num_classes=NUM_CLASSES, dtype=dtype, width=width)
     tx = optax.sgd(0.01, momentum=0.9)
@@ -126,8 +128,9 @@ def work(name: str, arch: str, size: int, batch: int, which: str, width: int) ->
 
 def compare(arch: str, size: int, batch: int, which: str, width: int, args: argparse.Namespace) -> dict[str, Any]:
     """Of each contender: images/s (median, and from the slowest to the fastest quarter), start and memory."""
-    task = (arch, str(size), str(batch), which, str(width))
-    children, result = {}, {}
+    task = [arch, str(size), str(batch), which, str(width)]
+    children: dict[str, subprocess.Popen[str]] = {}
+    result: dict[str, Any] = {}
     for name in args.contenders:
         command = [sys.executable, "-m", "benchmarks.train_step", "--contender", name, *task]
         log = None if args.verbose else subprocess.DEVNULL
@@ -197,9 +200,9 @@ def main() -> None:
     args.contenders = args.contenders.split(",")
     results: dict[str, Any] = {"arch": args.arch, "machine": machine()}
     for task in args.work.split(","):
-        size, batch = map(int, task.split("x"))
+        pixels, pictures = map(int, task.split("x"))
         for which in args.steps.split(","):
-            results[f"{which} {task}"] = compare(args.arch, size, batch, which, args.width, args)
+            results[f"{which} {task}"] = compare(args.arch, pixels, pictures, which, args.width, args)
     print(json.dumps(results, indent=1))
 
 

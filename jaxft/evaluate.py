@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxft import datasets
+from jaxft.backend import set_up_backend
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.config import resolve
 from jaxft.distributed import compiled_by_all, own_parts, run_together
@@ -132,6 +133,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_dir", help="of prepared TFDS sets, if it is no longer the one trained with")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with the confusion matrix")
     args = parser.parse_args(argv)
+    set_up_backend()
     step, split, class_names, predictions = evaluate(args.workdir, args.checkpoint, args.data_dir)
     scores = summarise(predictions, class_names)
     if args.json:

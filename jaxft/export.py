@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxft.backend import set_up_backend
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import evaluate_checkpoint
@@ -161,6 +162,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--data_dir", help="of prepared TFDS sets, if it is no longer the one trained with")
     args = parser.parse_args(argv)
+    set_up_backend()
     if args.out.suffix not in SUFFIXES[args.to]:
         raise UserError(f"--out must end in {' or '.join(SUFFIXES[args.to])}, not {args.out}")
     if args.dtype not in DTYPES[args.to]:

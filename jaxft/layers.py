@@ -13,12 +13,12 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 
-def unfused(function: Callable[..., Any]) -> Callable[..., Any]:
+def unfused(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
     """Its results are computed once and kept, where XLA on a CPU would compute them again for each use of them.
 
     (An optimization_barrier is gone by the time XLA's CPU backend fuses.)
     """
-    call = jax.jit(function)
+    call = jax.jit(function, static_argnums=static_argnums)
 
     @wraps(function)
     def call_apart(*arguments: Any) -> Any:
@@ -189,9 +189,10 @@ def _max_pool_gradient(place: jax.Array, like: jax.Array, dy: jax.Array) -> jax.
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def batch_norm(
     x: jax.Array,
+    shortcut: jax.Array | None,
     scale: jax.Array,
     bias: jax.Array,
     weights: jax.Array | None,
@@ -199,18 +200,19 @@ def batch_norm(
     relu: bool,
     axis_name: str | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """x normalised by its own statistics, then scaled, shifted and, if asked, cut off at 0; and these statistics.
+    """x normalised by its own statistics, scaled and shifted; then, if asked, `shortcut` added and a ReLU.
 
-    The statistics are mean and biased variance (C,) and the number of values that went into each, in at least
-    float32 and in two passes: E[x^2] - E[x]^2 would cancel where the mean is large. No gradient flows through
-    them as results. weights: (N,), 0 leaves a picture out of the statistics. axis_name: of the devices over which
-    to take them, if not of this one alone.
+    Also returns the statistics: mean and biased variance (C,) and the number of values that went into each, in at
+    least float32 and in two passes: E[x^2] - E[x]^2 would cancel where the mean is large. No gradient flows through
+    these. weights: (N,), 0 leaves a picture out of the statistics. axis_name: of the devices over which to take
+    them, if not of this one alone.
     """
-    return _batch_norm_fwd(x, scale, bias, weights, epsilon, relu, axis_name)[0]
+    return _batch_norm_fwd(x, shortcut, scale, bias, weights, epsilon, relu, axis_name)[0]
 
 
 def _batch_norm_fwd(
     x: jax.Array,
+    shortcut: jax.Array | None,
     scale: jax.Array,
     bias: jax.Array,
     weights: jax.Array | None,
@@ -218,42 +220,97 @@ def _batch_norm_fwd(
     relu: bool,
     axis_name: str | None,
 ) -> tuple:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, var, count = _statistics(x, weights, axis_name)
+    inverse = lax.rsqrt(var + epsilon)
+    y = normalize(x, mean, scale * inverse, bias, shortcut, relu)
+    # Of what the ReLU let through, y tells where there is a shortcut; else x does, which is read anyway.
+    kept = y if relu and shortcut is not None else None
+    return (y, (mean, var, count)), (x, kept, shortcut is None, scale, bias, weights, mean, inverse, count)
+
+
+def _statistics(
+    x: jax.Array, weights: jax.Array | None, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     pixels = x.shape[1] * x.shape[2]
     if weights is None:
-        count = _total(jnp.asarray(x.shape[0] * pixels, wide.dtype), axis_name)
+        count = _total(jnp.asarray(x.shape[0] * pixels, x.dtype), axis_name)
     else:
-        weights = weights.astype(wide.dtype)
+        weights = weights.astype(x.dtype)
         count = _total(weights.sum() * pixels, axis_name)
-    divisor = jnp.maximum(count, 1)
 
     def mean_of(a: jax.Array) -> jax.Array:
         of_pictures = a.sum((1, 2))  # first, which is more exact too
         if weights is not None:
             of_pictures *= weights[:, None]
-        return _total(of_pictures.sum(0), axis_name) / divisor
+        return _total(of_pictures.sum(0), axis_name) / jnp.maximum(count, 1)
 
-    mean = mean_of(wide)
-    var = mean_of(jnp.square(wide - mean))
-    inverse = lax.rsqrt(var + epsilon)
-    y = (wide - mean) * (scale * inverse) + bias
-    y = jnp.maximum(y, 0) if relu else y
-    return (y.astype(x.dtype), (mean, var, count)), (x, scale, bias, weights, mean, inverse, divisor)
+    mean = mean_of(x)
+    return mean, mean_of(jnp.square(x - mean)), count
+
+
+@partial(unfused, static_argnums=5)
+def normalize(
+    x: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool
+) -> jax.Array:
+    """(x - mean) * slope + bias, in at least float32; then, if asked, `shortcut` added and a ReLU."""
+    y = (x - mean) * slope + bias
+    if shortcut is not None:
+        y = y + shortcut
+    return (jnp.maximum(y, 0) if relu else y).astype(x.dtype)
 
 
 def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals: tuple, cotangents: tuple) -> tuple:
-    x, scale, bias, weights, mean, inverse, divisor = residuals
-    centred = x.astype(mean.dtype) - mean
+    x, y, alone, scale, bias, weights, mean, inverse, count = residuals
+    dy = cotangents[0]
     slope = scale * inverse
-    dy = cotangents[0].astype(mean.dtype)
-    if relu:
-        dy = jnp.where(centred * slope + bias > 0, dy, 0)
-    dbias, dslope = dy.sum((0, 1, 2)), (dy * centred).sum((0, 1, 2))
+    if y is not None:
+        dy = _where_positive(y, dy)
+    relu = relu and y is None
+    dbias, dslope = _affine_gradients(x, dy, mean, slope, bias, relu)
+    divisor = jnp.maximum(count, 1)
     through_mean = _total(dbias, axis_name) / divisor
     through_var = _total(dslope, axis_name) * jnp.square(inverse) / divisor
+    dx = _normalize_gradient(x, dy, mean, slope, bias, weights, through_mean, through_var, relu)
+    return dx, None if alone else dy, dslope * inverse, dbias, None
+
+
+@unfused
+def _where_positive(y: jax.Array, dy: jax.Array) -> jax.Array:
+    return jnp.where(y > 0, dy, 0)
+
+
+def _behind_relu(centred: jax.Array, dy: jax.Array, slope: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
+    return jnp.where(centred * slope + bias > 0, dy, 0) if relu else dy
+
+
+@partial(unfused, static_argnums=5)
+def _affine_gradients(
+    x: jax.Array, dy: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array, relu: bool
+) -> tuple[jax.Array, jax.Array]:
+    centred = x - mean
+    dy = _behind_relu(centred, dy.astype(centred.dtype), slope, bias, relu)
+    return dy.sum((0, 1, 2)), (dy * centred).sum((0, 1, 2))
+
+
+@partial(unfused, static_argnums=8)
+def _normalize_gradient(
+    x: jax.Array,
+    dy: jax.Array,
+    mean: jax.Array,
+    slope: jax.Array,
+    bias: jax.Array,
+    weights: jax.Array | None,
+    through_mean: jax.Array,
+    through_var: jax.Array,
+    relu: bool,
+) -> jax.Array:
+    centred = x - mean
+    dy = _behind_relu(centred, dy.astype(centred.dtype), slope, bias, relu)
     common = through_mean + centred * through_var
-    dx = slope * (dy - (common if weights is None else common * weights[:, None, None, None]))
-    return dx.astype(x.dtype), dslope * inverse, dbias, None
+    if weights is not None:
+        common *= weights.astype(common.dtype)[:, None, None, None]
+    return (slope * (dy - common)).astype(x.dtype)
 
 
 def _total(a: jax.Array, axis_name: str | None) -> jax.Array:

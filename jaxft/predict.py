@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxft import folders, pictures
+from jaxft.backend import set_up_backend
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import Evaluation, evaluate_checkpoint
@@ -219,6 +220,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8765, help="of --serve (default: 8765; 0: any that is free)")
     parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER")
     args = parser.parse_args(argv)
+    set_up_backend()
     if args.top_k < 1:
         raise UserError(f"--top_k must be at least 1, not {args.top_k}")
     if args.serve == bool(args.pictures):

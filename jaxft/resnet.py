@@ -50,7 +50,7 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """torch's BatchNorm2d and, if asked, a ReLU: biased variance to normalise, unbiased in the running average.
+    """torch's BatchNorm2d: biased variance to normalise, unbiased in the running average. And what follows it.
 
     `mode` is "update" (statistics of this device's share of the batch), "sync" (of the whole batch, over
     `axis_name`) or "frozen" (the running statistics, in training too), which it also is where `frozen` has the paths
@@ -65,8 +65,18 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool, relu: bool = False) -> jax.Array:
-        """x: (N, H, W, C). mask: (N,), 1 for a picture that counts and 0 for padding; used in training only."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        train: bool,
+        relu: bool = False,
+        shortcut: jax.Array | None = None,
+    ) -> jax.Array:
+        """x, then `shortcut` added and a ReLU if asked: (N, H, W, C).
+
+        mask: (N,), 1 for a picture that counts and 0 for padding; used in training only.
+        """
         features = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
@@ -76,16 +86,15 @@ class BatchNorm(nn.Module):
         frozen = self.mode == "frozen" or has_norm(self.frozen, "/".join(self.path))
         if train and not frozen and not self.is_initializing():
             axis_name = self.axis_name if self.mode == "sync" else None
-            y, (mean, var, count) = layers.batch_norm(x, scale, bias, mask, self.epsilon, relu, axis_name)
+            y, (mean, var, count) = layers.batch_norm(x, shortcut, scale, bias, mask, self.epsilon, relu, axis_name)
             unbiased = var * (count / jnp.maximum(count - 1, 1))
             # A device whose share is all padding has nothing to add.
             weight = self.momentum * (count > 0)
             running_mean.value += weight * (mean - running_mean.value)
             running_var.value += weight * (unbiased - running_var.value)
         else:
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            y = (x - running_mean.value) * (scale * jax.lax.rsqrt(running_var.value + self.epsilon)) + bias
-            y = nn.relu(y) if relu else y
+            slope = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            y = layers.normalize(x, running_mean.value, slope, bias, shortcut, relu)
         return y.astype(self.dtype)
 
 
@@ -121,10 +130,9 @@ class BasicBlock(nn.Module):
         y = Conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
         y = self.norm(name="bn1")(y, mask, train, relu=True)
         y = Conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
-        y = self.norm(name="bn2")(y, mask, train)
         if x.shape != y.shape:
             x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
-        return nn.relu(x + y)
+        return self.norm(name="bn2")(y, mask, train, relu=True, shortcut=x)
 
 
 class Bottleneck(nn.Module):
@@ -149,10 +157,9 @@ class Bottleneck(nn.Module):
         y = Conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask, train, relu=True)
         y = Conv(self.features * self.expansion, 1, dtype=self.dtype, name="conv3")(y)
-        y = self.norm(name="bn3")(y, mask, train)
         if x.shape != y.shape:
             x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
-        return nn.relu(x + y)
+        return self.norm(name="bn3")(y, mask, train, relu=True, shortcut=x)
 
 
 class Stage(nn.Module):

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from jaxft import datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
+from jaxft.backend import set_up_backend
 from jaxft.checkpoint import Checkpoints, NotFiniteError, check_workdir, has_checkpoint, workdir_lock, write_config
 from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
 from jaxft.distributed import compiled_by_all, on_all, own_parts, run_together
@@ -375,6 +376,7 @@ def main(argv: list[str]) -> None:
         "--workdir", type=Path, metavar="DIR", help="for checkpoints and metrics (default: runs/CONFIG)"
     )
     args, rest = parser.parse_known_args(argv)
+    set_up_backend()
     config = load_config(args.config, parse_overrides(rest))
     workdir = args.workdir or Path("runs", Path(args.config).stem)
     with workdir_lock(workdir):

@@ -54,17 +54,18 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equals() -> None:
     np.testing.assert_array_equal(gradient, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
+@pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("mask", [None, (1, 1, 1, 1), (1, 0, 1, 1), (0, 1, 0, 0)])
-def test_batch_norm(mask: tuple[int, ...] | None, relu: bool) -> None:
+def test_batch_norm(mask: tuple[int, ...] | None, relu: bool, shortcut: bool) -> None:
     weights = None if mask is None else jnp.array(mask, float)
 
-    def plain(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    def plain(x: jax.Array, other: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         kept = x if mask is None else x[np.flatnonzero(mask)]
-        y = (x - kept.mean((0, 1, 2))) / jnp.sqrt(kept.var((0, 1, 2)) + 1e-5) * scale + bias
+        y = (x - kept.mean((0, 1, 2))) / jnp.sqrt(kept.var((0, 1, 2)) + 1e-5) * scale + bias + shortcut * other
         return nn.relu(y) if relu else y
 
-    def ours(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-        return layers.batch_norm(x, scale, bias, weights, 1e-5, relu, None)[0]
+    def ours(x: jax.Array, other: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        return layers.batch_norm(x, other if shortcut else None, scale, bias, weights, 1e-5, relu, None)[0]
 
-    same(ours, plain, random(4, 3, 5, 6), random(6), random(6))
+    same(ours, plain, random(4, 3, 5, 6), random(4, 3, 5, 6, seed=2), random(6), random(6, seed=2))

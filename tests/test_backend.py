@@ -1,0 +1,39 @@
+"""What a command sets up, in a process of its own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+PROGRAM = """
+import json, resource
+import jax, jax.numpy as jnp
+from jaxft.backend import set_up_backend
+
+set_up_backend()
+step = jax.jit(lambda x: jnp.sin(x)[::-1])
+x = jnp.ones((3000, 3000))  # 34 MiB: glibc gives what is above 32 back at once
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+faults = []
+for _ in range(40):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = step(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps([len(hits), sorted(faults[20:])[10]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_programs_are_compiled_once_and_memory_is_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    first, second = (json.loads(run("-c", PROGRAM).stdout) for _ in range(2))
+    assert (first[0], second[0] > 0) == (0, True)
+    assert list((tmp_path / "compiled").iterdir())
+    assert second[1] < 100  # page faults of a step, once the heap has grown; else 8,800
