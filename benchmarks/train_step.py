@@ -55,7 +55,7 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
     )
     devices = jax.local_device_count()
     indices = np.arange(batch, dtype=np.int32).reshape(devices, -1)
-    what = Batch(indices, np.ones(indices.shape, np.float32))
+    what = Batch(indices, indices, np.ones(indices.shape, np.float32))
     state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
     if which == "train":
         p_train_step = jax.pmap(
