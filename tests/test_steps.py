@@ -267,7 +267,7 @@ def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
     pictures = Pictures(sample.image[:40], sample.label[:40])
     with jax.enable_x64(True):
         model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64)
-        variables = from_torch({key: value.numpy() for key, value in reference.state_dict().items()}, model)
+        variables = from_torch({key: value.numpy().copy() for key, value in reference.state_dict().items()}, model)
         state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
         found = jax.device_get(recalibrate(model, PREPROCESSING, state, pictures, 16))
         frozen = frozenset({"bn1/scale", "bn1/bias"})
