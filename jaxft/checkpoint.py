@@ -293,6 +293,8 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     if jax.process_index():
         yield
         return
+    if "://" in str(workdir) or str(workdir).startswith(("gs:", "s3:")):
+        raise UserError(f"--workdir {workdir} is no folder of a file system; train in one and copy it when it is done")
     path = workdir / ".lock"
     lock = FileLock(path)
     try:
