@@ -32,6 +32,7 @@ from rich.text import Text
 from jaxft import folders, pictures
 from jaxft.backend import set_up_backend
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
+from jaxft.config import resolve
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import Evaluation, evaluate_checkpoint
 from jaxft.preprocessing import Preprocessing
@@ -56,6 +57,7 @@ class Classifier:
         self._checkpoint = checkpoint._replace(state=dataclasses.replace(checkpoint.state, opt_state=()))
         self.class_names: tuple[str, ...] = tuple(checkpoint.info["class_names"])
         self.preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
+        self._stored_size: int = resolve(checkpoint.info["config"]).data.stored_size
         step = partial(predict_step, model=checkpoint.model, preprocessing=self.preprocessing)
         self._p_predict_step = jax.pmap(step, axis_name=checkpoint.model.axis_name, in_axes=(None, 0))
 
@@ -106,6 +108,8 @@ class Classifier:
                 array = pictures.to_rgb(picture)
             else:
                 array = pictures.decode(Path(picture))
+            if self._stored_size and min(array.shape[:2]) > self._stored_size:  # as the run's own pictures were kept
+                array = pictures.shrink(array, self._stored_size)
             return pictures.shrink(array, self.preprocessing.image_size)
         except UserError as error:
             return error

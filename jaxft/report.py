@@ -70,8 +70,16 @@ class Run(NamedTuple):
 def update(workdir: Path, info: dict[str, Any], test_data: Dataset, predictions: Predictions) -> None:
     """Writes DIR/evaluation.npz, all that the report needs besides metrics.jsonl, and the report.
 
-    Drawing takes half a second, so after an epoch of a few seconds only that of the last one is drawn.
+    Drawing takes half a second, so after an epoch of a few seconds only that of the last one is drawn. A full disk is
+    told on stderr: training is worth more than its report.
     """
+    try:
+        _update(workdir, info, test_data, predictions)
+    except OSError as error:
+        print(f"\nthe report in {workdir} could not be written: {error}", file=sys.stderr, flush=True)
+
+
+def _update(workdir: Path, info: dict[str, Any], test_data: Dataset, predictions: Predictions) -> None:
     wrong = np.flatnonzero(predictions.rank)
     mistakes = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MISTAKES]
     pictures = {f"picture_{i}": _thumbnail(test_data.image[index]) for i, index in enumerate(mistakes)}

@@ -29,8 +29,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def commands(page: Path) -> list[list[str]]:
     """Of all bash blocks, those that begin with python, without comments."""
     lines = "".join(blocks(page, "bash")).splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line for line in words if line and line[0] == "python"]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
 
 
 @pytest.fixture
@@ -43,7 +42,8 @@ def desk(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         for path in (f"train/{sample.class_names[sample.label[i * 10]]}/{i}.png", "cat.png", "dog.png"):
             (tmp_path / "pictures" / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(sample.image[i * 10]).save(tmp_path / "pictures" / path)
-    shutil.copytree(tmp_path / "pictures" / "train", tmp_path / "pictures" / "test")
+    for split in ("test", "val"):
+        shutil.copytree(tmp_path / "pictures" / "train", tmp_path / "pictures" / split)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -79,6 +79,22 @@ def test_python_gives_what_the_network_gives(small_run: Path, classifier: Classi
     assert [p.probability for p in predictions] == pytest.approx(found[: len(files)].max(1).tolist())
 
 
+def test_large_pictures_go_the_way_of_the_runs_own(small_run: Path, tmp_path: Path) -> None:
+    """Of a folder with pictures of several sizes, kept as squares of 48 pixels for an image_size of 32."""
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(90, 60), (50, 70), (80, 80)] * 2):
+        path = tmp_path / "test" / f"class {i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    kept = datasets.load(f"folder:{tmp_path}", "test", side=48).image
+    assert kept.shape == (6, 48, 48, 3)
+    checkpoint = load_checkpoint(small_run, "best")
+    checkpoint.info["config"]["data"]["stored_size"] = 48
+    classifier = Classifier(checkpoint)
+    files = sorted(tmp_path.rglob("*.png"))
+    np.testing.assert_array_equal(classifier.probabilities(files), classifier.probabilities(kept))
+
+
 def test_python_evaluates(classifier: Classifier, run: Run, small_run: Path) -> None:
     line = json.loads(run("-m", "jaxft.evaluate", "--workdir", small_run, "--json").stdout)
     evaluation = classifier.evaluate()

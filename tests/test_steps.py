@@ -28,6 +28,7 @@ from jaxft.steps import (
     create_train_state,
     cross_entropy,
     train_step,
+    train_steps,
 )
 from tests.reference import torch, torchvision
 
@@ -127,6 +128,37 @@ def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode) -> None:
             np.array_equal(a, b)
             for a, b in zip(jax.tree.leaves(eight.batch_stats), jax.tree.leaves(state.batch_stats), strict=True)
         )
+
+
+@pytest.mark.slow
+def test_steps_in_one_call_are_the_steps_of_several() -> None:
+    """Bit for bit, on two devices, with augmentation: a loop's body rounds alike whatever the number of its turns."""
+    sample = datasets.load("sample:cifar10", "test")
+    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=4, batch_norm="sync")
+    tx = make_optimizer(default_config().optimizer, steps_per_epoch=10, num_epochs=1)
+    step = partial(
+        train_step, model=model, tx=tx, preprocessing=PREPROCESSING, objective=Objective(0, Augmentation(flip=True))
+    )
+    devices = jax.local_devices()[:2]
+    p_steps = jax.pmap(
+        partial(train_steps, step=step, loop=True),
+        axis_name="batch",
+        in_axes=(None, None, 0),
+        out_axes=None,
+        devices=devices,
+    )
+    batches = list(datasets.batches(datasets.epoch_order(0, 1, 1000)[:93], 16, 2))
+    results = []
+    for per_call in (1, 2, 6):
+        state, losses = jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)), []
+        for start in range(0, 6, per_call):
+            call = jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches[start : start + per_call])
+            state, counts = p_steps(state, Pictures(sample.image, sample.label), call)
+            losses.append(np.asarray(counts.loss))
+        results.append([np.concatenate(losses), *map(np.asarray, jax.tree.leaves(state))])
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:

@@ -22,7 +22,8 @@ from jaxft.pretrained import Weights, load_pretrained, to_torch, torchvision_key
 from jaxft.resnet import ARCHITECTURES
 from jaxft.torch_files import read_tensors, write_tensors
 
-STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+# torchvision's module -> ours; our bn1 computes the ReLU too
+STAGES = {"conv1": "conv1", "relu": "bn1"} | {name: name for name in ("layer1", "layer2", "layer3", "layer4", "fc")}
 VERIFIED_IN_FLOAT64 = 1e-9  # relative; a wrong padding, epsilon or order of channels is off by far more
 
 
@@ -45,8 +46,8 @@ def largest_differences(source: str, weights: Weights, dtype: Any) -> dict[str, 
     missing, extra = reference.load_state_dict(tensors, strict=False)
     assert not extra and all(key.endswith("num_batches_tracked") for key in missing)
     outputs: dict[str, Any] = {}
-    for name in STAGES:
-        getattr(reference, name).register_forward_hook(
+    for module, name in STAGES.items():
+        getattr(reference, module).register_forward_hook(
             lambda _module, _inputs, output, name=name: outputs.update({name: output.numpy().copy()})
         )
     image = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(dtype)
@@ -61,12 +62,12 @@ def largest_differences(source: str, weights: Weights, dtype: Any) -> dict[str, 
                 variables,
                 image,
                 train=False,
-                capture_intermediates=lambda module, _: module.name in STAGES,
+                capture_intermediates=lambda module, _: module.name in STAGES.values(),
                 mutable=["intermediates"],
             )
         )(variables, image)
     differences = {}
-    for name in STAGES:
+    for name in STAGES.values():
         ours = np.asarray(captured["intermediates"][name]["__call__"][0])
         theirs = outputs[name].transpose(0, 2, 3, 1) if outputs[name].ndim == 4 else outputs[name]
         differences[name] = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(dtype).tiny))
@@ -86,7 +87,7 @@ def verify(source: str, weights: Weights) -> Weights:
     against = f"torchvision {version('torchvision')} with torch {version('torch')}"
     print(f"largest difference from {against}, relative to the largest value\n")
     print(f"{'after':8}{'float32':>10}{'float64':>10}")
-    for name in STAGES:
+    for name in STAGES.values():
         print(f"{name:8}{single[name]:10.1e}{double[name]:10.1e}")
     print()
     if max(double.values()) > VERIFIED_IN_FLOAT64:
