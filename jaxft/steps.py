@@ -222,7 +222,13 @@ def train_steps(
     state: TrainState, pictures: Pictures, batches: Batch, *, step: TrainStep, loop: bool
 ) -> tuple[TrainState, Counts]:
     """One after the other: batches (K, B), counts (K,). Without a loop: K copies of the step, which round otherwise."""
-    return jax.lax.scan(lambda state, batch: step(state, pictures, batch), state, batches, unroll=1 if loop else True)
+    if loop:
+        return jax.lax.scan(lambda state, batch: step(state, pictures, batch), state, batches)
+    all_counts = []
+    for k in range(len(batches.index)):  # scan would make a loop of a single step too
+        state, counts = step(state, pictures, jax.tree.map(lambda a, k=k: a[k], batches))
+        all_counts.append(counts)
+    return state, jax.tree.map(lambda *counts: jnp.stack(counts), *all_counts)
 
 
 def eval_step(
