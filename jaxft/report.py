@@ -165,7 +165,11 @@ def render(run: Run) -> str:
         settings=sorted(
             ((key, value, value != default[key]) for key, value in flatten(config).items()), key=lambda row: not row[2]
         ),
-        weights=[(key, value) for key, value in run.info["weights"].items() if not isinstance(value, dict)],
+        weights=[
+            (key, value)
+            for key, value in run.info["weights"].items()
+            if not isinstance(value, dict) and key != "class_names"
+        ],
         versions=list(run.info["versions"].items()),
     )
 
