@@ -1,5 +1,6 @@
 """How batches are parted and called: pure functions of the train loop."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.steps import Batch, train_steps
+from jaxft.steps import Batch, Pictures, train_steps
 from jaxft.train import calls, up_to_checkpoints
 
 
@@ -38,8 +39,9 @@ def test_a_cpus_steps_are_in_no_loop() -> None:
         def step(state: Any, pictures: Any, batch: Batch) -> Any:
             return state + batch.mask, state
 
-        batches = Batch(*3 * [jax.ShapeDtypeStruct((per_call,), jnp.float32)])
-        traced = jax.make_jaxpr(lambda s, b: train_steps(s, None, b, step=step, loop=loop))(0.0, batches)
+        batches, pictures = Batch(*3 * [np.zeros(per_call, np.float32)]), Pictures(np.zeros(1), np.zeros(1))
+        steps: Any = partial(train_steps, step=step, loop=loop)
+        traced = jax.make_jaxpr(steps)(jnp.zeros(()), pictures, batches)
         return sum(equation.primitive.name in ("scan", "while") for equation in traced.jaxpr.eqns)
 
     assert [loops(False, per_call) for per_call in (1, 3)] == [0, 0]
