@@ -13,7 +13,7 @@ from jaxft.pictures import shrink
 
 
 class Dataset(NamedTuple):
-    image: np.ndarray  # uint8 (N, H, W, 3)
+    image: Any  # uint8 (N, H, W, 3): an array, or folders.PictureFiles
     label: np.ndarray  # int32 (N,)
     class_names: tuple[str, ...]
 

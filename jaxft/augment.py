@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from jaxft.preprocessing import Preprocessing, normalize, preprocess
+from jaxft.trivial_augment import trivial_augment
 
 
 class Augmentation(NamedTuple):
@@ -17,6 +18,7 @@ class Augmentation(NamedTuple):
     shift: float = 0.0
     crop_area: float = 1.0
     crop_ratio: float = 1.0
+    trivial: bool = False
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -53,19 +55,17 @@ def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width
     """
 
     def box(key: jax.Array) -> Boxes:
-        area_key, ratio_key, place_key, shift_key, flip_key = jax.random.split(key, 5)
-        area = jax.random.uniform(area_key, minval=augmentation.crop_area, maxval=1.0)
-        log_ratio = jnp.log(augmentation.crop_ratio)
-        ratio = jnp.exp(jax.random.uniform(ratio_key, minval=-log_ratio, maxval=log_ratio))  # width to height
+        chance = jax.random.uniform(key, (7,))  # each further draw takes a fifth of a second to compile
+        area = augmentation.crop_area + (1 - augmentation.crop_area) * chance[0]
+        ratio = augmentation.crop_ratio ** (2 * chance[1] - 1)  # width to height
         size = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), 1.0)
-        corner = (1 - size) * jax.random.uniform(place_key, (2,))
-        corner += jax.random.uniform(shift_key, (2,), minval=-augmentation.shift, maxval=augmentation.shift)
+        corner = (1 - size) * chance[2:4] + augmentation.shift * (2 * chance[4:6] - 1)
         # from the central square to the whole picture
         shorter = min(height, width)
         scale = jnp.array([shorter / height, shorter / width])
         corner, size = (1 - scale) / 2 + corner * scale, size * scale
         (top, left), (bottom, right) = corner, corner + size
-        flip = augmentation.flip & jax.random.bernoulli(flip_key)
+        flip = augmentation.flip & (chance[6] < 0.5)
         return Boxes(top, bottom, jnp.where(flip, right, left), jnp.where(flip, left, right))
 
     return jax.vmap(box)(keys)
@@ -101,13 +101,12 @@ def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
     """
 
     def mask(key: jax.Array) -> jax.Array:
-        chance_key, box_key = jax.random.split(key)
-        area_key, ratio_key, place_key = jax.random.split(box_key, 3)
-        area = jax.random.uniform(area_key, minval=0.02, maxval=0.33)
-        ratio = jnp.exp(jax.random.uniform(ratio_key, minval=-jnp.log(3.3), maxval=jnp.log(3.3)))
+        chance = jax.random.uniform(key, (5,))
+        area = 0.02 + 0.31 * chance[0]
+        ratio = 3.3 ** (2 * chance[1] - 1)
         size = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), 1.0)
-        inside = _rectangle((1 - size) * jax.random.uniform(place_key, (2,)), size, *images.shape[1:3])
-        return inside & jax.random.bernoulli(chance_key, probability)
+        inside = _rectangle((1 - size) * chance[2:4], size, *images.shape[1:3])
+        return inside & (chance[4] < probability)
 
     return jnp.where(jax.vmap(mask)(keys)[..., None], 0.0, images)
 
@@ -131,15 +130,16 @@ def mix(
     mixup (Zhang et al. 2017) adds both up, cutmix (Yun et al. 2019) shows a rectangle of the partner; the share is
     drawn from Beta(alpha, alpha) for each picture. With both alphas above 0, either half of the time.
     """
-    mixup, cutmix = augmentation.mixup or 1.0, augmentation.cutmix or 1.0  # 1 where it is not used
 
     def blend(image: jax.Array, partner: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kind_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 4)
+        chance_key, share_key = jax.random.split(key)
+        chance = jax.random.uniform(chance_key, (3,))
         both = augmentation.mixup > 0 and augmentation.cutmix > 0
-        cut = jax.random.bernoulli(kind_key) if both else jnp.bool_(augmentation.cutmix > 0)
-        added = jax.random.beta(mixup_key, mixup, mixup)
-        side = jnp.sqrt(1 - jax.random.beta(cutmix_key, cutmix, cutmix))
-        corner = (1 - side) * jax.random.uniform(place_key, (2,))
+        cut = chance[0] < 0.5 if both else jnp.bool_(augmentation.cutmix > 0)
+        alpha = jnp.where(cut, augmentation.cutmix, augmentation.mixup)
+        added = jax.random.beta(share_key, alpha, alpha)
+        side = jnp.sqrt(1 - added)
+        corner = (1 - side) * chance[1:]
         foreign = _rectangle(corner, jnp.stack([side, side]), *image.shape[:2])
         own = jnp.where(cut, 1 - foreign.mean(), added)
         weight = jnp.where(cut, 1.0 - foreign, added)[..., None]
@@ -155,8 +155,11 @@ def augment(images: ArrayLike, keys: jax.Array, augmentation: Augmentation, prep
     images = jnp.asarray(images)
     boxes = random_boxes(keys, augmentation, *images.shape[1:3])
     fill = 255 * jnp.array(preprocessing.mean)
-    images = normalize(crop_and_resize(images, boxes, preprocessing.image_size, fill), preprocessing)
+    further_keys = jax.vmap(jax.random.fold_in, (0, None))
+    images = crop_and_resize(images, boxes, preprocessing.image_size, fill)
+    if augmentation.trivial:
+        images = trivial_augment(images, further_keys(keys, 3), fill)
+    images = normalize(images, preprocessing)
     if augmentation.erase:
-        erase_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-        images = erase(images, erase_keys, augmentation.erase)
+        images = erase(images, further_keys(keys, 1), augmentation.erase)
     return images

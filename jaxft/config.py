@@ -34,6 +34,8 @@ def default_config() -> ConfigDict:
                 "stem": "imagenet",  # or small: one 3x3 convolution, for pictures of about 32 pixels
                 "width": 64,  # channels of the first stage; torchvision's ResNets have 64
                 "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
+                "remat": False,  # a block's activations are computed again for its gradient: less memory, more time
+                "test_flip": False,  # tested and used with the mean of a picture's and its mirror image's logits
                 "batch_norm": "update",  # or sync, over all devices; frozen; recalibrate, over all pictures at the end
             },
             "data": {
@@ -44,6 +46,8 @@ def default_config() -> ConfigDict:
                 "stored_size": 0,  # pixels of the squares that pictures of differing sizes are kept as; 0: image_size
                 "holdout": 0.2,  # fraction of a folder's pictures to test with, where it has no folders by split
                 "unreadable": "refuse",  # a folder's files that are no pictures; or skip
+                "stream": "auto",  # batch by batch what would take much of the memory; or always or never
+                "workers": 0,  # processes that read streamed pictures; 0: threads
             },
             "optimizer": {
                 "name": "sgd",  # or adamw, adabelief, lamb, lion
@@ -72,11 +76,21 @@ def default_config() -> ConfigDict:
                 "first_image_size": 0,  # pixels in the first epoch, growing to image_size in the last; 0: no growth
                 "crop_area": 1.0,  # smallest part of the area that is seen; 1: all of it
                 "crop_ratio": 1.0,  # of its width to its height, at most, and at least the inverse
+                "trivial": False,  # one operation of TrivialAugment for each picture: moved, turned, recoloured, ...
                 "erase": 0.0,  # probability that a rectangle is blotted out
                 "mixup": 0.0,  # alpha: how evenly two pictures and their labels are added up; 0: not at all
                 "cutmix": 0.0,  # the same, one picture showing through a hole in the other
             },
+            "distill": {
+                "teacher": "",  # workdir of a run on the same classes, whose predictions are learnt; '' for none
+                "weight": 0.5,  # of what the teacher says; the rest is for the labels
+                "temperature": 2.0,  # that softens both networks' predictions
+            },
             "steps_per_call": 1,  # of a GPU or TPU; more save time where a step takes less than some milliseconds
+            "log": {  # besides metrics.jsonl
+                "tensorboard": False,  # DIR/tensorboard; needs pip install 'jaxft[tensorboard]'
+                "wandb": "",  # a project of Weights & Biases; needs pip install wandb
+            },
             "checkpoint": {
                 "every_steps": 0,  # besides the one after each epoch; 0: none
                 "keep_latest": 2,  # newest kept; two, for a run may diverge right after the newest
@@ -94,6 +108,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.batch_norm": ("update", "frozen", "sync", "recalibrate"),
     "class_weights": ("none", "balanced"),
     "data.unreadable": ("refuse", "skip"),
+    "data.stream": ("auto", "always", "never"),
     "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),
     "optimizer.schedule": ("constant", "cosine", "linear", "step"),
     "checkpoint.on_damage": ("refuse", "newest_good"),
@@ -106,6 +121,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.width": (1, 4096),
     "data.stored_size": (0, 4096),
     "data.holdout": (0, 1),
+    "data.workers": (0, 1024),
     "label_smoothing": (0, 1),
     "augment.first_image_size": (0, 4096),
     "augment.shift": (0, 1),
@@ -125,13 +141,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.accumulate_steps": (1, 2**31 - 1),
     "optimizer.head_factor": (0, sys.float_info.max),
     "optimizer.layer_decay": (0, 1),
+    "distill.weight": (0, 1),
+    "distill.temperature": (0.01, 100),
     "steps_per_call": (1, 10_000),
     "checkpoint.every_steps": (0, 2**31 - 1),
     "checkpoint.keep_latest": (1, 2**31 - 1),
     "checkpoint.keep_best": (0, 2**31 - 1),
 }
 # What an interrupted run may go on with another value of: the results are the same.
-MAY_CHANGE = {"note", "data.dir", "steps_per_call"} | {
+MAY_CHANGE = {"note", "data.dir", "data.stream", "data.workers", "steps_per_call", "log.tensorboard", "log.wandb"} | {
     f"checkpoint.{key}" for key in ("every_steps", "keep_latest", "keep_best", "on_damage")
 }
 

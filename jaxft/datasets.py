@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -22,6 +24,7 @@ from jaxft.errors import UserError
 from jaxft.steps import Batch
 
 COMPARED_BYTES = 1 << 30
+MEMORY_SHARE = 0.3  # of a device's memory that the pictures of one split may take
 SAMPLES_DIR = Path(__file__).parent / "samples"
 
 
@@ -39,17 +42,19 @@ def load(
     holdout: float = 0.2,
     unreadable: str = "refuse",
     class_names: tuple[str, ...] | None = None,
+    memory: float = math.inf,
 ) -> Dataset:
     """`name` is `sample:cifar10`, `folder:PATH` or a TFDS name, `split` in TFDS's syntax (`train[:2%]`) for the last.
 
     side: pictures that differ in size, or are larger, become squares of so many pixels, as preprocessing to that size
-    would make them. holdout, unreadable, class_names: of a folder's pictures, see folders.find_files.
+    would make them. holdout, unreadable, class_names: of a folder's pictures, see folders.find_files. memory: bytes
+    beyond which a folder's pictures stay in their files.
     """
     if name.startswith("sample:"):
         return _load_sample(name.removeprefix("sample:"), split)
     if name.startswith("folder:"):
         files = folders.find_files(Path(name.removeprefix("folder:")).expanduser(), split, holdout, class_names)
-        return _load_folder(files, name, split, side, unreadable)
+        return _load_folder(files, name, split, side, unreadable, memory)
     return _load_tfds(name, split, data_dir, side)
 
 
@@ -65,7 +70,18 @@ def load_config_data(
         holdout=data.holdout,
         unreadable=data.unreadable,
         class_names=class_names,
+        memory=memory_for_pictures(data.stream),
     )
+
+
+def memory_for_pictures(stream: str) -> float:
+    """Bytes beyond which the pictures of a split are streamed: config key data.stream."""
+    if stream != "auto":
+        return {"always": -1, "never": math.inf}[stream]
+    device = jax.local_devices()[0]
+    of_device = (device.memory_stats() or {}).get("bytes_limit")
+    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return MEMORY_SHARE * (of_device or of_machine)
 
 
 def _sample_names() -> list[str]:
@@ -89,14 +105,18 @@ def _load_sample(name: str, split: str) -> Dataset:
     return Dataset(np.stack(images), np.array(labels, np.int32), class_names)
 
 
-def _load_folder(files: folders.LabelledFiles, name: str, split: str, side: int, unreadable: str) -> Dataset:
+def _load_folder(
+    files: folders.LabelledFiles, name: str, split: str, side: int, unreadable: str, memory: float
+) -> Dataset:
     source = {"fingerprint": files.fingerprint(), "unreadable": unreadable, "side": side}
     arrays_dir = _arrays_dir(name, split)
+    if len(files.paths) * side**2 * 3 > memory:
+        return _leave_in_files(files, side, unreadable, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
     opened = open_arrays(arrays_dir)
     if opened is None or any(opened[1].get(key) != value for key, value in source.items()):
-        same = folders.one_size(files)
-        keep = same is not None and min(same) <= side
-        examples = folders.read_pictures(files, None if keep else side, unreadable)
+        _, side_or_none = folders.stored_size(files, side)
+        pictures = folders.read_pictures(files, side_or_none, unreadable)
+        examples = ((picture, files.label[number]) for picture, number in pictures)
         try:
             write_arrays(arrays_dir, examples, files.class_names, None, source)
         except ValueError as error:
@@ -104,6 +124,28 @@ def _load_folder(files: folders.LabelledFiles, name: str, split: str, side: int,
         opened = open_arrays(arrays_dir)
         assert opened, f"{arrays_dir} was just written"
     return opened[0]
+
+
+def _leave_in_files(
+    files: folders.LabelledFiles, side: int, unreadable: str, source: dict[str, Any], checked: Path
+) -> Dataset:
+    """checked: a file that remembers which of these files are pictures, for which all have to be read once."""
+    try:
+        found = json.loads(checked.read_text())
+    except (OSError, ValueError):
+        found = {}
+    if any(found.get(key) != value for key, value in source.items()):
+        size, side_or_none = folders.stored_size(files, side)
+        numbers = [number for _, number in folders.read_pictures(files, side_or_none, unreadable)]
+        found = source | {"numbers": numbers, "size": size, "shrunk_to": side_or_none}
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        partial = checked.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(json.dumps(found))
+        partial.replace(checked)
+    numbers = found["numbers"]
+    height, width = found["size"]
+    image = folders.PictureFiles([files.paths[i] for i in numbers], height, width, found["shrunk_to"])
+    return Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
 
 
 def _arrays_dir(name: str, split: str, *more: str) -> Path:
@@ -157,7 +199,10 @@ def describe(train: Dataset, test: Dataset) -> str:
     )
     if absent := len(counts) - len(np.unique(test.label)):
         text += f"; {absent} of them not in the test set"
-    if train.image.nbytes + test.image.nbytes <= COMPARED_BYTES:
+    images = train.image, test.image
+    if any(isinstance(image, folders.PictureFiles) for image in images):
+        text += "; streamed from their files"
+    elif sum(image.nbytes for image in images) <= COMPARED_BYTES:
         trained_on = {hash(image.tobytes()) for image in train.image}
         if both := sum(hash(image.tobytes()) in trained_on for image in test.image):
             text += f"; {both:,} test pictures are trained on too, which flatters the accuracy"

@@ -18,38 +18,40 @@ from jaxft import datasets
 from jaxft.backend import set_up_backend
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.config import resolve
-from jaxft.distributed import compiled_by_all, own_parts, run_together
+from jaxft.distributed import compiled_by_all, run_together
 from jaxft.errors import ArgumentParser, UserError
+from jaxft.feed import Feed, make_feed
 from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
 from jaxft.resnet import ResNet
 from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, features_step, replicate, statistics_step
 
+EvalStep = Callable[[TrainState, Pictures | None, Batch], Predictions]
 STEPS_AHEAD = 2  # that the host runs before the devices
 
 
 def evaluate_pictures(
-    p_eval_step: Callable[[TrainState, Pictures, Batch], Predictions],
+    p_eval_step: EvalStep,
     state: TrainState,
-    pictures: Pictures,
+    feed: Feed,
     batch_size: int,
 ) -> Predictions:
     """Of each picture (N,) in the order of the data, once, on any number of devices."""
-    return _of_each(p_eval_step, state, pictures, batch_size, "evaluating")
+    return _of_each(p_eval_step, state, feed, batch_size, "evaluating")
 
 
 def extract_features(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, pictures: Pictures, batch_size: int
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int
 ) -> Pictures:
     """The same labels with what the head sees of each picture, float32 (N, F), for a backbone that stays as it is."""
     step = partial(features_step, model=model, preprocessing=preprocessing)
     p_step = compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
-    return Pictures(_of_each(p_step, state, pictures, batch_size, "the backbone's features"), pictures.label)
+    return Pictures(_of_each(p_step, state, feed, batch_size, "the backbone's features"), feed.label)
 
 
 def recalibrate(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, pictures: Pictures, batch_size: int
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int
 ) -> TrainState:
     """With running statistics that are the mean of every batch's, as torch.optim.swa_utils.update_bn has them.
 
@@ -57,11 +59,11 @@ def recalibrate(
     """
     step = partial(statistics_step, model=model, preprocessing=preprocessing)
     p_step = compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
-    size = len(pictures.label)
+    size = len(feed.label)
     parts: list[Any] = []
     with Progress("recalibrating", size) as progress:
-        for batch in own_parts(datasets.batches(np.arange(size), batch_size, jax.device_count())):
-            parts.append(jax.device_get(p_step(state, pictures, batch)))
+        for batch in feed.batches(np.arange(size), batch_size):
+            parts.append(jax.device_get(p_step(state, feed.pictures, batch)))
             progress.update(min(batch_size, size))
     mean = replicate(jax.tree.map(lambda *a: np.mean(a, axis=0, dtype=np.float64).astype(a[0].dtype), *parts))
     if state.ema:
@@ -70,19 +72,19 @@ def recalibrate(
 
 
 def _of_each(
-    p_step: Callable[[TrainState, Pictures, Batch], Any],
+    p_step: Callable[[TrainState, Pictures | None, Batch], Any],
     state: TrainState,
-    pictures: Pictures,
+    feed: Feed,
     batch_size: int,
     description: str,
 ) -> Any:
     """A step's results (num_devices, B, ...) for all pictures, on the host: (N, ...)."""
-    size, devices = len(pictures.label), jax.device_count()
+    size, devices = len(feed.label), jax.device_count()
     batch_size = -(-batch_size // devices) * devices
     parts: list[Any] = []
     with Progress(description, size) as progress:
-        for batch in own_parts(datasets.batches(np.arange(size), batch_size, devices)):
-            parts.append(p_step(state, pictures, batch))
+        for batch in feed.batches(np.arange(size), batch_size):
+            parts.append(p_step(state, feed.pictures, batch))
             if len(parts) > STEPS_AHEAD:
                 jax.block_until_ready(parts[-1 - STEPS_AHEAD])
                 progress.update(min(batch_size, size))
@@ -94,7 +96,7 @@ def _of_each(
         return jax.tree.map(joined, *jax.device_get(parts))
 
 
-def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> Callable[[TrainState, Pictures, Batch], Predictions]:
+def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> EvalStep:
     step = partial(eval_step, model=model, preprocessing=preprocessing)
     return compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
 
@@ -106,9 +108,15 @@ class Evaluation(NamedTuple):
     predictions: Predictions
 
 
-def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None) -> Evaluation:
-    """A checkpoint, 'best', 'latest' or a step's number, on the split that its run was tested on."""
-    return evaluate_checkpoint(load_checkpoint(workdir, which), data_dir)
+def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None, *, flip: bool = False) -> Evaluation:
+    """A checkpoint, 'best', 'latest' or a step's number, on the split that its run was tested on.
+
+    flip: with the mean of each picture's and its mirror image's logits, whatever the run's model.test_flip.
+    """
+    checkpoint = load_checkpoint(workdir, which)
+    if flip:
+        checkpoint = checkpoint._replace(model=checkpoint.model.clone(test_flip=True))
+    return evaluate_checkpoint(checkpoint, data_dir)
 
 
 def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = None) -> Evaluation:
@@ -121,8 +129,7 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
     p_eval_step = pmap_eval_step(model, Preprocessing(**info["preprocessing"]))
-    pictures = replicate(Pictures(dataset.image, dataset.label))
-    predictions = evaluate_pictures(p_eval_step, state, pictures, config.batch_size)
+    predictions = evaluate_pictures(p_eval_step, state, make_feed(dataset, data), config.batch_size)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)
 
 
@@ -131,10 +138,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path, help="of the training run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
     parser.add_argument("--data_dir", help="of prepared TFDS sets, if it is no longer the one trained with")
+    parser.add_argument("--flip", action="store_true", help="test with mirror images too, as model.test_flip")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with the confusion matrix")
     args = parser.parse_args(argv)
     set_up_backend()
-    step, split, class_names, predictions = evaluate(args.workdir, args.checkpoint, args.data_dir)
+    step, split, class_names, predictions = evaluate(args.workdir, args.checkpoint, args.data_dir, flip=args.flip)
     scores = summarise(predictions, class_names)
     if args.json:
         print(json.dumps({"checkpoint": step, "split": split} | scores))

@@ -1,19 +1,21 @@
 """A folder of the user's own pictures: which files there are, their classes, and which are held out."""
 
+import dataclasses
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from jaxft.errors import UserError
-from jaxft.pictures import SUFFIXES, PictureError, decode, shrink
+from jaxft.pictures import SUFFIXES, PictureError, decode
 from jaxft.progress import Progress
 
 SHOWN = 10  # names in a message
@@ -87,11 +89,16 @@ def _part(root: Path, paths: list[Path], split: str, holdout: float) -> list[Pat
     return [path for path in paths if (path in held_out) == (split != "train")]
 
 
-def one_size(files: LabelledFiles) -> tuple[int, int] | None:
-    """(height, width) where all files that can be read have the same, as their headers tell."""
+def stored_size(files: LabelledFiles, side: int) -> tuple[tuple[int, int], int | None]:
+    """(height, width) of what is kept of each picture, and the side of the square that it is shrunk to, if it is.
+
+    Pictures stay as they are where all that can be read have one size, as their headers tell, and no larger one.
+    """
     with ThreadPoolExecutor() as pool:
         sizes = {size for size in pool.map(_header_size, files.paths) if size}
-    return sizes.pop() if len(sizes) == 1 else None
+    if len(sizes) == 1 and min(size := sizes.pop()) <= side:
+        return size, None
+    return (side, side), side
 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
@@ -104,19 +111,19 @@ def _header_size(path: Path) -> tuple[int, int] | None:
 
 
 def read_pictures(files: LabelledFiles, side: int | None, unreadable: str) -> Iterator[tuple[np.ndarray, int]]:
-    """(picture, label) of each file in order, shrunk to a square of `side` pixels unless None.
+    """Each picture and its number among the files, in order, shrunk to a square of `side` pixels unless None.
 
     unreadable: "refuse" raises UserError with the files that are no pictures, "skip" lists them and goes on.
     """
     problems: list[str] = []
     with ThreadPoolExecutor() as pool, Progress("reading pictures", len(files.paths)) as progress:
         read = partial(_read, side=side)
-        for picture, label in zip(_map_ahead(pool, read, files.paths), files.label, strict=True):
+        for number, picture in enumerate(_map_ahead(pool, read, files.paths)):
             progress.update(1)
             if isinstance(picture, PictureError):
                 problems.append(str(picture))
             elif not problems or unreadable == "skip":
-                yield picture, label
+                yield picture, number
     if problems and unreadable == "refuse":
         raise UserError(
             f"{len(problems)} of {len(files.paths)} files cannot be used: {_shortened(problems)}; "
@@ -128,12 +135,52 @@ def read_pictures(files: LabelledFiles, side: int | None, unreadable: str) -> It
         print(f"skipped: {len(problems) - SHOWN} more", file=sys.stderr, flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class PictureFiles:
+    """Pictures that stay in their files: indexed as an array uint8 (N, H, W, 3) is, and read each time."""
+
+    paths: list[Path]
+    height: int
+    width: int
+    side: int | None  # of the squares that pictures are shrunk to; None: all files have height and width already
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self.paths), self.height, self.width, 3
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Raises PictureError where a file is no longer what it was."""
+        numbers, places = np.unique(index, return_inverse=True)  # a batch's padding is one picture many times
+        pictures = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+
+        def read(place: int) -> None:
+            path = self.paths[numbers[place]]
+            picture = _read(path, self.side)
+            if isinstance(picture, PictureError):
+                raise picture
+            if picture.shape != self.shape[1:]:
+                raise PictureError(f"{path} has changed its size since the run began")
+            pictures[place] = picture
+
+        list(_reading_threads(os.getpid()).map(read, range(len(numbers))))
+        return pictures[places.reshape(np.shape(index))]
+
+
+@cache
+def _reading_threads(process: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork."""
+    return ThreadPoolExecutor(os.cpu_count(), "reading")
+
+
 def _read(path: Path, side: int | None) -> np.ndarray | PictureError:
     try:
-        picture = decode(path)
+        return decode(path, side=side)
     except PictureError as error:
         return error
-    return picture if side is None else shrink(picture, side)
 
 
 def _map_ahead(

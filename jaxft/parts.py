@@ -77,6 +77,8 @@ def freeze(model: ResNet, config: ConfigDict, epoch: int) -> ResNet:
 
     Raises UserError where a name matches nothing, or nothing is left to train.
     """
+    if not config.freeze and not config.unfreeze:
+        return model
     paths = parameter_paths(model)
     frozen = select(paths, config.freeze)
     for first_epoch, name in parse_unfreeze(config.unfreeze):

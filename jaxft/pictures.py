@@ -19,10 +19,13 @@ class PictureError(UserError):
     """A file that is no picture, or not one to be read."""
 
 
-def decode(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(
+    source: Path | bytes, name: str = "", *, side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """uint8 (H, W, 3) of anything that Pillow reads: turned as EXIF says, transparency on white, the first frame.
 
-    Grey, palette, CMYK and 16-bit pictures become RGB. Raises PictureError with `name`, or the path.
+    Grey, palette, CMYK and 16-bit pictures become RGB. side: shrunk to a square of so many pixels, unless None.
+    Raises PictureError with `name`, or the path.
     """
     name = name or (str(source) if isinstance(source, Path) else "the picture")
     try:
@@ -30,7 +33,8 @@ def decode(source: Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -
             width, height = picture.size
             if width * height > max_pixels:
                 raise PictureError(f"{name} has {width} x {height} pixels; jaxft reads up to {max_pixels:,} in all")
-            return to_rgb(picture)
+            rgb = _to_rgb(ImageOps.exif_transpose(picture))
+            return np.asarray(rgb) if side is None else _shrink(rgb, side)
     except PictureError:
         raise
     except FileNotFoundError:
@@ -62,10 +66,14 @@ def shrink(picture: np.ndarray, size: int) -> np.ndarray:
 
     torchvision's Resize(size) and CenterCrop(size), and what preprocessing.resize_and_crop does on the device.
     """
-    height, width = picture.shape[:2]
+    return _shrink(Image.fromarray(picture), size)
+
+
+def _shrink(picture: Image.Image, size: int) -> np.ndarray:
+    width, height = picture.size
     shorter = min(height, width)
     new_height, new_width = int(size * height / shorter), int(size * width / shorter)
     if (new_height, new_width) != (height, width):
-        picture = np.asarray(Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BILINEAR))
+        picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
-    return picture[top : top + size, left : left + size]
+    return np.asarray(picture)[top : top + size, left : left + size]

@@ -168,11 +168,16 @@ class Stage(nn.Module):
     block: Callable[..., BasicBlock | Bottleneck]
     depth: int
     stride: int
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        def through(block: Any, x: jax.Array, mask: jax.Array | None) -> Any:
+            return block(x, mask, train)
+
+        through = nn.remat(through) if self.remat else through
         for i in range(self.depth):
-            x = self.block(stride=self.stride if i == 0 else 1, name=str(i))(x, mask, train)
+            x = through(self.block(stride=self.stride if i == 0 else 1, name=str(i)), x, mask)
         return x
 
 
@@ -185,6 +190,8 @@ class ResNet(nn.Module):
     batch_norm: BatchNormMode = "update"
     norm_momentum: float = 0.1  # the weight of the newest batch in the running statistics
     frozen: frozenset[str] = frozenset()  # paths of parameters that do not train: 'layer1/0/bn1/scale'
+    remat: bool = False  # a block's activations are not kept for the backward pass
+    test_flip: bool = False  # see the mean of a picture and its mirror image, but in training
     axis_name: str = "batch"
     dtype: Any = jnp.float32
 
@@ -201,7 +208,13 @@ class ResNet(nn.Module):
         The features are what the head sees, (N, F); features_only returns them instead.
         mask: (N,), 0 for padding, which then stays out of the batch statistics in training.
         """
-        x = image if image.ndim == 2 else self._features(image, mask, train)
+        if image.ndim == 2:
+            x = image
+        elif self.test_flip and not train:
+            both = self._features(jnp.concatenate([image, image[:, :, ::-1]]), None, train)
+            x = both.reshape(2, image.shape[0], both.shape[-1]).mean(0)
+        else:
+            x = self._features(image, mask, train)
         if features_only:
             return x
         init = linear_init(x.shape[-1])
@@ -223,7 +236,7 @@ class ResNet(nn.Module):
             x = layers.max_pool(x)
         for i, depth in enumerate(self.stage_depths):
             block = partial(self.block, features=self.width * 2**i, dtype=self.dtype, norm=norm)
-            x = Stage(block, depth, stride=1 if i == 0 else 2, name=f"layer{i + 1}")(x, mask, train)
+            x = Stage(block, depth, 1 if i == 0 else 2, self.remat, name=f"layer{i + 1}")(x, mask, train)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
 
@@ -248,5 +261,7 @@ def make_model(config: ConfigDict, num_classes: int) -> ResNet:
         width=config.width,
         stem=config.stem,
         batch_norm="update" if config.batch_norm == "recalibrate" else config.batch_norm,
+        remat=config.remat,
+        test_flip=config.test_flip,
         dtype=jnp.dtype(config.dtype),
     )

@@ -53,7 +53,7 @@ def make_app(classifier: Classifier, host: str, top_k: int) -> Starlette:
 
     def tell(body: bytes) -> dict[str, list[dict[str, str | float]]]:
         with one_at_a_time:
-            row = classifier.probabilities([decode(body, "the file", MAX_PIXELS)])[0]
+            row = classifier.probabilities([decode(body, "the file", max_pixels=MAX_PIXELS)])[0]
         top = rank(row, classifier.class_names, top_k).top_k
         return {"top_k": [{"label": label, "probability": probability} for label, probability in top]}
 

@@ -9,10 +9,11 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,21 @@ from ml_collections import ConfigDict
 from jaxft import datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.backend import set_up_backend
-from jaxft.checkpoint import Checkpoints, NotFiniteError, check_workdir, has_checkpoint, workdir_lock, write_config
+from jaxft.checkpoint import (
+    Checkpoints,
+    NotFiniteError,
+    check_workdir,
+    has_checkpoint,
+    load_checkpoint,
+    workdir_lock,
+    write_config,
+)
 from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
-from jaxft.distributed import compiled_by_all, on_all, own_parts, run_together
+from jaxft.distill import Distillation, Teacher
+from jaxft.distributed import compiled_by_all, on_all, run_together
 from jaxft.errors import ArgumentParser, Interrupted, UserError
 from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, extract_features, pmap_eval_step, recalibrate
+from jaxft.feed import OnDevices, make_feed
 from jaxft.interrupt import StopSignals
 from jaxft.metrics import MetricsFile
 from jaxft.optimizer import learning_rate_schedule, make_optimizer
@@ -52,6 +63,7 @@ from jaxft.steps import (
     train_step,
     train_steps,
 )
+from jaxft.trackers import Trackers, check_trackers
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -62,6 +74,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     workdir = Path(workdir)
     check_workdir(config, workdir)
     check_batch_size(config.batch_size)
+    check_trackers(config.log)
 
     # data
     train_data = datasets.load_config_data(config.data, config.data.train_split, config.image_size)
@@ -83,13 +96,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         abstract_state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
         info, state = checkpoints.restore_latest(abstract_state, config.checkpoint.on_damage)
         check_data(info, train_data, workdir)
+        teacher = load_teacher(config.distill.teacher, train_data.class_names, info.get("teacher_checkpoint", "best"))
     else:
         state, provenance = initial_state(config, model, tx)
-        info = run_info(config, train_data, provenance)
+        teacher = load_teacher(config.distill.teacher, train_data.class_names, "best")
+        info = run_info(config, train_data, provenance, teacher)
         write_config(config, workdir)
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         state = replicate(state)
     metrics.open(last_step=int(state.step))
+    trackers = Trackers(config, workdir, last_step=int(state.step))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
     print_start(config, workdir, model, state, info, train_data, eval_data, first_epoch)
 
@@ -107,46 +123,54 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     @cache
     def compiled(model: ResNet, size: int) -> TrainStep:
-        return pmap_train_steps(config, model, tx, preprocessing._replace(image_size=size), class_weights)
-
-    def p_train_steps(epoch: int) -> TrainStep:
-        return compiled(freeze(model, config.optimizer, epoch), image_size(epoch))
+        return pmap_train_steps(config, model, tx, preprocessing._replace(image_size=size), class_weights, teacher)
 
     # A CPU's convolutions are several times slower in a loop, and a call costs it next to nothing.
     steps_per_call = 1 if jax.default_backend() == "cpu" else config.steps_per_call
     p_eval_step = pmap_eval_step(model, preprocessing)
-    train_pictures = replicate(Pictures(train_data.image, train_data.label))
-    eval_pictures = replicate(Pictures(eval_data.image, eval_data.label))
+    mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
+    train_feed, eval_feed = make_feed(train_data, config.data, partners=mixed), make_feed(eval_data, config.data)
     if first_epoch <= config.num_epochs and features_suffice(config, model):
-        train_pictures, eval_pictures = (
-            replicate(extract_features(model, preprocessing, state, pictures, config.batch_size))
-            for pictures in (train_pictures, eval_pictures)
+        train_feed, eval_feed = (
+            OnDevices(replicate(extract_features(seeing, preprocessing, state, feed, config.batch_size)))
+            for seeing, feed in ((model.clone(test_flip=False), train_feed), (model, eval_feed))
         )
-    with StopSignals() as stop, closing(metrics), closing(checkpoints), divergence_told(checkpoints, learning_rate):
+    with (
+        StopSignals() as stop,
+        closing(metrics),
+        closing(trackers),
+        closing(checkpoints),
+        divergence_told(checkpoints, learning_rate),
+    ):
         for epoch in range(first_epoch, config.num_epochs + 1):
             order = datasets.epoch_order(config.seed, epoch, train_size)
             order = order[(int(state.step) - (epoch - 1) * steps_per_epoch) * config.batch_size :]  # what is to come
-            batches = own_parts(datasets.batches(order, config.batch_size, jax.device_count()))
+            batches = train_feed.batches(order, config.batch_size)
+            p_train_steps = compiled(freeze(model, config.optimizer, epoch), image_size(epoch))
             with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
-                for part in up_to_checkpoints(batches, int(state.step), config.checkpoint.every_steps):
-                    steps = run_steps(p_train_steps(epoch), state, train_pictures, part, steps_per_call, stop)
+                parts = up_to_checkpoints(int(state.step), epoch * steps_per_epoch, config.checkpoint.every_steps)
+                for num_steps in parts:
+                    part = calls(batches, num_steps, steps_per_call)
+                    steps = run_steps(p_train_steps, state, train_feed.pictures, part, stop)
                     for state, step, counts, seconds in steps:  # noqa: B007, the last one's state is the part's
                         row = metrics_row(step, epoch, "train", counts, seconds)
                         metrics.write(**row)
+                        trackers.write(row)
                         progress.update(int(counts.pictures), row["loss"])
                         checkpoints.poll()
                     if config.model.batch_norm == "recalibrate" and int(state.step) == last_step:
-                        state = recalibrate(model, preprocessing, state, train_pictures, config.batch_size)
+                        state = recalibrate(model, preprocessing, state, train_feed, config.batch_size)
                     checkpoints.save(state, info)
                     if stop.received:
                         checkpoints.finish(state, info)
                         raise Interrupted(stop.received, f"the same command goes on after step {int(state.step)}")
 
             started = time.monotonic()
-            predictions = evaluate_pictures(p_eval_step, state, eval_pictures, config.batch_size)
+            predictions = evaluate_pictures(p_eval_step, state, eval_feed, config.batch_size)
             counts = count_predictions(predictions)
             row = metrics_row(int(state.step), epoch, "eval", counts, time.monotonic() - started)
             metrics.write(**row)
+            trackers.write(row)
             print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)
             if jax.process_index() == 0:
                 report.update(workdir, info, eval_data, predictions)
@@ -206,9 +230,22 @@ def initial_state(
     return initial_train_state(model, tx, variables, ema=ema), weights.provenance
 
 
-def run_info(config: ConfigDict, train_data: datasets.Dataset, provenance: dict[str, Any]) -> dict[str, Any]:
+def load_teacher(workdir: str, class_names: tuple[str, ...], which: str) -> Teacher | None:
+    """The network to learn from, of a run's checkpoint; raises UserError where it knows other classes."""
+    if not workdir:
+        return None
+    step, info, model, state = load_checkpoint(Path(workdir), which)
+    if tuple(info["class_names"]) != class_names:
+        raise UserError(f"distill.teacher {workdir} knows other classes than the data: {info['class_names']}")
+    return Teacher(model, Preprocessing(**info["preprocessing"]), replicate(state.variables()), step)
+
+
+def run_info(
+    config: ConfigDict, train_data: datasets.Dataset, provenance: dict[str, Any], teacher: Teacher | None
+) -> dict[str, Any]:
     """What a checkpoint holds besides the state, so that it can be used with nothing else at hand."""
-    return {
+    info = {"teacher_checkpoint": str(teacher.checkpoint)} if teacher else {}
+    return info | {
         "config": config.to_dict(),
         "class_names": list(train_data.class_names),
         "train_size": len(train_data.label),
@@ -231,7 +268,7 @@ def check_data(info: dict[str, Any], train_data: datasets.Dataset, workdir: Path
 def features_suffice(config: ConfigDict, model: ResNet) -> bool:
     """Whether the head sees the same of a picture in every epoch, so that the backbone needs to see it only once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
-    return trains_head_alone(model) and not augmented
+    return trains_head_alone(model) and not augmented and not config.distill.teacher
 
 
 def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, ...]:
@@ -246,7 +283,9 @@ def pmap_train_steps(
     tx: optax.GradientTransformation,
     preprocessing: Preprocessing,
     class_weights: tuple[float, ...] = (),
+    teacher: Teacher | None = None,
 ) -> TrainStep:
+    distill = config.distill
     step = partial(
         train_step,
         model=model,
@@ -254,41 +293,37 @@ def pmap_train_steps(
         preprocessing=preprocessing,
         objective=Objective(config.seed, make_augmentation(config.augment), config.label_smoothing, class_weights),
         ema_decay=config.optimizer.ema_decay,
+        distillation=teacher
+        and Distillation(teacher.model, teacher.preprocessing, distill.weight, distill.temperature),
     )
     steps = partial(train_steps, step=step, loop=jax.default_backend() != "cpu")
     mapped = jax.pmap(
-        steps, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0
+        steps, axis_name=model.axis_name, in_axes=(None, None, 0, None), out_axes=None, donate_argnums=0
     )  # state in natural shapes: no leading axis to add or strip
-    return compiled_by_all(mapped)
+    compiled, variables = compiled_by_all(mapped), teacher and teacher.variables
+    return lambda state, pictures, batch: compiled(state, pictures, batch, variables)
 
 
-def up_to_checkpoints(batches: Iterable[Batch], steps_done: int, every_steps: int) -> Iterator[list[Batch]]:
-    """The batches up to each multiple of every_steps, and the rest; every_steps 0: all of them at once."""
-    part: list[Batch] = []
-    for step, batch in enumerate(batches, steps_done + 1):
-        part.append(batch)
-        if every_steps and step % every_steps == 0:
-            yield part
-            part = []
-    if part:
-        yield part
+def up_to_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
+    """After `first` steps, how many come before the next multiple of every_steps, and so on up to `last`."""
+    while first < last:
+        step = min((first // every_steps + 1) * every_steps, last) if every_steps else last
+        yield step - first
+        first = step
 
 
-def calls(batches: Sequence[Batch], steps_per_call: int) -> Iterator[list[Batch]]:
-    """As many batches a call; what remains one by one, so that no other number is compiled."""
-    whole = len(batches) // steps_per_call * steps_per_call
-    for start in range(0, whole, steps_per_call):
-        yield list(batches[start : start + steps_per_call])
-    for batch in batches[whole:]:
-        yield [batch]
+def calls(batches: Iterator[Batch], num_steps: int, steps_per_call: int) -> Iterator[list[Batch]]:
+    """The next num_steps batches, as many a call; what remains one by one, so that no other number is compiled."""
+    whole, rest = divmod(num_steps, steps_per_call)
+    for size in [steps_per_call] * whole + [1] * rest:
+        yield list(islice(batches, size))
 
 
 def run_steps(
     p_train_steps: TrainStep,
     state: TrainState,
-    pictures: Pictures,
-    batches: Sequence[Batch],
-    steps_per_call: int,
+    pictures: Pictures | None,
+    calls: Iterable[list[Batch]],
     stop: StopSignals,
 ) -> Iterator[tuple[TrainState, int, Counts, float]]:
     """The newest state, and each step with its counts and the seconds it took.
@@ -307,7 +342,7 @@ def run_steps(
             step += 1
             yield state, step, jax.tree.map(lambda array, i=i: array[i], counts), (started - before) / len(counts.loss)
 
-    for call in calls(batches, steps_per_call):
+    for call in calls:
         if any([stop.reached(launched + i) for i in range(1, len(call) + 1)]):  # noqa: C419, each has to be asked
             break
         state, counts = p_train_steps(state, pictures, jax.tree.map(lambda *arrays: np.stack(arrays, 1), *call))
@@ -362,6 +397,8 @@ def print_start(
     print(f"{'':9}{datasets.describe(train_data, eval_data)}")
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
+    if "teacher_checkpoint" in info:
+        print(f"teacher  learns from checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
     if config.optimizer.freeze:
         print(table(freeze(model, config.optimizer, first_epoch)))
     print(f"workdir  {workdir}" + (f", goes on after step {int(state.step)}" if state.step else ""), flush=True)

@@ -221,3 +221,18 @@ def test_a_browser_shows_it(
 def test_thumbnails_are_small() -> None:
     picture = np.asarray(Image.new("RGB", (900, 300), "red"))
     assert report._thumbnail(picture).shape == (43, 128, 3)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder stands where its file should be, as a full disk would stand in its way."""
+    workdir = tmp_path / "run"
+    shutil.copytree(small_run, workdir)
+    run = report.load_run(workdir)
+    (workdir / "evaluation.npz.partial").mkdir()
+    report.update(workdir, run.info, datasets.load("sample:cifar10", "test"), run.predictions)
+    assert f"the report in {workdir} could not be written" in capsys.readouterr().err
+    (workdir / "evaluation.npz.partial").rmdir()
+    report.update(workdir, run.info, datasets.load("sample:cifar10", "test"), run.predictions)
+    assert capsys.readouterr().err == ""

@@ -1,5 +1,6 @@
 """Against torchvision's ResNets with random weights and random running statistics."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxft.pretrained import from_torch, torch_shapes
-from jaxft.resnet import ARCHITECTURES, BatchNorm, ResNet
+from jaxft.resnet import ARCHITECTURES, BasicBlock, BatchNorm, ResNet
 from tests.reference import torch, torchvision
 
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -191,3 +192,42 @@ def test_random_initialisation_is_torchvisions() -> None:
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
         assert abs(float(a.std()) - float(b.std())) <= 0.05 * float(b.std()), jax.tree_util.keystr(path)
         assert abs(float(abs(a).max()) - float(abs(b).max())) <= 0.35 * float(abs(b).max())
+
+
+def test_rematerialisation_keeps_less_and_gives_the_same() -> None:
+    images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
+    kept, grads = [], []
+    for remat in (False, True):
+        model = ResNet(BasicBlock, (2, 1, 1, 1), num_classes=10, width=4, stem="small", remat=remat)
+        variables = random_variables(model)
+
+        def loss(params: Any, model: ResNet = model, variables: Any = variables) -> Any:
+            variables = variables | {"params": params}
+            logits: Any = model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+            return logits.var()
+
+        residuals = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], variables["params"])
+        kept.append(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(residuals)))
+        grads.append(jax.jit(jax.grad(loss))(variables["params"]))
+    assert kept[1] < 0.5 * kept[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *grads)
+
+
+def random_variables(model: ResNet) -> Any:
+    return jax.jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_a_flipped_test_is_the_mean_of_both_sides_logits() -> None:
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 32, 3)), jnp.float32)
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, width=8)
+    variables = random_variables(model)
+
+    def logits(model: ResNet, images: jax.Array, **options: Any) -> Any:
+        return jax.jit(partial(model.apply, **options))(variables, images)
+
+    one, other = (logits(model, pictures, train=False) for pictures in (images, images[:, :, ::-1]))
+    assert np.abs(one - other).max() > 1e-3
+    flipped = model.clone(test_flip=True)
+    np.testing.assert_allclose(logits(flipped, images, train=False), (one + other) / 2, rtol=1e-5, atol=1e-6)
+    trained, again = (logits(m, images, train=True, mutable=["batch_stats"])[0] for m in (model, flipped))
+    np.testing.assert_array_equal(trained, again)

@@ -13,6 +13,7 @@ from jaxft import datasets
 from jaxft.augment import Augmentation
 from jaxft.config import default_config
 from jaxft.evaluate import evaluate_pictures, extract_features, pmap_eval_step, recalibrate
+from jaxft.feed import OnDevices
 from jaxft.optimizer import make_optimizer
 from jaxft.parts import freeze
 from jaxft.preprocessing import Preprocessing, preprocess
@@ -39,6 +40,13 @@ def torch_input(image: np.ndarray) -> torch.Tensor:
     """Float64, of the very pixels that the steps see; how they come about is tested in test_preprocessing.py."""
     array = np.asarray(jax.jit(lambda image: preprocess(image, PREPROCESSING))(image), np.float64)
     return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
+
+
+SMALL = ResNet(BasicBlock, (1, 1), num_classes=10, width=8)
+
+
+def random_state(model: ResNet, tx: Any, *, ema: bool = False) -> TrainState:
+    return jax.jit(partial(create_train_state, model, tx, ema=ema))(jax.random.key(0))
 
 
 def is_trace(node: Any) -> bool:
@@ -105,7 +113,7 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(nesterov: bool) -> None:
     assert int(state.step) == 10
 
 
-@pytest.mark.parametrize("batch_norm", ["sync", "frozen"])
+@pytest.mark.parametrize("batch_norm", ["sync", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode) -> None:
     """In float64, with a last batch that leaves one device no picture and another fewer than the rest."""
     sample = datasets.load("sample:cifar10", "train")
@@ -114,7 +122,7 @@ def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode) -> None:
     with jax.enable_x64(True):
         model = ResNet(BasicBlock, (1, 1), num_classes=10, width=8, batch_norm=batch_norm, dtype=jnp.float64)
         tx = optax.sgd(0.05, momentum=0.9)
-        state = create_train_state(model, tx, jax.random.key(0))
+        state = random_state(model, tx)
         state = jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, state)
         one, counts_one = sgd_steps(state, pictures, list(datasets.batches(order, 32, 1)), model, tx)
         eight, counts_eight = sgd_steps(state, pictures, list(datasets.batches(order, 32, 8)), model, tx)
@@ -150,7 +158,7 @@ def test_steps_in_one_call_are_the_steps_of_several() -> None:
     batches = list(datasets.batches(datasets.epoch_order(0, 1, 1000)[:93], 16, 2))
     results = []
     for per_call in (1, 2, 6):
-        state, losses = jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)), []
+        state, losses = random_state(model, tx), []
         for start in range(0, 6, per_call):
             call = jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches[start : start + per_call])
             state, counts = p_steps(state, Pictures(sample.image, sample.label), call)
@@ -167,9 +175,9 @@ def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
     order = np.arange(0, 2000, 91)[:22]
     shares = [order[start : start + 4] for start in range(0, 22, 4)]
     with jax.enable_x64(True):
-        model = ARCHITECTURES["resnet18"](num_classes=10, width=8, dtype=jnp.float64)
+        model = SMALL.clone(dtype=jnp.float64)
         tx = optax.sgd(0.0)
-        state = create_train_state(model, tx, jax.random.key(0))
+        state = random_state(model, tx)
         (batch,) = datasets.batches(order, 32, 8)
         new_state, _ = sgd_steps(state, Pictures(sample.image, sample.label), [batch], model, tx)
         kernel = torch.from_numpy(np.array(state.params["conv1"]["kernel"], np.float64).transpose(3, 2, 0, 1).copy())
@@ -194,7 +202,7 @@ def test_evaluation_tells_of_each_picture_what_torch_tells() -> None:
     order = np.arange(0, 1000, 13)  # 77 pictures; 27 in the last batch leave devices of 7 without any
     pictures = Pictures(sample.image[order], sample.label[order])
     p_eval_step = pmap_eval_step(model, PREPROCESSING)
-    found = evaluate_pictures(p_eval_step, state, pictures, batch_size=50)
+    found = evaluate_pictures(p_eval_step, state, OnDevices(pictures), batch_size=50)
     with torch.no_grad():
         logits = reference(torch_input(sample.image[order]).float())
     label = torch.from_numpy(sample.label[order]).long()
@@ -228,14 +236,11 @@ def test_cross_entropy_is_torchs(smoothing: float, weights: tuple[float, ...]) -
     assert np.sum(losses) / np.sum(counted) == pytest.approx(expected.item(), rel=1e-12)
 
 
-SMALL = ResNet(BasicBlock, (1, 1), num_classes=10, width=8)
-
-
 def small_step(model: ResNet, devices: int, steps: int, **options: Any) -> list[TrainState]:
     """The states after each of some steps in float32 on real pictures."""
     sample = datasets.load("sample:cifar10", "train")
     tx = optax.sgd(0.05, momentum=0.9)
-    state = create_train_state(model, tx, jax.random.key(0), ema="ema_decay" in options)
+    state = random_state(model, tx, ema="ema_decay" in options)
     step = partial(train_step, model=model, tx=tx, preprocessing=Preprocessing(32, *PREPROCESSING[1:]), **options)
     p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
     states = [state]
@@ -270,9 +275,9 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures() -> None:
     preprocessing = Preprocessing(32, *PREPROCESSING[1:])
     sample = datasets.load("sample:cifar10", "test")
     tx = make_optimizer(config, 10, 1)
-    state = create_train_state(model, tx, jax.random.key(0))
+    state = random_state(model, tx)
     pictures = Pictures(sample.image[:90], sample.label[:90])
-    features = extract_features(model, preprocessing, state, pictures, 32)
+    features = extract_features(model, preprocessing, state, OnDevices(pictures), 32)
     assert features.image.shape == (90, 16)
     step = jax.pmap(
         partial(train_step, model=model, tx=tx, preprocessing=preprocessing),
@@ -301,9 +306,12 @@ def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
         model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64)
         variables = from_torch({key: value.numpy().copy() for key, value in reference.state_dict().items()}, model)
         state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
-        found = jax.device_get(recalibrate(model, PREPROCESSING, state, pictures, 16))
+        feed = OnDevices(pictures)
+        found = jax.device_get(recalibrate(model, PREPROCESSING, state, feed, 16))
         frozen = frozenset({"bn1/scale", "bn1/bias"})
-        kept = jax.device_get(recalibrate(model.clone(frozen=frozen), PREPROCESSING, state, pictures, 16)).batch_stats
+        kept = jax.device_get(
+            recalibrate(model.clone(frozen=frozen), PREPROCESSING, state, OnDevices(pictures), 16)
+        ).batch_stats
     loader = [torch_input(sample.image[start : start + 16][: 40 - start]) for start in (0, 16, 32)]
     torch.optim.swa_utils.update_bn(loader, reference)
     for name in ("bn1", "layer4.1.bn2"):

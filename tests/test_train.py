@@ -86,6 +86,7 @@ def test_evaluate_gives_the_same_from_the_checkpoint_alone(run: Run, finished: t
     assert f"accuracy {best['accuracy']:.2%} ({best['accuracy'] * 1000:.0f} of 1000)" in text
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(run: Run, tmp_path: Path) -> None:
     """The loss curve with synchronised statistics, and the very counts of one checkpoint's evaluation.
 
@@ -107,6 +108,7 @@ def test_eight_devices_give_what_one_gives(run: Run, tmp_path: Path) -> None:
     assert counts[0]["pictures"] == counts[1]["pictures"] == 1000
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(finished: tuple[Path, str], tmp_path: Path) -> None:
     """kill -9 after each epoch's line, while its checkpoint is being written or just is."""
     for epoch in (1, 2, None):

@@ -1,0 +1,88 @@
+"""A whole epoch, from pictures on disk to the accuracy: jaxft's command beside the script that it replaces.
+
+python -m benchmarks.epoch [--rounds 3] [--image_size 64]
+
+One epoch of a ResNet-50 over the 2,000 training pictures of the sample of CIFAR-10 and its 1,000 test pictures, as
+configs/cifar10.py does it, each contender a process of its own, taking turns; seconds of wall time from the start of
+the process to its end, so with imports, compilation, checkpoint and report. jaxft runs twice, at first with an empty
+compilation cache. PyTorch with channels_last, and pictures resized by Pillow in two workers of its DataLoader. One JSON
+line.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+
+def torch_epoch(folder: Path, image_size: int) -> None:
+    """The usual script."""
+    from typing import Any
+
+    from tests.reference import torch, torchvision
+
+    transforms = torchvision.transforms
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = transforms.Compose([transforms.Resize(image_size), transforms.ToTensor(), normalize])
+    train, test = (torchvision.datasets.ImageFolder(str(folder / split), transform) for split in ("train", "test"))
+    model: Any = torchvision.models.resnet50(num_classes=10).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    for images, labels in torch.utils.data.DataLoader(train, 64, shuffle=True, num_workers=2):
+        optimizer.zero_grad()
+        images = images.to(memory_format=torch.channels_last)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    model.eval()
+    correct = 0
+    with torch.no_grad():
+        for images, labels in torch.utils.data.DataLoader(test, 64, num_workers=2):
+            logits = model(images.to(memory_format=torch.channels_last))
+            correct += int((logits.argmax(1) == labels).sum())
+    print(f"Test Accuracy: {correct / len(test):.2%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--torch", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.torch:
+        torch_epoch(args.torch, args.image_size)
+        return
+    seconds: dict[str, list[float]] = {"jaxft_first": [], "jaxft_again": [], "torch": []}
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            with tarfile.open("jaxft/samples/cifar10.tar.xz") as tar:
+                tar.extractall(folder / "pictures", filter="data")
+            env = os.environ | {"JAXFT_CACHE": str(folder / "cache")}
+            jaxft = [
+                "jaxft.train",
+                "--config=configs/cifar10.py",
+                "--config.model.pretrained=",
+                "--config.num_epochs=1",
+                f"--config.data.name=folder:{folder / 'pictures'}",
+                f"--config.image_size={args.image_size}",
+            ]
+            commands = {
+                "jaxft_first": [*jaxft, f"--workdir={folder / 'first'}"],
+                "jaxft_again": [*jaxft, f"--workdir={folder / 'again'}"],
+                "torch": ["benchmarks.epoch", f"--torch={folder / 'pictures'}", f"--image_size={args.image_size}"],
+            }
+            for name, command in commands.items():
+                started = time.monotonic()
+                subprocess.run([sys.executable, "-m", *command], env=env, stdout=subprocess.DEVNULL, check=True)
+                seconds[name].append(time.monotonic() - started)
+    medians = {name: round(statistics.median(values), 1) for name, values in seconds.items()}
+    print(json.dumps({"image_size": args.image_size, "seconds": medians}))
+
+
+if __name__ == "__main__":
+    main()

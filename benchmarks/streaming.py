@@ -1,0 +1,104 @@
+"""How fast a folder of JPEGs streams, beside the decoder alone on the same cores and PyTorch's DataLoader.
+
+python -m benchmarks.streaming [--pictures 1500] [--rounds 5] [--workers 2]
+
+Pictures of 500 x 375 pixels, as ImageNet's are on average, of noise that compresses to about its 110 kB, are written to
+a temporary folder. Each contender in turn reads all of them once: libjpeg-turbo by simplejpeg (which only decodes), in
+as many threads as there are cores; jaxft's stream of batches of 64 squares of 224 pixels, by threads and by processes;
+torch.utils.data.DataLoader with torchvision's Resize and CenterCrop, in `--workers` processes. One JSON line.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from jaxft import datasets
+from jaxft.feed import Streamed
+from tests.reference import torchvision
+
+BATCH_SIZE = 64
+SIDE = 224
+
+
+def write_pictures(folder: Path, count: int) -> list[Path]:
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
+        fine = rng.normal(0, 9, (375, 500, 1))
+        picture = np.clip(np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + fine, 0, 255)
+        file = io.BytesIO()
+        Image.fromarray(picture.astype(np.uint8)).save(file, "JPEG", quality=92)
+        path = folder / "train" / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.getvalue())
+        paths.append(path)
+    return paths
+
+
+def decode_alone(paths: list[Path]) -> None:
+    def decode(path: Path) -> tuple[int, ...]:
+        return simplejpeg.decode_jpeg(path.read_bytes()).shape
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert all(shape == (375, 500, 3) for shape in pool.map(decode, paths))
+
+
+def stream(data: datasets.Dataset, workers: int) -> None:
+    seen = 0
+    for batch in Streamed(data, workers).batches(np.arange(len(data.label)), BATCH_SIZE):
+        seen += int(batch.mask.sum())
+    assert seen == len(data.label)
+
+
+def load_with_torch(folder: Path, workers: int) -> None:
+    transforms = torchvision.transforms
+    transform = transforms.Compose([transforms.Resize(SIDE), transforms.CenterCrop(SIDE), transforms.PILToTensor()])
+    pictures = torchvision.datasets.ImageFolder(str(folder / "train"), transform)
+    loader: Any = torch.utils.data.DataLoader(pictures, BATCH_SIZE, num_workers=workers)
+    assert sum(len(label) for _, label in loader) == len(pictures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=1500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    assert jax.device_count() == 1
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_pictures(Path(folder), args.pictures)
+        data = datasets.load(f"folder:{folder}", "train", side=SIDE, memory=0)
+        contenders: dict[str, Callable[[], None]] = {
+            "decoder_alone": lambda: decode_alone(paths),
+            "jaxft_threads": lambda: stream(data, 0),
+            f"jaxft_{args.workers}_processes": lambda: stream(data, args.workers),
+            f"torch_{args.workers}_processes": lambda: load_with_torch(Path(folder), args.workers),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(args.rounds):
+            for name, read in contenders.items():
+                start = time.monotonic()
+                read()
+                rates[name].append(args.pictures / (time.monotonic() - start))
+        size = sum(path.stat().st_size for path in paths) / len(paths)
+    quartiles = {name: [round(q, 1) for q in statistics.quantiles(values, n=4)] for name, values in rates.items()}
+    print(json.dumps({"bytes": round(size), "cores": os.cpu_count(), "images_per_second": quartiles}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Streamed pictures beside those that are on the devices: the same, in the same order, whatever reads them."""
+
+import re
+import shutil
+import signal
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from jaxft import datasets
+from jaxft.arrays import Dataset
+from jaxft.datasets import SAMPLES_DIR
+from jaxft.errors import UserError
+from jaxft.feed import BatchReader
+from jaxft.folders import PictureFiles
+from tests.conftest import Run
+from tests.test_survival import TINY, started, wait_for_steps
+from tests.test_train import metrics, without_times
+
+STREAMED = "--config.data.stream=always"
+MIXED = "--config.augment.cutmix=1"
+
+
+@given(
+    size=st.integers(1, 40),
+    share=st.integers(1, 5),
+    devices=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    partners=st.booleans(),
+)
+def test_a_batch_brings_the_pictures_that_it_names(
+    size: int, share: int, devices: int, seed: int, partners: bool
+) -> None:
+    numbers = np.arange(size)
+    data = Dataset(numbers.astype(np.uint8).reshape(-1, 1, 1, 1) + np.zeros(3, np.uint8), numbers.astype(np.int32), ())
+    order = np.random.default_rng(seed).permutation(size)
+    named = list(datasets.batches(order, share * devices, devices))
+    brought = BatchReader(data, named, partners)
+    assert len(brought) == len(named)
+    for i, batch in enumerate(named):
+        own = brought[i]
+        assert own.pictures is not None
+        assert own.pictures.image.shape == (devices, share + partners, 1, 1, 3)  # one shape, one program
+        for ours, theirs in [(own.index, batch.index), (own.partner, batch.partner)][: 1 + partners]:
+            for array in (own.pictures.number, own.pictures.label, own.pictures.image[..., 0, 0, 0]):
+                found = np.take_along_axis(np.asarray(array), np.asarray(ours), 1)
+                np.testing.assert_array_equal(found[batch.mask > 0], theirs[batch.mask > 0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample's test pictures as files, one in ten of another size."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with tarfile.open(SAMPLES_DIR / "cifar10.tar.xz") as tar:
+        tar.extractall(folder, [member for member in tar if member.name.startswith("test")], filter="data")
+    for path in sorted((folder / "test").rglob("*.jpg"))[::10]:
+        Image.open(path).resize((50, 41)).save(path)
+    return folder
+
+
+def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
+    arrays, files = (datasets.load(f"folder:{folder}", "test", side=24, memory=memory) for memory in (1e9, 1e3))
+    assert isinstance(files.image, PictureFiles)
+    assert files.image.shape == arrays.image.shape
+    assert files.image.nbytes == arrays.image.nbytes
+    np.testing.assert_array_equal(files.label, arrays.label)
+    for index in (7, np.int64(7), [3, 999, 3], np.arange(20).reshape(4, 5), np.array([], int)):
+        np.testing.assert_array_equal(files.image[index], arrays.image[index])
+
+
+def test_pictures_of_one_small_size_are_streamed_as_they_are(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name / "0.png")
+    data = datasets.load(f"folder:{tmp_path}", "train", side=24, holdout=0, memory=0)
+    np.testing.assert_array_equal(data.image[[1]], np.broadcast_to(np.array([255, 0, 0], np.uint8), (1, 6, 8, 3)))
+
+
+def test_unreadable_files_are_found_before_the_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    broken = sorted((mine / "test" / "cat").iterdir())[3]
+    broken.write_bytes(broken.read_bytes()[:300])  # the header is whole
+    with pytest.raises(UserError, match=rf"1 of 1000 files cannot be used: {broken}.*data.unreadable=skip"):
+        datasets.load(f"folder:{mine}", "test", memory=0)
+    for _ in range(2):  # the second time by what the first found
+        data = datasets.load(f"folder:{mine}", "test", memory=0, unreadable="skip")
+        assert len(data.label) == 999
+        assert broken not in data.image.paths
+    assert capsys.readouterr().err.count(f"skipped: {broken}") == 1
+
+
+@pytest.fixture(scope="module")
+def from_memory(run: Run, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "from_memory"
+    result = run(*TINY, MIXED, f"--config.data.name=folder:{folder}", "--workdir", workdir)
+    assert result.returncode == 0, result.stderr
+    assert "streamed" not in result.stdout
+    return workdir
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_streamed_run_is_the_run_from_memory_killed_or_not(
+    run: Run, folder: Path, from_memory: Path, tmp_path: Path, workers: int
+) -> None:
+    command = (
+        *TINY,
+        MIXED,
+        STREAMED,
+        f"--config.data.name=folder:{folder}",
+        f"--config.data.workers={workers}",
+        "--workdir",
+        tmp_path / "run",
+    )
+    with started(*command) as process:
+        wait_for_steps(process, tmp_path / "run", 6)
+        readers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(readers) >= workers
+    assert not psutil.wait_procs(readers, timeout=60)[1]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "; streamed from their files" in result.stdout
+    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(from_memory))
+    again = run("-m", "jaxft.evaluate", "--workdir", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_devices_and_streams_draw_the_same(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Across devices pictures are mixed with those of the next one."""
+    lines = []
+    for stream in ("always", "never"):
+        command = (*TINY, MIXED, f"--config.data.name=folder:{folder}", f"--config.data.stream={stream}")
+        result = run(*command, "--config.num_epochs=1", "--workdir", tmp_path / stream, devices=4)
+        assert result.returncode == 0, result.stderr
+        lines.append(without_times(metrics(tmp_path / stream)))
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_that_read(folder: Path, tmp_path: Path) -> None:
+    command = (*TINY, STREAMED, f"--config.data.name=folder:{folder}", "--config.data.workers=2")
+    with started(*command, "--workdir", tmp_path / "run") as process:
+        wait_for_steps(process, tmp_path / "run", 6)
+        readers = psutil.Process(process.pid).children(recursive=True)
+        for one in [*readers, process]:  # as a terminal sends it
+            one.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert not psutil.wait_procs(readers, timeout=60)[1]
+
+
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_file_that_vanishes_ends_the_run_in_one_line(folder: Path, tmp_path: Path, workers: int) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    command = (*TINY, STREAMED, f"--config.data.name=folder:{mine}", f"--config.data.workers={workers}")
+    with started(*command, "--workdir", tmp_path / "run") as process:
+        wait_for_steps(process, tmp_path / "run", 15)
+        shutil.rmtree(mine / "test" / "cat")
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert re.search(r"^error: there is no picture .*/cat/.*\.jpg$", error, re.MULTILINE)
+    assert "Traceback" not in error
