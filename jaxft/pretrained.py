@@ -141,7 +141,12 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
 
 def infer_arch(tensors: Mapping[str, np.ndarray]) -> str | None:
     """The architecture whose keys and shapes these are, if any."""
+    depths = tuple(
+        len({key.split(".")[1] for key in tensors if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)
+    )
     for arch in ARCHITECTURES:
+        if _model_for(arch, tensors).stage_depths != depths:
+            continue
         try:
             _check_shapes({k: a.shape for k, a in tensors.items() if not k.endswith(_TRACKED)}, _shapes(arch, tensors))
         except UserError:

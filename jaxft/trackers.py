@@ -36,7 +36,8 @@ class Trackers:
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter
 
-            board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
+            suffix = f".{last_step:09}"  # or a writer of the same second would overwrite this one's file
+            board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1, filename_suffix=suffix)
 
             def write_scalars(row: dict[str, float], step: int) -> None:
                 for key, value in row.items():

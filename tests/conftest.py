@@ -19,6 +19,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 ROOT = Path(__file__).parent.parent
 
+LONGEST = ("test_survival", "test_steps", "test_quickstart", "test_train", "test_resnet", "test_export")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process of pytest-xdist is left with one when the others are done."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -30,7 +38,9 @@ def environment(devices: int) -> dict[str, str]:
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["JAXFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))  # of the commands' processes
+    base = tmp_path_factory.getbasetemp()  # of each of pytest-xdist's workers its own, in one for all of them
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")  # of the commands' processes
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 

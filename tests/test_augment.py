@@ -21,7 +21,7 @@ PREPROCESSING = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
 EVERYTHING = Augmentation(flip=True, shift=0.1, crop_area=0.3, crop_ratio=4 / 3)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(st.integers(8, 40), st.integers(8, 40), st.integers(4, 70), st.booleans(), st.floats(0.1, 1), st.floats(0, 1))
 def test_a_box_is_what_pillow_resizes(
     height: int, width: int, size: int, mirrored: bool, part: float, place: float

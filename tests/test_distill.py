@@ -41,7 +41,7 @@ def test_the_divergence_is_torchs(temperature: float) -> None:
 def step_with(weight: float, teacher: Any) -> Any:
     """The parameters after a step on two devices, the last batch not full."""
     sample = datasets.load("sample:cifar10", "train")
-    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=4, stem="small", batch_norm="sync")
+    model = ResNet(BasicBlock, (1,), num_classes=10, width=4, stem="small", batch_norm="sync")
     tx = optax.sgd(0.1)
     state = jax.jit(partial(create_train_state, model, tx))(jax.random.key(0))
     distillation = Distillation(model.clone(width=8), PREPROCESSING, weight, temperature=2.0)
@@ -60,7 +60,7 @@ def step_with(weight: float, teacher: Any) -> Any:
 
 def test_a_step_mixes_what_labels_and_teacher_say() -> None:
     """Gradients add up: half of the teacher's weight moves the parameters half of the way."""
-    teacher = ResNet(BasicBlock, (1, 1), num_classes=10, width=8, stem="small")
+    teacher = ResNet(BasicBlock, (1,), num_classes=10, width=8, stem="small")
     variables = jax.jit(partial(teacher.init, train=False))(jax.random.key(1), jnp.zeros((1, 24, 24, 3)))
     none, half, whole = (step_with(weight, variables) for weight in (0.0, 0.5, 1.0))
     moved = 0.0

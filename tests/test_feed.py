@@ -107,7 +107,8 @@ def from_memory(run: Run, folder: Path, tmp_path_factory: pytest.TempPathFactory
     return workdir
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_streamed_run_is_the_run_from_memory_killed_or_not(
     run: Run, folder: Path, from_memory: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -160,7 +161,8 @@ def test_ctrl_c_ends_the_processes_that_read(folder: Path, tmp_path: Path) -> No
     assert not psutil.wait_procs(readers, timeout=60)[1]
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_vanishes_ends_the_run_in_one_line(folder: Path, tmp_path: Path, workers: int) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)

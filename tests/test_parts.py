@@ -80,7 +80,12 @@ def train(model: ResNet, config: Any, state: TrainState, steps: int, devices: in
 
 
 @pytest.mark.parametrize(
-    ("names", "batch_norm"), [("stem,stage1,stage2", "update"), ("backbone", "sync"), ("stage3", "update")]
+    ("names", "batch_norm"),
+    [
+        pytest.param("stem,stage1,stage2", "update", marks=pytest.mark.slow),
+        ("backbone", "sync"),
+        ("stage3", "update"),
+    ],
 )
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(names: str, batch_norm: Any) -> None:
     """Parameters and statistics, with weight decay and on devices that see other pictures."""

@@ -65,15 +65,23 @@ def sgd_steps(
     return state, counts
 
 
-@pytest.mark.parametrize("nesterov", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_ten_steps_with_a_smaller_last_batch_are_torchs(nesterov: bool) -> None:
+@pytest.mark.parametrize(
+    ("depths", "nesterov"),
+    [
+        ((1, 1, 1, 1), True),
+        pytest.param((2, 2, 2, 2), True, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2, 2), False, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...], nesterov: bool) -> None:
     """In float64: 75 pictures in batches of 8, the last with 3; parameters, momentum and running statistics."""
     torch.manual_seed(0)
-    reference = torchvision.models.resnet18(num_classes=10).double().train()
+    block = torchvision.models.resnet.BasicBlock
+    reference = torchvision.models.resnet.ResNet(block, list(depths), num_classes=10).double().train()
     sample = datasets.load("sample:cifar10", "train")
     order = datasets.epoch_order(0, 1, 2000)[:75]
     with jax.enable_x64(True):
-        model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64)
+        model = ResNet(BasicBlock, depths, num_classes=10, dtype=jnp.float64)
         config = default_config().optimizer
         config.update(learning_rate=2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)  # 2^-7 is exact
         tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
@@ -249,6 +257,7 @@ def small_step(model: ResNet, devices: int, steps: int, **options: Any) -> list[
     return states
 
 
+@pytest.mark.slow
 def test_mixed_pictures_are_the_same_on_one_device_and_on_four() -> None:
     """Also of a last batch that is not full: partners come from the whole batch, not from a device's share."""
     objective = Objective(augmentation=Augmentation(flip=True, shift=0.1, mixup=0.5, cutmix=0.5, erase=0.3))

@@ -76,7 +76,7 @@ def test_evaluate_gives_the_same_from_the_checkpoint_alone(run: Run, finished: t
     workdir, _ = finished
     rows = [row for row in metrics(workdir) if row["split"] == "eval"]
     best = max(rows, key=lambda row: row["accuracy"])
-    for which, row in (("best", best), ("latest", rows[-1]), ("84", rows[-1])):
+    for which, row in (("best", best), ("84", rows[-1])):
         result = run("-m", "jaxft.evaluate", "--workdir", workdir, "--checkpoint", which, "--json")
         assert result.returncode == 0, result.stderr
         line = json.loads(result.stdout)
@@ -141,6 +141,7 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_pretrained_weights(run: Run, weights_file: Path, tmp_path: Path) -> None:
     """With a learning rate of 0 all but the head and the statistics is, at the end, bit for bit what was converted."""
     weights = read_weights(weights_file)
@@ -171,6 +172,7 @@ def test_training_starts_from_the_pretrained_weights(run: Run, weights_file: Pat
     assert head["kernel"].shape == (512, 3)
 
 
+@pytest.mark.slow
 def test_an_exported_run_has_the_same_accuracy_in_torchvision(run: Run, weights_file: Path, tmp_path: Path) -> None:
     """Every prediction on the sample, by torchvision's own transforms and network, loaded with strict=True."""
     result = run(
