@@ -96,6 +96,18 @@ def test_boxes_have_the_area_ratio_and_place_that_was_asked(height: int, width: 
         assert np.max(end) > 1 - low - 0.01
 
 
+def test_trivial_augmentation_comes_after_the_crop_and_before_the_normalisation() -> None:
+    images = jnp.asarray(datasets.load("sample:cifar10", "test").image[:64])
+    keys = picture_keys(0, 0, np.arange(64))
+    plain, changed = (
+        np.asarray(augment(images, keys, Augmentation(flip=True, trivial=trivial), PREPROCESSING))
+        for trivial in (False, True)
+    )
+    assert 0.02 < (np.abs(plain - changed).max((1, 2, 3)) < 1e-4).mean() < 0.4  # what is left as it is
+    assert changed.min() >= plain.min() - 1.5
+    assert np.abs(changed).max() < 3  # normalised pixels
+
+
 def test_erased_rectangles_have_the_mean_colour_and_the_size_that_was_asked() -> None:
     images = jnp.ones((2000, 40, 40, 3))
     erased = np.asarray(erase(images, jax.random.split(jax.random.key(0), 2000), 0.25)) == 0

@@ -58,6 +58,7 @@ def step_with(weight: float, teacher: Any) -> Any:
     return jax.device_get(p_step(state, Pictures(sample.image, sample.label), batch, teacher))[0].params
 
 
+@pytest.mark.slow
 def test_a_step_mixes_what_labels_and_teacher_say() -> None:
     """Gradients add up: half of the teacher's weight moves the parameters half of the way."""
     teacher = ResNet(BasicBlock, (1,), num_classes=10, width=8, stem="small")

@@ -99,7 +99,9 @@ def test_each_process_feeds_its_own_part_and_every_picture_counts_once() -> None
     assert outputs[1][0] == ""  # process 0 alone speaks
 
 
-@pytest.mark.parametrize(("argument", "killed"), [("fail", None), ("wait", 0), ("wait", 1)])
+@pytest.mark.parametrize(
+    ("argument", "killed"), [("fail", None), ("wait", 0), pytest.param("wait", 1, marks=pytest.mark.slow)]
+)
 def test_where_one_process_ends_all_do(argument: str, killed: int | None) -> None:
     with together(2, 2, "-c", SCRIPT, argument) as processes:
         assert processes[0].stdout

@@ -61,6 +61,17 @@ def test_any_number_of_pictures_of_any_size(small_run: Path, exported: Path) -> 
         np.testing.assert_allclose(call(exported)(batch), classifier.probabilities(batch), rtol=1e-4, atol=1e-6)
 
 
+def test_mirror_images_are_seen_by_what_is_exported_too(small_run: Path, exported: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(small_run, "best")
+    flipped = checkpoint._replace(model=checkpoint.model.clone(test_flip=True))
+    export_stablehlo(flipped, tmp_path / "flipped.zip", "float32")
+    images = datasets.load("sample:cifar10", "test").image[:9]
+    found = np.asarray(call(tmp_path / "flipped.zip")(images))
+    one, other = (np.log(np.asarray(call(exported)(pictures))) for pictures in (images, images[:, :, ::-1]))
+    expected = np.exp((one + other) / 2)
+    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), rtol=1e-3, atol=1e-6)
+
+
 def test_ten_lines_without_jaxft_run_it(small_run: Path, exported: Path, tmp_path: Path) -> None:
     Image.fromarray(datasets.load("sample:cifar10", "test").image[3]).resize((70, 50)).save(tmp_path / "a.png")
     without_jaxft = "import runpy, sys; sys.modules['jaxft'] = None; runpy.run_path(sys.argv.pop(1))"

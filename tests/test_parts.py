@@ -84,7 +84,7 @@ def train(model: ResNet, config: Any, state: TrainState, steps: int, devices: in
     [
         pytest.param("stem,stage1,stage2", "update", marks=pytest.mark.slow),
         ("backbone", "sync"),
-        ("stage3", "update"),
+        pytest.param("stage3", "update", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(names: str, batch_norm: Any) -> None:

@@ -17,14 +17,14 @@ def pillow_resize(images: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(image) for image in resized])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(0, 2**32 - 1))
 def test_resize_of_any_square_is_pillows(side: int, size: int, seed: int) -> None:
     images = np.random.default_rng(seed).integers(0, 256, (1, side, side, 3), np.uint8)
     np.testing.assert_array_equal(resize(images, size, size), pillow_resize(images, size))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 80), st.integers(0, 2**32 - 1))
 def test_resize_of_any_rectangle_is_pillows_within_a_level(height: int, width: int, size: int, seed: int) -> None:
     """Since version 13 Pillow shortens the height of some rectangles first, which rounds otherwise."""

@@ -142,7 +142,6 @@ def test_damage_is_refused_or_gone_round(
     largest.write_bytes(content)
     for command in (
         two_kept,
-        ("-m", "jaxft.evaluate", "--workdir", workdir, "--checkpoint=latest"),
         ("-m", "jaxft.export", "--workdir", workdir, "--checkpoint=latest", "--to=torchvision", "--out=never.pth"),
     ):
         result = run(*command)

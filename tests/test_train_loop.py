@@ -32,7 +32,7 @@ def test_a_cpus_steps_are_in_no_loop() -> None:
     """Not even in one of a single turn, in which XLA's convolutions on a CPU take twenty times as long."""
 
     def loops(loop: bool, per_call: int) -> int:
-        def step(state: Any, pictures: Any, batch: Batch) -> Any:
+        def step(state: Any, pictures: Any, batch: Batch, teacher: Any) -> Any:
             return state + batch.mask, state
 
         zeros = np.zeros(per_call, np.float32)
