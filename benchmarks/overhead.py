@@ -77,7 +77,7 @@ def main() -> None:
     }
     checkpoints.close()
 
-    def nothing(state: TrainState, _: Any, batch: Batch) -> tuple[TrainState, Counts]:
+    def nothing(state: TrainState, _: Any, batch: Batch, __: Any) -> tuple[TrainState, Counts]:
         sums = jax.lax.psum(batch.mask.sum(), "batch")
         return jax.tree.map(lambda a: a * sums.astype(a.dtype), state), Counts(sums, sums, sums)
 
