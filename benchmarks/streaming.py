@@ -2,10 +2,11 @@
 
 python -m benchmarks.streaming [--pictures 1500] [--rounds 5] [--workers 2]
 
-Pictures of 500 x 375 pixels, as ImageNet's are on average, of noise that compresses to about its 110 kB, are written to
-a temporary folder. Each contender in turn reads all of them once: libjpeg-turbo by simplejpeg (which only decodes), in
-as many threads as there are cores; jaxft's stream of batches of 64 squares of 224 pixels, by threads and by processes;
-torch.utils.data.DataLoader with torchvision's Resize and CenterCrop, in `--workers` processes. One JSON line.
+Needs simplejpeg. Pictures of 500 x 375 pixels, as ImageNet's are on average, of noise that compresses to about its 110
+kB, are written to a temporary folder. Each contender in turn reads all of them once: libjpeg-turbo by simplejpeg (which
+only decodes), in as many threads as there are cores; jaxft's stream of batches of 64 squares of 224 pixels, by threads
+and by processes; torch.utils.data.DataLoader with torchvision's Resize and CenterCrop, in `--workers` processes. One
+JSON line: quartiles.
 """
 
 import argparse

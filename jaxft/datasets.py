@@ -185,7 +185,12 @@ def _run_tfds_reader(name: str, split: str, data_dir: str, side: int, as_they_ar
         raise UserError(f"reading {name} from {data_dir} failed with exit code {child.returncode}; see above")
 
 
-def describe(train: Dataset, test: Dataset) -> str:
+def is_streamed(data: Dataset, stream: str) -> bool:
+    """Whether each batch brings its pictures; stream: config key data.stream."""
+    return isinstance(data.image, folders.PictureFiles) or data.image.nbytes > memory_for_pictures(stream)
+
+
+def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:
     """Pictures per class, and what of the test set is trained on too, where looking for it takes seconds at most."""
     counts = np.bincount(train.label, minlength=len(train.class_names))
     fewest, most = int(counts.min()), int(counts.max())
@@ -199,10 +204,10 @@ def describe(train: Dataset, test: Dataset) -> str:
     )
     if absent := len(counts) - len(np.unique(test.label)):
         text += f"; {absent} of them not in the test set"
-    images = train.image, test.image
-    if any(isinstance(image, folders.PictureFiles) for image in images):
-        text += "; streamed from their files"
-    elif sum(image.nbytes for image in images) <= COMPARED_BYTES:
+    if is_streamed(train, stream):
+        text += "; streamed"
+    in_files = any(isinstance(data.image, folders.PictureFiles) for data in (train, test))
+    if not in_files and train.image.nbytes + test.image.nbytes <= COMPARED_BYTES:
         trained_on = {hash(image.tobytes()) for image in train.image}
         if both := sum(hash(image.tobytes()) in trained_on for image in test.image):
             text += f"; {both:,} test pictures are trained on too, which flatters the accuracy"

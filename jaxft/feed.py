@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from jaxft import datasets
 from jaxft.arrays import Dataset
 from jaxft.distributed import own_parts
-from jaxft.folders import PictureFiles
 from jaxft.steps import Array, Batch, Pictures, replicate
 
 BATCHES_AHEAD = 3  # that are read before the devices ask for them
@@ -74,7 +73,7 @@ Feed = OnDevices | Streamed
 
 def make_feed(data: Dataset, config: ConfigDict, *, partners: bool = False) -> Feed:
     """config: its `data` section. partners: whether pictures are mixed with others."""
-    if isinstance(data.image, PictureFiles) or data.image.nbytes > datasets.memory_for_pictures(config.stream):
+    if datasets.is_streamed(data, config.stream):
         return Streamed(data, config.workers, partners)
     return OnDevices(replicate(Pictures(data.image, data.label)))
 

@@ -394,7 +394,7 @@ def print_start(
         f"data     {data.name}: {info['train_size']:,} pictures of {data.train_split} to train, "
         f"{len(eval_data.label):,} of {data.eval_split} to test"
     )
-    print(f"{'':9}{datasets.describe(train_data, eval_data)}")
+    print(f"{'':9}{datasets.describe(train_data, eval_data, data.stream)}")
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
     if "teacher_checkpoint" in info:

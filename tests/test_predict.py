@@ -19,6 +19,7 @@ import jaxft
 from jaxft import datasets
 from jaxft.checkpoint import load_checkpoint
 from jaxft.errors import UserError
+from jaxft.evaluate import evaluate
 from jaxft.predict import BATCH_SIZE, Classifier
 from jaxft.preprocessing import preprocess
 from tests.conftest import ROOT, Run, environment
@@ -100,6 +101,14 @@ def test_python_evaluates(classifier: Classifier, run: Run, small_run: Path) -> 
     evaluation = classifier.evaluate()
     assert evaluation.checkpoint == line["checkpoint"]
     assert int((evaluation.predictions.rank == 0).sum()) == line["correct"]
+
+
+def test_evaluation_with_mirror_images(classifier: Classifier, small_run: Path) -> None:
+    images = datasets.load("sample:cifar10", "test").image
+    one, other = (np.log(classifier.probabilities(pictures)) for pictures in (images, images[:, :, ::-1]))
+    flipped = evaluate(small_run, flip=True).predictions
+    assert (flipped.predicted == (one + other).argmax(1)).mean() > 0.997  # but for ties of rounding
+    assert (flipped.predicted != one.argmax(1)).any()
 
 
 def test_pictures_of_any_kind(classifier: Classifier, folder: Path, tmp_path: Path) -> None:
