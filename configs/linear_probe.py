@@ -2,8 +2,10 @@
 
 python -m jaxft.train --config configs/linear_probe.py
 
-Without augmentation the backbone sees each picture once, so thirty epochs cost about one forward pass. Published for
-CIFAR-10: 93.6 % by a linear probe of a supervised ResNet-50 (Chen et al. 2020, SimCLR, table 8).
+Without augmentation the backbone sees each picture once, so thirty epochs cost about one forward pass. On two cores,
+with 2,000 pictures of CIFAR-10 at 96 pixels and ImageNet weights of 72.2 % top-1, such a probe reaches 73.5 % (python
+-m benchmarks.recipes). All of CIFAR-10 at 224 pixels is not measured yet; published: 93.6 % by a linear probe of a
+supervised ResNet-50 (Chen et al. 2020, SimCLR, table 8).
 """
 
 from ml_collections import ConfigDict
