@@ -33,8 +33,11 @@ class MetricsFile:
         self._pending = b""
         self._failed = False
 
-    def open(self, last_step: int) -> None:
-        """To append to, after what an interrupted run wrote beyond its checkpoint at `last_step` is cut off."""
+    def open(self, last_step: int) -> list[dict[str, Any]]:
+        """To append to, after what an interrupted run wrote beyond its checkpoint at `last_step` is cut off.
+
+        Returns the lines that are kept.
+        """
         kept = [line for line in self._lines if line["step"] <= last_step]
         steps = [line["step"] for line in kept if line["split"] == "train"]
         if steps != list(range(1, last_step + 1)):
@@ -46,7 +49,7 @@ class MetricsFile:
         for step in [step for step in self.accuracy if step > last_step]:
             del self.accuracy[step]
         if jax.process_index():
-            return
+            return kept
         partial = self.path.with_name(f"{self.path.name}.partial")
         try:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -54,6 +57,7 @@ class MetricsFile:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}") from None
+        return kept
 
     def write(self, **line: Any) -> None:
         """A line that cannot be written now, as on a full disk, is kept for the next time."""

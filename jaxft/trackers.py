@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,13 @@ def check_trackers(log: ConfigDict) -> None:
 
 
 class Trackers:
-    """Writes from process 0 alone. After an interruption, what lies beyond `last_step` is written anew."""
+    """Writes from process 0 alone.
 
-    def __init__(self, config: ConfigDict, workdir: Path, last_step: int) -> None:
+    TensorBoard has the lines of before an interruption written anew, `kept`, for a killed process may not have written
+    them; Weights & Biases takes each step once.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, kept: Iterable[dict[str, Any]]) -> None:
         self._writers: list[Callable[[dict[str, float], int], None]] = []
         self._closers: list[Callable[[], None]] = []
         if jax.process_index():
@@ -36,14 +40,17 @@ class Trackers:
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter
 
-            suffix = f".{last_step:09}"  # or a writer of the same second would overwrite this one's file
-            board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1, filename_suffix=suffix)
+            rows = list(kept)
+            suffix = f".{len(rows):09}"  # or a writer of the same second would overwrite this one's file
+            board = SummaryWriter(str(workdir / "tensorboard"), purge_step=1, filename_suffix=suffix)
 
             def write_scalars(row: dict[str, float], step: int) -> None:
                 for key, value in row.items():
                     board.add_scalar(key, value, step)
 
             self._writers.append(write_scalars)
+            for row in rows:
+                self.write(row)
             self._closers.append(board.close)
         if config.log.wandb:
             import wandb

@@ -104,8 +104,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         write_config(config, workdir)
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         state = replicate(state)
-    metrics.open(last_step=int(state.step))
-    trackers = Trackers(config, workdir, last_step=int(state.step))
+    trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
     print_start(config, workdir, model, state, info, train_data, eval_data, first_epoch)
 

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -57,11 +58,14 @@ def test_tensorboard_has_each_line_once_after_a_kill(run: Run, tmp_path: Path) -
 def test_tensorboard_has_what_is_written(tmp_path: Path) -> None:
     config = default_config()
     config.log.tensorboard = True
+    rows: list[dict[str, Any]] = []
     for first in (1, 3):  # again from step 3 on
-        board = Trackers(config, tmp_path, last_step=first - 1)
+        rows = rows[: first - 1]
+        board = Trackers(config, tmp_path, rows)
         for step in range(first, 5):
             row = {"loss": step / 2, "accuracy": first / 8, "images_per_second": 9.0}
-            board.write(row | {"step": step, "split": "train", "epoch": 1})
+            rows.append(row | {"step": step, "split": "train", "epoch": 1})
+            board.write(rows[-1])
         board.close()
     found = scalars(tmp_path / "tensorboard")
     assert [found["train/loss", step] for step in range(1, 5)] == [0.5, 1, 1.5, 2]
