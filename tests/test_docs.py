@@ -44,6 +44,8 @@ def desk(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
             Image.fromarray(sample.image[i * 10]).save(tmp_path / "pictures" / path)
     for split in ("test", "val"):
         shutil.copytree(tmp_path / "pictures" / "train", tmp_path / "pictures" / split)
+    for split in ("train", "val_by_class"):
+        shutil.copytree(tmp_path / "pictures" / "train", tmp_path / "tiny_imagenet32" / split)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
