@@ -111,7 +111,10 @@ def _load_folder(
     source = {"fingerprint": files.fingerprint(), "unreadable": unreadable, "side": side}
     arrays_dir = _arrays_dir(name, split)
     if len(files.paths) * side**2 * 3 > memory:
-        return _leave_in_files(files, side, unreadable, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
+        data = _leave_in_files(files, side, unreadable, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
+        if not len(data.label):
+            raise UserError(f"{name} has no pictures")
+        return data
     opened = open_arrays(arrays_dir)
     if opened is None or any(opened[1].get(key) != value for key, value in source.items()):
         _, side_or_none = folders.stored_size(files, side)

@@ -96,6 +96,10 @@ def test_unreadable_files_are_found_before_the_training(
         assert len(data.label) == 999
         assert broken not in data.image.paths
     assert capsys.readouterr().err.count(f"skipped: {broken}") == 1
+    for path in mine.rglob("*.jpg"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"folder:{mine} has no pictures"):
+        datasets.load(f"folder:{mine}", "test", memory=0, unreadable="skip")
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,10 @@ def test_an_operation_is_torchvisions(name: str, step: int, sign: int, pictures:
             jnp.array([1.0, 2.0, 3.0]),
         )
         difference = np.abs(np.asarray(ours) - np.asarray(theirs, np.float32)).max(-1)
-        # Pillow rounds to whole values, and reckons places in fixed point: a pixel may come from its neighbour, as
-        # along whole diagonals after 135 degrees.
-        assert (difference > 1.001).mean() <= (0.005 if "Shear" in name or name == "Rotate" else 0), name
+        # Pillow rounds to whole values, and reckons places in fixed point: a pixel may come from its neighbour, after a
+        # turn by 135 degrees along whole diagonals, which lie just between two.
+        neighbours = {"ShearX": 0.002, "ShearY": 0.002, "Rotate": 0.005 if step == LEVELS - 1 else 0.002}
+        assert (difference > 1.001).mean() <= neighbours.get(name, 0), name
 
 
 def test_each_picture_has_its_own_operation() -> None:
