@@ -66,22 +66,29 @@ def _pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Of matrices (pixels, channels) and (channels, features)."""
-    return x @ kernel
+    return _dot(x, kernel)
 
 
 def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+    return _dot(x, kernel), (x, kernel)
 
 
 def _product_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    return dy @ kernel.T, _product_kernel_gradient(x, dy)
+    # The smaller is transposed: that is dear.
+    kernel_gradient = _transposed_dot(x, dy) if x.shape[1] <= dy.shape[1] else _transposed_dot(dy, x).T
+    return _dot(dy, kernel.T), kernel_gradient
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, summed in float32 at least: for that XLA on a CPU has products of bfloat16; for others it widens both."""
+    return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)).astype(a.dtype)
 
 
 @unfused
-def _product_kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """x.T @ dy, of which the smaller is transposed, and apart from how x and dy came about: transposing is dear."""
-    return x.T @ dy if x.shape[1] <= dy.shape[1] else (dy.T @ x).T
+def _transposed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a.T @ b, apart from how they came about and what becomes of it, or XLA transposes the other one, or both."""
+    return _dot(a.T, b)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -102,7 +109,7 @@ def _conv_of_few(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         row = []
         for j in range(_divide_up(width, stride)):
             (ys, kernel_ys), (xs, kernel_xs) = seen(i, height), seen(j, width)
-            row.append(x[:, ys, xs].reshape(batch, -1) @ kernel[kernel_ys, kernel_xs].reshape(-1, features))
+            row.append(_dot(x[:, ys, xs].reshape(batch, -1), kernel[kernel_ys, kernel_xs].reshape(-1, features)))
         rows.append(jnp.stack(row, 1))
     return jnp.stack(rows, 1)
 
@@ -236,16 +243,16 @@ def _statistics(
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     pixels = x.shape[1] * x.shape[2]
     if weights is None:
-        count = _total(jnp.asarray(x.shape[0] * pixels, x.dtype), axis_name)
+        count = sum_over_devices(jnp.asarray(x.shape[0] * pixels, x.dtype), axis_name)
     else:
         weights = weights.astype(x.dtype)
-        count = _total(weights.sum() * pixels, axis_name)
+        count = sum_over_devices(weights.sum() * pixels, axis_name)
 
     def mean_of(a: jax.Array) -> jax.Array:
         of_pictures = a.sum((1, 2))  # first, which is more exact too
         if weights is not None:
             of_pictures *= weights[:, None]
-        return _total(of_pictures.sum(0), axis_name) / jnp.maximum(count, 1)
+        return sum_over_devices(of_pictures.sum(0), axis_name) / jnp.maximum(count, 1)
 
     mean = mean_of(x)
     return mean, mean_of(jnp.square(x - mean)), count
@@ -271,8 +278,8 @@ def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals
     relu = relu and y is None
     dbias, dslope = _affine_gradients(x, dy, mean, slope, bias, relu)
     divisor = jnp.maximum(count, 1)
-    through_mean = _total(dbias, axis_name) / divisor
-    through_var = _total(dslope, axis_name) * jnp.square(inverse) / divisor
+    through_mean = sum_over_devices(dbias, axis_name) / divisor
+    through_var = sum_over_devices(dslope, axis_name) * jnp.square(inverse) / divisor
     dx = _normalize_gradient(x, dy, mean, slope, bias, weights, through_mean, through_var, relu)
     return dx, None if alone else dy, dslope * inverse, dbias, None
 
@@ -315,8 +322,9 @@ def _normalize_gradient(
     return (slope * (dy - common)).astype(x.dtype)
 
 
-def _total(a: jax.Array, axis_name: str | None) -> jax.Array:
-    return a if axis_name is None else lax.psum(a, axis_name)
+def sum_over_devices(tree: Any, axis_name: str | None) -> Any:
+    """psum, but for one device, for which XLA on a CPU would copy everything."""
+    return tree if axis_name is None or lax.axis_size(axis_name) == 1 else lax.psum(tree, axis_name)
 
 
 batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.augment import NO_AUGMENTATION, Augmentation, augment, mix, picture_keys
 from jaxft.distill import Distillation, distillation_loss
+from jaxft.layers import sum_over_devices
 from jaxft.parts import carry_over, map_with_path, merge, split_frozen
 from jaxft.preprocessing import Preprocessing, preprocess
 from jaxft.resnet import ResNet
@@ -199,7 +200,7 @@ def train_step(
     """
     pictures = pictures_of(pictures, batch)
     image, labels = training_inputs(pictures, batch, state.step, preprocessing, objective)
-    total = jax.lax.psum(batch.mask.sum(), model.axis_name)
+    total = sum_over_devices(batch.mask.sum(), model.axis_name)
     taught: Any = None
     if distillation:
         teachers_image, _ = training_inputs(pictures, batch, state.step, distillation.preprocessing, objective)
@@ -212,7 +213,7 @@ def train_step(
         parts = [(*cross_entropy(logits, label, objective), share * batch.mask) for label, share in labels]
         loss = sum((losses * share).sum() for losses, _, share in parts)
         weight = sum((weights * share).sum() for _, weights, share in parts)
-        loss /= jax.lax.psum(weight, model.axis_name)
+        loss /= sum_over_devices(weight, model.axis_name)
         if distillation:
             divergence = distillation_loss(logits, taught, distillation.temperature) * batch.mask
             loss = (1 - distillation.weight) * loss + distillation.weight * divergence.sum() / total
@@ -220,13 +221,13 @@ def train_step(
         return loss, (updates["batch_stats"], counts)
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
-    grads = jax.lax.psum(grads, model.axis_name)
+    grads = sum_over_devices(grads, model.axis_name)
     if model.batch_norm == "update":  # each device's own: their mean, weighted by the pictures they saw
         weight = batch.mask.sum() / total
 
         def mean(path: str, a: jax.Array) -> jax.Array:
             frozen = model.norm_is_frozen(path.rpartition("/")[0])
-            return a if frozen else jax.lax.psum(a * weight, model.axis_name)
+            return a if frozen else sum_over_devices(a * weight, model.axis_name)
 
         batch_stats = map_with_path(mean, batch_stats)
     opt_state = carry_over(state.opt_state, jax.eval_shape(tx.init, trainable))  # what will train later is left out
@@ -236,7 +237,7 @@ def train_step(
     new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
     if ema_decay:
         new_state = dataclasses.replace(new_state, ema=_averaged(state.ema, new_state, ema_decay))
-    return new_state, jax.lax.psum(counts, model.axis_name)
+    return new_state, sum_over_devices(counts, model.axis_name)
 
 
 def _averaged(averages: Any, state: TrainState, decay: float) -> Any:
