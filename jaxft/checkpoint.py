@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import PreservationContext, PreservationPolicy
 from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 
+from jaxft.bucket import reading_folder, shown_as
 from jaxft.config import MAY_CHANGE, flatten, resolve
 from jaxft.errors import UserError
 from jaxft.metrics import MetricsFile
@@ -30,6 +31,27 @@ from jaxft.steps import TrainState, abstract_train_state, replicate
 
 for _name in ("absl", "asyncio"):  # Orbax's tracebacks, of what is told here in one line
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+def _quieten_orbax() -> None:
+    """Once a read or write fails, those still under way end in an event loop that is closed, with a traceback each."""
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+
+    def of_loop(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    def except_loop(kind: Any, error: BaseException, traceback: Any) -> None:
+        if not of_loop(error):
+            excepthook(kind, error, traceback)
+
+    def unraisable_except_loop(unraisable: Any) -> None:
+        if not of_loop(unraisable.exc_value):
+            unraisablehook(unraisable)
+
+    sys.excepthook, sys.unraisablehook = except_loop, unraisable_except_loop
+
+
+_quieten_orbax()
 
 
 class NotFiniteError(Exception):
@@ -222,7 +244,6 @@ class Checkpoints:
         raise UserError(f"there is no good checkpoint in {self.directory}; train in another --workdir")
 
     def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpointError:
-        _quieten_orbax()
         reason = f"checkpoint {step} in {self.directory} is damaged ({str(error)[:200]})"
         return DamagedCheckpointError(
             reason,
@@ -244,17 +265,6 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
-
-
-def _quieten_orbax() -> None:
-    """Once a read fails, those still under way end in an event loop that is closed, with a traceback each."""
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def to_host(tree: Any) -> Any:
@@ -293,8 +303,6 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     if jax.process_index():
         yield
         return
-    if "://" in str(workdir) or str(workdir).startswith(("gs:", "s3:")):
-        raise UserError(f"--workdir {workdir} is no folder of a file system; train in one and copy it when it is done")
     path = workdir / ".lock"
     lock = FileLock(path)
     try:
@@ -324,10 +332,11 @@ class LoadedCheckpoint(NamedTuple):
     state: TrainState  # on every local device
 
 
-def load_checkpoint(workdir: Path, which: str) -> LoadedCheckpoint:
+def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
     """A checkpoint and all that it needs to be used: 'best', 'latest' or a step's number."""
+    workdir = reading_folder(workdir)
     if not has_checkpoint(workdir):
-        raise UserError(f"there is no checkpoint in {workdir}; train first, or name another --workdir")
+        raise UserError(f"there is no checkpoint in {shown_as(workdir)}; train first, or name another --workdir")
     with closing(Checkpoints(workdir)) as checkpoints:
         step = checkpoints.resolve(which)
         info = checkpoints.info(step)

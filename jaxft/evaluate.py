@@ -108,7 +108,9 @@ class Evaluation(NamedTuple):
     predictions: Predictions
 
 
-def evaluate(workdir: Path, which: str = "best", data_dir: str | None = None, *, flip: bool = False) -> Evaluation:
+def evaluate(
+    workdir: str | Path, which: str = "best", data_dir: str | None = None, *, flip: bool = False
+) -> Evaluation:
     """A checkpoint, 'best', 'latest' or a step's number, on the split that its run was tested on.
 
     flip: with the mean of each picture's and its mirror image's logits, whatever the run's model.test_flip.
@@ -135,7 +137,7 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.evaluate", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, help="of the training run")
+    parser.add_argument("--workdir", required=True, help="of the training run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
     parser.add_argument("--data_dir", help="of prepared TFDS sets, if it is no longer the one trained with")
     parser.add_argument("--flip", action="store_true", help="test with mirror images too, as model.test_flip")

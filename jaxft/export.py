@@ -24,6 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxft.backend import set_up_backend
+from jaxft.bucket import reading_folder
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import evaluate_checkpoint
@@ -150,7 +151,7 @@ def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: st
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.export", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the training run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
     parser.add_argument("--to", required=True, choices=list(SUFFIXES))
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .pth, .safetensors or .zip file")
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> None:
     if args.to == "torchvision":
         export_torchvision(checkpoint, args.out)
     elif args.to == "flax":
-        export_flax(args.workdir, checkpoint, args.out, args.dtype)
+        export_flax(reading_folder(args.workdir), checkpoint, args.out, args.dtype)
     else:
         export_stablehlo(checkpoint, args.out, args.dtype)
         if args.dtype != "float32":

@@ -132,7 +132,7 @@ class Classifier:
 
 def load(workdir: str | Path, checkpoint: str = "best") -> Classifier:
     """A run's checkpoint, 'best', 'latest' or a step's number, ready to predict. Raises UserError without one."""
-    return Classifier(load_checkpoint(Path(workdir), checkpoint))
+    return Classifier(load_checkpoint(workdir, checkpoint))
 
 
 def rank(probabilities: np.ndarray, class_names: Sequence[str], top_k: int) -> Prediction:
@@ -215,7 +215,7 @@ def show_page(classifier: Classifier, host: str, port: int, top_k: int) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.predict", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the training run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
     parser.add_argument("--top_k", type=int, default=3, metavar="K", help="classes shown of each picture (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")

@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxft import charts
+from jaxft import bucket, charts
 from jaxft.arrays import Dataset
 from jaxft.config import default_config, flatten, resolve
 from jaxft.errors import ArgumentParser, UserError, run_command
@@ -46,6 +46,14 @@ class Run(NamedTuple):
     predictions: Predictions  # of the test split
     mistakes: np.ndarray  # int (K,), the most confident first
     pictures: list[np.ndarray]  # the K pictures
+
+    @property
+    def shown_as(self) -> str:
+        return bucket.shown_as(self.workdir)
+
+    @property
+    def name(self) -> str:
+        return PurePath(self.shown_as).name
 
     @property
     def config(self) -> ConfigDict:
@@ -126,10 +134,10 @@ def render(run: Run) -> str:
     off_diagonal = matrix - np.diag(np.diag(matrix))
     default = flatten(default_config())
     return _template("report").render(
-        name=run.workdir.name,
-        workdir=shlex.quote(str(run.workdir)),
+        name=run.name,
+        workdir=shlex.quote(run.shown_as),
         config_file=shlex.quote(str(run.workdir / "config.json")),
-        repeat_workdir=shlex.quote(f"{run.workdir}-again"),
+        repeat_workdir=shlex.quote(f"{run.shown_as}-again"),
         config=config,
         class_names=names,
         epoch=run.epoch,
@@ -186,7 +194,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     configs = [flatten(run.config) for run in runs]
     same_classes = all(run.class_names == runs[0].class_names for run in runs)
     return _template("compare").render(
-        names=_distinct_names([run.workdir for run in runs]),
+        names=_distinct_names(runs),
         results=[
             ("accuracy (95 % interval)", accuracy),
             *((label, [card.get(label, "-") for card in cards]) for label in labels),
@@ -251,7 +259,7 @@ def _classes(matrix: np.ndarray, off_diagonal: np.ndarray, names: Sequence[str])
 def _curves(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Loss and accuracy, of training and test, learning rate and speed, against epochs."""
     several = len(runs) > 1
-    names = _distinct_names([run.workdir for run in runs])
+    names = _distinct_names(runs)
     loss: dict[str, charts.Curve] = {}
     accuracy: dict[str, charts.Curve] = {}
     rate: dict[str, charts.Curve] = {}
@@ -293,9 +301,9 @@ def _learning_rate(run: Run) -> charts.Curve:
     )
 
 
-def _distinct_names(workdirs: Sequence[Path]) -> list[str]:
-    names = [workdir.name for workdir in workdirs]
-    return names if len(set(names)) == len(names) else [str(workdir) for workdir in workdirs]
+def _distinct_names(runs: Sequence[Run]) -> list[str]:
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [run.shown_as for run in runs]
 
 
 def _png(picture: np.ndarray) -> str:
@@ -319,12 +327,14 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.report", __doc__)
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the training run")
-    parser.add_argument("--compare", nargs="+", type=Path, metavar="DIR", default=[], help="workdirs of other runs")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
+    parser.add_argument("--compare", nargs="+", metavar="DIR", default=[], help="workdirs of other runs")
     args = parser.parse_args(argv)
-    runs = [load_run(workdir) for workdir in (args.workdir, *args.compare)]
-    path = args.workdir / ("compare.html" if args.compare else "report.html")
+    folders = [bucket.reading_folder(workdir) for workdir in (args.workdir, *args.compare)]
+    runs = [load_run(folder) for folder in folders]
+    path = folders[0] / ("compare.html" if args.compare else "report.html")
     _write(path, render_comparison(runs) if args.compare else render(runs[0]))
+    bucket.put_back(args.workdir, path)
     print(path)
 
 

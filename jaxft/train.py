@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxft import datasets, report
+from jaxft import bucket, datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.backend import set_up_backend
 from jaxft.checkpoint import (
@@ -69,9 +69,15 @@ from jaxft.trackers import Trackers, check_trackers
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains for config.num_epochs, with a checkpoint and an evaluation after each; resumes from the latest one.
 
-    Raises UserError for what the user can mend, before anything is written; Interrupted for SIGTERM and Ctrl-C.
+    workdir: a folder, or a URL such as gs://BUCKET/RUN. Raises UserError for what the user can mend, before anything
+    is written; Interrupted for SIGTERM and Ctrl-C.
     """
-    workdir = Path(workdir)
+    folder = bucket.training_folder(workdir)
+    with workdir_lock(folder), bucket.kept_like(workdir, folder):
+        return _train_and_evaluate(config, folder)
+
+
+def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     check_workdir(config, workdir)
     check_batch_size(config.batch_size)
     check_trackers(config.log)
@@ -174,7 +180,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             if jax.process_index() == 0:
                 report.update(workdir, info, eval_data, predictions)
         checkpoints.finish(state, info)
-    print(f"done; look at {workdir / 'report.html'}, and test again by: python -m jaxft.evaluate --workdir {workdir}")
+    again = f"python -m jaxft.evaluate --workdir {bucket.shown_as(workdir)}"
+    print(f"done; look at {workdir / 'report.html'}, and test again by: {again}")
     if config.note:
         print(config.note)
     return state
@@ -233,7 +240,7 @@ def load_teacher(workdir: str, class_names: tuple[str, ...], which: str) -> Teac
     """The network to learn from, of a run's checkpoint; raises UserError where it knows other classes."""
     if not workdir:
         return None
-    step, info, model, state = load_checkpoint(Path(workdir), which)
+    step, info, model, state = load_checkpoint(workdir, which)
     if tuple(info["class_names"]) != class_names:
         raise UserError(f"distill.teacher {workdir} knows other classes than the data: {info['class_names']}")
     return Teacher(model, Preprocessing(**info["preprocessing"]), replicate(state.variables()), step)
@@ -400,7 +407,10 @@ def print_start(
         print(f"teacher  learns from checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
     if config.optimizer.freeze:
         print(table(freeze(model, config.optimizer, first_epoch)))
-    print(f"workdir  {workdir}" + (f", goes on after step {int(state.step)}" if state.step else ""), flush=True)
+    print(
+        f"workdir  {bucket.shown_as(workdir)}" + (f", goes on after step {int(state.step)}" if state.step else ""),
+        flush=True,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -409,14 +419,13 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.train", __doc__, f"config keys with their defaults:{keys}")
     parser.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), as in configs/")
     parser.add_argument(
-        "--workdir", type=Path, metavar="DIR", help="for checkpoints and metrics (default: runs/CONFIG)"
+        "--workdir", metavar="DIR", help="for checkpoints and metrics, gs:// too (default: runs/CONFIG)"
     )
     args, rest = parser.parse_known_args(argv)
     set_up_backend()
     config = load_config(args.config, parse_overrides(rest))
     workdir = args.workdir or Path("runs", Path(args.config).stem)
-    with workdir_lock(workdir):
-        train_and_evaluate(config, workdir)
+    train_and_evaluate(config, workdir)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxft.bucket import training_folder
 from jaxft.checkpoint import load_checkpoint
 from tests.conftest import ROOT, Run, environment
 from tests.test_survival import wait_for_steps
@@ -185,11 +186,14 @@ def test_a_run_goes_on_on_other_devices(run: Run, tmp_path: Path, dtype: str) ->
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_of_two_processes_ends_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_an_interrupted_run_of_two_processes_ends_with_the_same_bits(tmp_path: Path, scheme: str) -> None:
+    """Also where the workdir is a bucket and each process has a folder of its own that is kept like it."""
     for name, steps in (("undisturbed", None), ("killed", 9), ("killed", None)):
-        with together(2, 2, *GENTLE, "--workdir", tmp_path / name) as started:
+        workdir = f"{scheme if name == 'killed' else ''}{tmp_path / name}"
+        with together(2, 2, *GENTLE, "--workdir", workdir) as started:
             if steps:
-                wait_for_steps(started[0], tmp_path / name, steps)
+                wait_for_steps(started[0], training_folder(workdir), steps)
                 started[1].send_signal(signal.SIGKILL)
             for process in started:
                 process.communicate(timeout=600)

@@ -2,11 +2,13 @@
 
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,6 +107,22 @@ def test_a_signal_saves_at_the_next_step_and_says_so(
     assert without_times(metrics(tmp_path / "run")) == without_times(metrics(undisturbed))
     states = (load_checkpoint(path, "latest").state for path in (tmp_path / "run", undisturbed))
     assert same_bits(*states)
+
+
+def test_a_full_disk_costs_no_more_than_its_checkpoints(undisturbed: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: for some steps the system refuses what a checkpoint writes."""
+    with started(*TINY, "--workdir", tmp_path / "run") as process, ThreadPoolExecutor() as pool:
+        assert process.stderr
+        error = pool.submit(process.stderr.read)  # a pipe that is full would stop the run
+        wait_for_steps(process, tmp_path / "run", 6)
+        limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        wait_for_steps(process, tmp_path / "run", 16)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
+        assert process.wait(timeout=300) == 0, error.result()
+    told = r"checkpoint \d+ could not be written .*; (checkpoint \d+ stays|there is none yet); trying again at the next"
+    assert re.search(told, error.result())
+    assert "Traceback" not in error.result()
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 def test_two_runs_in_one_workdir_are_refused(fails: Callable[..., str], tmp_path: Path) -> None:
