@@ -10,6 +10,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is slow
 hypothesis.settings.load_profile("any machine")
@@ -35,12 +36,17 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
+@pytest.fixture(scope="session")
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that pytest-xdist's workers have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, of_all_workers: Path) -> None:
     os.environ["JAXFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    base = tmp_path_factory.getbasetemp()  # of each of pytest-xdist's workers its own, in one for all of them
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")  # of the commands' processes
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(of_all_workers / "compiled")  # of the commands' processes
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 
@@ -71,9 +77,9 @@ def fails(run: Run) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def small_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(run: Run, of_all_workers: Path) -> Path:
     """The workdir of two short epochs on the sample, for the commands that follow training. Not to be changed."""
-    workdir = tmp_path_factory.mktemp("runs") / "small"
+    workdir = of_all_workers / "small"
     small = (
         "--config.image_size=32",
         "--config.model.pretrained=",
@@ -81,8 +87,10 @@ def small_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--config.num_epochs=2",
         "--config.data.train_split=test",
     )
-    result = run("-m", "jaxft.train", "--config=configs/quickstart.py", *small, "--workdir", workdir)
-    assert result.returncode == 0, result.stderr
+    with FileLock(of_all_workers / "small.lock"):
+        if not (workdir / "report.html").exists():
+            result = run("-m", "jaxft.train", "--config=configs/quickstart.py", *small, "--workdir", workdir)
+            assert result.returncode == 0, result.stderr
     return workdir
 
 
