@@ -13,7 +13,7 @@ from jaxft.pictures import shrink
 
 
 class Dataset(NamedTuple):
-    image: Any  # uint8 (N, H, W, 3): an array, or folders.PictureFiles
+    image: Any  # uint8 (N, H, W, 3): an array, or stored.StoredPictures
     label: np.ndarray  # int32 (N,)
     class_names: tuple[str, ...]
 
@@ -27,6 +27,15 @@ def open_arrays(arrays_dir: Path) -> tuple[Dataset, dict[str, Any]] | None:
     except (OSError, ValueError, KeyError):
         return None
     return Dataset(image, label, tuple(info["class_names"])), info
+
+
+def as_stored(picture: np.ndarray, side: int | None) -> np.ndarray:
+    """uint8 (H, W, 3) of a picture (H, W, 1 or 3), shrunk to a square of `side` pixels unless None; or ValueError."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3):
+        kind = f"{picture.dtype} of shape {picture.shape}"
+        raise ValueError(f"has a picture that is {kind}; jaxft reads uint8 with 1 or 3 channels")
+    picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
+    return picture if side is None else shrink(np.ascontiguousarray(picture), side)
 
 
 def write_arrays(
@@ -48,11 +57,7 @@ def write_arrays(
     try:
         with (partial_dir / "image.bin").open("wb") as file:
             for picture, label in examples:
-                if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3):
-                    kind = f"{picture.dtype} of shape {picture.shape}"
-                    raise ValueError(f"has a picture that is {kind}; jaxft reads uint8 with 1 or 3 channels")
-                picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
-                picture = picture if side is None else shrink(np.ascontiguousarray(picture), side)
+                picture = as_stored(picture, side)
                 shape = shape or picture.shape
                 if picture.shape != shape:
                     raise ValueError(f"has pictures of {shape} and of {picture.shape}, and says they are of one size")

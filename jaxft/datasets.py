@@ -22,6 +22,7 @@ from jaxft import folders
 from jaxft.arrays import Dataset, open_arrays, write_arrays
 from jaxft.errors import UserError
 from jaxft.steps import Batch
+from jaxft.stored import StoredPictures, TfdsRecords
 
 COMPARED_BYTES = 1 << 30
 MEMORY_SHARE = 0.3  # of a device's memory that the pictures of one split may take
@@ -48,14 +49,14 @@ def load(
 
     side: pictures that differ in size, or are larger, become squares of so many pixels, as preprocessing to that size
     would make them. holdout, unreadable, class_names: of a folder's pictures, see folders.find_files. memory: bytes
-    beyond which a folder's pictures stay in their files.
+    beyond which pictures stay in their files, as they can unless TFDS prepared them as tfrecord.
     """
     if name.startswith("sample:"):
         return _load_sample(name.removeprefix("sample:"), split)
     if name.startswith("folder:"):
         files = folders.find_files(Path(name.removeprefix("folder:")).expanduser(), split, holdout, class_names)
         return _load_folder(files, name, split, side, unreadable, memory)
-    return _load_tfds(name, split, data_dir, side)
+    return _load_tfds(name, split, data_dir, side, memory)
 
 
 def load_config_data(
@@ -147,7 +148,8 @@ def _leave_in_files(
         partial.replace(checked)
     numbers = found["numbers"]
     height, width = found["size"]
-    image = folders.PictureFiles([files.paths[i] for i in numbers], height, width, found["shrunk_to"])
+    reader = folders.PictureFiles([files.paths[i] for i in numbers], found["shrunk_to"])
+    image = StoredPictures(reader, len(numbers), height, width)
     return Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
 
 
@@ -156,20 +158,36 @@ def _arrays_dir(name: str, split: str, *more: str) -> Path:
     return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"
 
 
-def _load_tfds(name: str, split: str, data_dir: str, side: int) -> Dataset:
+def _load_tfds(name: str, split: str, data_dir: str, side: int, memory: float) -> Dataset:
     """From the cache of arrays; filled by a child process, so that TensorFlow is never imported here."""
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" not in data_dir:  # gs://... stays as it is
         data_dir = str(Path(data_dir).expanduser().absolute())
     as_they_are, shrunk = _arrays_dir(name, split, data_dir), _arrays_dir(name, split, data_dir, str(side))
+    records = shrunk.with_name(f"{shrunk.name}.json")
     for attempt in range(2):
         for arrays_dir in (as_they_are, shrunk):
             opened = open_arrays(arrays_dir)
             if opened and _is_fresh(opened[1]) and min(opened[0].image.shape[1:3]) <= side:
                 return opened[0]
+        if (stored := _open_records(records)) and stored.image.nbytes > memory:
+            return stored
         if not attempt:
-            _run_tfds_reader(name, split, data_dir, side, as_they_are, shrunk)
+            _run_tfds_reader(name, split, data_dir, side, as_they_are, shrunk, records, memory)
     raise UserError(f"{data_dir} changed while {name} was read from it; run the command again")
+
+
+def _open_records(path: Path) -> Dataset | None:
+    """What tfds_reader has found, while it is so."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if not _is_fresh(found):
+        return None
+    label = np.array(found["label"], np.int32)
+    image = StoredPictures(TfdsRecords(**found["reader"]), len(label), *found["size"])
+    return Dataset(image, label, tuple(found["class_names"]))
 
 
 def _is_fresh(info: dict[str, Any]) -> bool:
@@ -177,8 +195,8 @@ def _is_fresh(info: dict[str, Any]) -> bool:
     return not source.exists() or hashlib.sha256(source.read_bytes()).hexdigest() == info["source_sha256"]
 
 
-def _run_tfds_reader(name: str, split: str, data_dir: str, side: int, as_they_are: Path, shrunk: Path) -> None:
-    arguments = [name, split, data_dir, str(side), str(as_they_are), str(shrunk)]
+def _run_tfds_reader(name: str, split: str, data_dir: str, *more: int | Path | float) -> None:
+    arguments = [name, split, data_dir, *map(str, more)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}  # TensorFlow would take the accelerator's memory
     command = [sys.executable, "-m", "jaxft.tfds_reader", *arguments]
     child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
@@ -190,7 +208,7 @@ def _run_tfds_reader(name: str, split: str, data_dir: str, side: int, as_they_ar
 
 def is_streamed(data: Dataset, stream: str) -> bool:
     """Whether each batch brings its pictures; stream: config key data.stream."""
-    return isinstance(data.image, folders.PictureFiles) or data.image.nbytes > memory_for_pictures(stream)
+    return isinstance(data.image, StoredPictures) or data.image.nbytes > memory_for_pictures(stream)
 
 
 def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:
@@ -209,7 +227,7 @@ def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:
         text += f"; {absent} of them not in the test set"
     if is_streamed(train, stream):
         text += "; streamed"
-    in_files = any(isinstance(data.image, folders.PictureFiles) for data in (train, test))
+    in_files = any(isinstance(data.image, StoredPictures) for data in (train, test))
     if not in_files and train.image.nbytes + test.image.nbytes <= COMPARED_BYTES:
         trained_on = {hash(image.tobytes()) for image in train.image}
         if both := sum(hash(image.tobytes()) in trained_on for image in test.image):

@@ -2,14 +2,13 @@
 
 import dataclasses
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -137,43 +136,17 @@ def read_pictures(files: LabelledFiles, side: int | None, unreadable: str) -> It
 
 @dataclasses.dataclass(frozen=True)
 class PictureFiles:
-    """Pictures that stay in their files: indexed as an array uint8 (N, H, W, 3) is, and read each time."""
+    """Reads the pictures of files by their numbers."""
 
     paths: list[Path]
-    height: int
-    width: int
-    side: int | None  # of the squares that pictures are shrunk to; None: all files have height and width already
+    side: int | None  # of the squares that pictures are shrunk to
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self.paths), self.height, self.width, 3
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __call__(self, number: int) -> np.ndarray:
         """Raises PictureError where a file is no longer what it was."""
-        numbers, places = np.unique(index, return_inverse=True)  # a batch's padding is one picture many times
-        pictures = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+        return decode(self.paths[number], side=self.side)
 
-        def read(place: int) -> None:
-            path = self.paths[numbers[place]]
-            picture = _read(path, self.side)
-            if isinstance(picture, PictureError):
-                raise picture
-            if picture.shape != self.shape[1:]:
-                raise PictureError(f"{path} has changed its size since the run began")
-            pictures[place] = picture
-
-        list(_reading_threads(os.getpid()).map(read, range(len(numbers))))
-        return pictures[places.reshape(np.shape(index))]
-
-
-@cache
-def _reading_threads(process: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork."""
-    return ThreadPoolExecutor(os.cpu_count(), "reading")
+    def where(self, number: int) -> str:
+        return str(self.paths[number])
 
 
 def _read(path: Path, side: int | None) -> np.ndarray | PictureError:

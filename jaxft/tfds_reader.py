@@ -1,6 +1,6 @@
-"""A child process that prepares a TFDS set if need be and writes one split of it as arrays.
+"""A child process that prepares a TFDS set if need be and writes one split of it as arrays, or where its pictures are.
 
-    python -m jaxft.tfds_reader NAME SPLIT DATA_DIR SIDE AS_THEY_ARE_DIR SHRUNK_DIR
+    python -m jaxft.tfds_reader NAME SPLIT DATA_DIR SIDE AS_THEY_ARE_DIR SHRUNK_DIR RECORDS MEMORY
 
 What the user can mend goes to stdout in one line, with exit code 2; progress goes to stderr.
 """
@@ -8,7 +8,10 @@ What the user can mend goes to stdout in one line, with exit code 2; progress go
 import contextlib
 import hashlib
 import importlib.util
+import json
 import logging
+import math
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -88,8 +91,32 @@ def _examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterable[Any]:
         yield from tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
 
 
-def read_split(builder: tfds.core.DatasetBuilder, split: str, side: int, as_they_are: Path, shrunk: Path) -> None:
-    """Writes the split's arrays: into `as_they_are`, or into `shrunk` where pictures differ in size or are larger."""
+def _labels(builder: tfds.core.DatasetBuilder, split: str, image_name: str, label_name: str) -> list[int]:
+    """Without decoding the pictures."""
+    source = builder.as_data_source(split, decoders={image_name: tfds.decode.SkipDecoding()})
+    starts = range(0, len(source), EXAMPLES_PER_READ)
+    parts = (range(start, min(start + EXAMPLES_PER_READ, len(source))) for start in starts)
+    progress = tqdm(total=len(source), desc=f"reading {builder.name} {split}", disable=not sys.stderr.isatty())
+    labels = []
+    for part in parts:
+        labels += [int(example[label_name]) for example in source.__getitems__(part)]
+        progress.update(len(part))
+    return labels
+
+
+def read_split(
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    side: int,
+    as_they_are: Path,
+    shrunk: Path,
+    records: Path,
+    memory: float,
+) -> None:
+    """Writes the split's arrays: into `as_they_are`, or into `shrunk` where pictures differ in size or are larger.
+
+    Where they would have more than `memory` bytes and array_record files hold them: the file `records` instead.
+    """
     image_name, label_name = (
         _feature_of_type(builder, kind) for kind in (tfds.features.Image, tfds.features.ClassLabel)
     )
@@ -99,13 +126,31 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str, side: int, as_they
         raise UserError(str(error).split(". See format")[0]) from None
     if not size:
         raise UserError(f"the split '{split}' of '{builder.name}' has no pictures")
-    progress = tqdm(_examples(builder, split), f"reading {builder.name} {split}", size, disable=not sys.stderr.isatty())
-    examples = ((example[image_name], int(example[label_name])) for example in progress)
     features = builder.info.features
     height, width, _ = features[image_name].shape
     keep = bool(height and width and min(height, width) <= side)
     source = Path(builder.data_path) / "dataset_info.json"
     info = {"source": str(source), "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    stored_size = (height, width) if keep else (side, side)
+    if size * math.prod(stored_size) * 3 > memory and builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        found = {
+            "reader": {
+                "directory": str(builder.data_path),
+                "split": split,
+                "feature": image_name,
+                "side": None if keep else side,
+            },
+            "size": stored_size,
+            "class_names": features[label_name].names,
+            "label": _labels(builder, split, image_name, label_name),
+        }
+        partial = records.with_name(f"{records.name}.partial-{os.getpid()}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(info | found))
+        partial.replace(records)
+        return
+    progress = tqdm(_examples(builder, split), f"reading {builder.name} {split}", size, disable=not sys.stderr.isatty())
+    examples = ((example[image_name], int(example[label_name])) for example in progress)
     arrays_dir, side_or_none = (as_they_are, None) if keep else (shrunk, side)
     try:
         write_arrays(arrays_dir, examples, features[label_name].names, side_or_none, info)
@@ -113,8 +158,11 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str, side: int, as_they
         raise UserError(f"the split '{split}' of '{builder.name}' {error}") from None
 
 
-def main(name: str, split: str, data_dir: str, side: str, as_they_are: str, shrunk: str) -> None:
-    read_split(prepared_builder(name, data_dir), split, int(side), Path(as_they_are), Path(shrunk))
+def main(
+    name: str, split: str, data_dir: str, side: str, as_they_are: str, shrunk: str, records: str, memory: str
+) -> None:
+    builder = prepared_builder(name, data_dir)
+    read_split(builder, split, int(side), Path(as_they_are), Path(shrunk), Path(records), float(memory))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from jaxft.arrays import Dataset
 from jaxft.datasets import SAMPLES_DIR
 from jaxft.errors import UserError
 from jaxft.feed import BatchReader
-from jaxft.folders import PictureFiles
-from tests.conftest import Run
+from jaxft.stored import StoredPictures
+from tests.conftest import ROOT, Run
 from tests.test_survival import TINY, started, wait_for_steps
 from tests.test_train import metrics, without_times
 
+DATA = ROOT / "tests" / "data"
 STREAMED = "--config.data.stream=always"
 MIXED = "--config.augment.cutmix=1"
 
@@ -66,12 +67,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
     arrays, files = (datasets.load(f"folder:{folder}", "test", side=24, memory=memory) for memory in (1e9, 1e3))
-    assert isinstance(files.image, PictureFiles)
+    assert isinstance(files.image, StoredPictures)
     assert files.image.shape == arrays.image.shape
     assert files.image.nbytes == arrays.image.nbytes
     np.testing.assert_array_equal(files.label, arrays.label)
     for index in (7, np.int64(7), [3, 999, 3], np.arange(20).reshape(4, 5), np.array([], int)):
         np.testing.assert_array_equal(files.image[index], arrays.image[index])
+
+
+@pytest.mark.parametrize("side", [32, 20])
+def test_records_are_indexed_as_arrays_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    where = ("tiny_pictures", "train[10%:]", str(DATA / "array_record"))
+    records = datasets.load(*where, side=side, memory=1e3)
+    again = datasets.load(*where, side=side, memory=1e3)
+    arrays = datasets.load(*where, side=side)
+    for data in (records, again):
+        assert isinstance(data.image, StoredPictures)
+        assert data.image.shape == arrays.image.shape
+        assert data.class_names == arrays.class_names
+        np.testing.assert_array_equal(data.label, arrays.label)
+        for index in (7, np.arange(20).reshape(4, 5)):
+            np.testing.assert_array_equal(data.image[index], arrays.image[index])
 
 
 def test_pictures_of_one_small_size_are_streamed_as_they_are(tmp_path: Path) -> None:
@@ -94,7 +111,7 @@ def test_unreadable_files_are_found_before_the_training(
     for _ in range(2):  # the second time by what the first found
         data = datasets.load(f"folder:{mine}", "test", memory=0, unreadable="skip")
         assert len(data.label) == 999
-        assert broken not in data.image.paths
+        assert broken not in data.image.read.paths
     assert capsys.readouterr().err.count(f"skipped: {broken}") == 1
     for path in mine.rglob("*.jpg"):
         path.write_bytes(b"no picture")

@@ -1,0 +1,85 @@
+"""Pictures that stay in their files, and are read each time they are asked for."""
+
+import dataclasses
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxft.arrays import as_stored
+from jaxft.errors import UserError
+
+
+class Reader(Protocol):
+    """For worker processes it is pickled."""
+
+    def __call__(self, number: int) -> np.ndarray:
+        """uint8 (H, W, 3)"""
+
+    def where(self, number: int) -> str:
+        """For a message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPictures:
+    """Indexed as an array uint8 (N, H, W, 3) is."""
+
+    read: Reader
+    count: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.count, self.height, self.width, 3
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Raises UserError where a file is no longer what it was."""
+        numbers, places = np.unique(index, return_inverse=True)  # a batch's padding is one picture many times
+        pictures = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+
+        def read(place: int) -> None:
+            picture = self.read(int(numbers[place]))
+            if picture.shape != self.shape[1:]:
+                raise UserError(f"{self.read.where(int(numbers[place]))} has changed its size since the run began")
+            pictures[place] = picture
+
+        list(_reading_threads(os.getpid()).map(read, range(len(numbers))))
+        return pictures[places.reshape(np.shape(index))]
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsRecords:
+    """Reads the pictures of a TFDS set that is prepared as array_record; which needs no TensorFlow."""
+
+    directory: str
+    split: str
+    feature: str
+    side: int | None  # of the squares that pictures are shrunk to
+
+    def __call__(self, number: int) -> np.ndarray:
+        return as_stored(_source(self.directory, self.split, os.getpid())[number][self.feature], self.side)
+
+    def where(self, number: int) -> str:
+        return f"picture {number} of {self.directory}"
+
+
+@cache
+def _source(directory: str, split: str, process: int) -> Any:
+    """Of this process: open files do not survive a fork."""
+    import tensorflow_datasets as tfds  # takes two seconds, which are for those who need it
+
+    return tfds.builder_from_directory(directory).as_data_source(split)
+
+
+@cache
+def _reading_threads(process: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork."""
+    return ThreadPoolExecutor(os.cpu_count(), "reading")
