@@ -348,7 +348,10 @@ def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Raises UserError where the workdir belongs to another config; keys of MAY_CHANGE aside."""
+    """Raises UserError where the workdir belongs to another config; keys of MAY_CHANGE aside.
+
+    A batch_size that is to be found is what was found when the run began.
+    """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is no folder; name another")
@@ -360,6 +363,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         there = flatten(resolve(json.loads(path.read_text())))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); name another --workdir") from None
+    config.batch_size = config.batch_size or there["batch_size"]
     here = flatten(config)
     differ = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"

@@ -26,7 +26,7 @@ def default_config() -> ConfigDict:
             "note": "",  # printed at the end of a run
             "seed": 0,  # of the new head and of the order of pictures
             "num_epochs": 10,  # times that all pictures are trained on
-            "batch_size": 64,  # over all devices
+            "batch_size": 64,  # over all devices; 0: the largest power of two on each that fits into its memory
             "image_size": 224,  # pixels of the shorter side after resizing; the central square is seen
             "model": {
                 "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ...
@@ -116,7 +116,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "num_epochs": (1, 2**31 - 1),
-    "batch_size": (1, 2**31 - 1),
+    "batch_size": (0, 2**31 - 1),
     "image_size": (1, 4096),
     "model.width": (1, 4096),
     "data.stored_size": (0, 4096),

@@ -79,10 +79,13 @@ def memory_for_pictures(stream: str) -> float:
     """Bytes beyond which the pictures of a split are streamed: config key data.stream."""
     if stream != "auto":
         return {"always": -1, "never": math.inf}[stream]
-    device = jax.local_devices()[0]
-    of_device = (device.memory_stats() or {}).get("bytes_limit")
-    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    return MEMORY_SHARE * (of_device or of_machine)
+    return MEMORY_SHARE * device_memory()
+
+
+def device_memory() -> int:
+    """Bytes of one device; an equal share of the machine's where devices have none of their own."""
+    of_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return of_device or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def _sample_names() -> list[str]:
