@@ -54,7 +54,8 @@ def initial_train_state(
     """Step 0 from these variables; the optimizer knows the parameters that train alone. ema: averages are wanted."""
     trainable, _ = split_frozen(variables["params"], model.frozen)
     averages = jax.tree.map(jnp.array, dict(variables)) if ema else {}
-    return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], tx.init(trainable), averages)
+    opt_state = jax.jit(tx.init)(trainable)  # one program, not one for each shape
+    return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], opt_state, averages)
 
 
 def abstract_train_state(model: ResNet, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
