@@ -6,7 +6,7 @@ python -m jaxft.train --config configs/quickstart.py
 from ml_collections import ConfigDict
 
 NOTE = """
-From random weights the same network reaches 43.2 % on these pictures in the same time (pretrained 64.7 %; means of 5
+From random weights the same network reaches 43.3 % on these pictures in the same time (pretrained 64.6 %; means of 5
 seeds, benchmarks/quickstart.py). 2,000 pictures are not CIFAR-10. What to try next:
   look        runs/quickstart/report.html
   evaluate    python -m jaxft.evaluate --workdir runs/quickstart
