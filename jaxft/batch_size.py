@@ -1,13 +1,50 @@
 """The largest batch that a device's memory holds, by what XLA says that a training step needs."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import jax
+import numpy as np
+
+from jaxft.arrays import Dataset
 from jaxft.errors import UserError
+from jaxft.feed import OnDevices
+from jaxft.steps import Batch, Pictures
 
 PROBES = (8, 32)  # pictures a device
 LEAST_STEPS = 10  # of an epoch
 MEMORY_SHARE = 0.7  # of a device's memory that training may take; what it allocates is never packed tightly
+
+
+def largest_batch_size(
+    compile_step: Callable[[Pictures, Batch], Any], data: Dataset, device_memory: int, resident: int
+) -> int:
+    """Over all devices; on each a power of two, such that an epoch has LEAST_STEPS at least. Says so on stdout.
+
+    compile_step: a training step, for pictures by shape alone. device_memory, resident: bytes of each device, in all
+    and for pictures that stay there. Raises UserError where not even one picture fits.
+    """
+    devices = jax.device_count()
+
+    @cache
+    def bytes_of(share: int) -> int:
+        """On one device, with the pictures of this batch alone."""
+        size = share * devices
+        image, label = np.broadcast_to(np.uint8(0), (size, *data.image.shape[1:])), np.zeros(size, np.int32)
+        pictures = jax.eval_shape(lambda: Pictures(image, label))
+        (batch,) = OnDevices(pictures).batches(np.arange(size), size)
+        memory = compile_step(pictures, jax.tree.map(lambda array: array[:, None], batch)).memory_analysis()
+        given_and_given_back = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return int(given_and_given_back + memory.temp_size_in_bytes)
+
+    at_most = max(len(data.label) // LEAST_STEPS // devices, 1)
+    share = largest_share(bytes_of, MEMORY_SHARE * device_memory - resident, at_most)
+    needed, there = bytes_of(share) / 2**30, device_memory / 2**30
+    print(
+        f"batch    {share * devices} pictures; a step needs {needed:.1f} GiB of each device's {there:.1f}", flush=True
+    )
+    return share * devices
 
 
 def largest_share(bytes_of: Callable[[int], int], memory: float, at_most: int) -> int:
@@ -29,10 +66,3 @@ def largest_share(bytes_of: Callable[[int], int], memory: float, at_most: int) -
             "use a smaller image_size or model.arch, or model.remat=True"
         )
     return share
-
-
-def bytes_of_step(compiled: Any) -> int:
-    """On one device, of a compiled program; what it is given and gives back included."""
-    memory = compiled.memory_analysis()
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return int(kept + memory.temp_size_in_bytes)

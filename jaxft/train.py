@@ -22,9 +22,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxft import batch_size, bucket, datasets, report
+from jaxft import bucket, datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.backend import set_up_backend
+from jaxft.batch_size import largest_batch_size
 from jaxft.checkpoint import (
     Checkpoints,
     NotFiniteError,
@@ -90,7 +91,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     )
     train_size = len(train_data.label)
     if not config.batch_size:
-        config.batch_size = largest_batch_size(config, train_data, eval_data)
+        config.batch_size = find_batch_size(config, train_data, eval_data)
     steps_per_epoch = math.ceil(train_size / config.batch_size)
     last_step = steps_per_epoch * config.num_epochs
 
@@ -131,7 +132,9 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
 
     @cache
     def compiled(model: ResNet, size: int) -> TrainStep:
-        return pmap_train_steps(config, model, tx, preprocessing._replace(image_size=size), class_weights, teacher)
+        mapped = pmap_train_steps(config, model, tx, preprocessing._replace(image_size=size), class_weights, teacher)
+        steps, variables = compiled_by_all(mapped), teacher and teacher.variables
+        return lambda state, pictures, batch: steps(state, pictures, batch, variables)
 
     # A CPU's convolutions are several times slower in a loop, and a call costs it next to nothing.
     steps_per_call = 1 if jax.default_backend() == "cpu" else config.steps_per_call
@@ -213,46 +216,29 @@ def divergence_told(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> 
         ) from None
 
 
-def largest_batch_size(config: ConfigDict, train_data: datasets.Dataset, eval_data: datasets.Dataset) -> int:
+def find_batch_size(config: ConfigDict, train_data: datasets.Dataset, eval_data: datasets.Dataset) -> int:
     """What config.batch_size = 0 stands for, on the devices that there are now."""
     model = freeze(make_model(config.model, len(train_data.class_names)), config.optimizer, config.num_epochs)
     tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
     state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
     teacher = load_teacher(config.distill.teacher, train_data.class_names, "best")
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
-    step = mapped_train_steps(config, model, tx, preprocessing, teacher=teacher)
+    steps = pmap_train_steps(config, model, tx, preprocessing, teacher=teacher)
+
+    def compile_step(pictures: Pictures, batch: Batch) -> Any:
+        return steps.lower(state, pictures, batch, teacher and teacher.variables).compile()
+
+    stream = config.data.stream
+    resident = sum(data.image.nbytes for data in (train_data, eval_data) if not datasets.is_streamed(data, stream))
+    return largest_batch_size(compile_step, train_data, datasets.device_memory(), resident)
+
+
+def check_batch_size(batch_size: int) -> None:
     devices = jax.device_count()
-
-    @cache
-    def bytes_of(share: int) -> int:
-        """Of a step, with the pictures of its own batch alone."""
-        size = share * devices
-        image, label = np.broadcast_to(np.uint8(0), (size, *train_data.image.shape[1:])), np.zeros(size, np.int32)
-        pictures = jax.eval_shape(lambda: Pictures(image, label))
-        (batch,) = OnDevices(pictures).batches(np.arange(size), size)
-        batch = jax.tree.map(lambda array: array[:, None], batch)
-        return batch_size.bytes_of_step(step.lower(state, pictures, batch, teacher and teacher.variables).compile())
-
-    resident = sum(
-        data.image.nbytes for data in (train_data, eval_data) if not datasets.is_streamed(data, config.data.stream)
-    )
-    memory = batch_size.MEMORY_SHARE * datasets.device_memory() - resident
-    at_most = max(len(train_data.label) // batch_size.LEAST_STEPS // devices, 1)
-    share = batch_size.largest_share(bytes_of, memory, at_most)
-    print(
-        f"batch    {share * devices} pictures; a step needs {bytes_of(share) / 2**30:.1f} GiB of each device's "
-        f"{datasets.device_memory() / 2**30:.1f}",
-        flush=True,
-    )
-    return share * devices
-
-
-def check_batch_size(size: int) -> None:
-    devices = jax.device_count()
-    if size % devices:
-        below = size // devices * devices
+    if batch_size % devices:
+        below = batch_size // devices * devices
         hint = f"{below} or {below + devices}" if below else f"{devices}"
-        raise UserError(f"batch_size {size} cannot be shared equally by {devices} devices; use {hint}")
+        raise UserError(f"batch_size {batch_size} cannot be shared equally by {devices} devices; use {hint}")
 
 
 def initial_state(
@@ -321,19 +307,6 @@ def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, 
 
 
 def pmap_train_steps(
-    config: ConfigDict,
-    model: ResNet,
-    tx: optax.GradientTransformation,
-    preprocessing: Preprocessing,
-    class_weights: tuple[float, ...] = (),
-    teacher: Teacher | None = None,
-) -> TrainStep:
-    mapped = mapped_train_steps(config, model, tx, preprocessing, class_weights, teacher)
-    compiled, variables = compiled_by_all(mapped), teacher and teacher.variables
-    return lambda state, pictures, batch: compiled(state, pictures, batch, variables)
-
-
-def mapped_train_steps(
     config: ConfigDict,
     model: ResNet,
     tx: optax.GradientTransformation,
