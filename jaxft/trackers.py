@@ -3,12 +3,13 @@
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from jaxft.bucket import shown_as
 from jaxft.errors import UserError
 
 SCALARS = ("loss", "accuracy", "images_per_second")
@@ -55,10 +56,11 @@ class Trackers:
         if config.log.wandb:
             import wandb
 
-            identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+            where = shown_as(workdir.resolve())  # on whatever machine it goes on
+            identity = hashlib.sha256(where.encode()).hexdigest()[:16]
             run = wandb.init(
                 project=config.log.wandb,
-                name=workdir.name,
+                name=PurePath(where).name,
                 dir=workdir,
                 id=identity,
                 resume="allow",
