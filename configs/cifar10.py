@@ -2,7 +2,9 @@
 
 python -m jaxft.train --config configs/cifar10.py
 
-Parity with PyTorch on 1,000 pictures: benchmarks/parity_cifar10.py.
+With 1,000 pictures for 2 epochs, and ImageNet weights of 72.2 % top-1, it reaches 23.1 % on 1,000 others, as the same
+in PyTorch does (python -m benchmarks.parity_cifar10). All of CIFAR-10 is not measured: no GPU was at hand. Published
+for a fine-tuned ImageNet ResNet-50: 97.5 % (Chen et al. 2020, SimCLR, table 8).
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 python -m jaxft.train --config configs/cifar100.py
 
-Not measured yet: no GPU was at hand. Published for a fine-tuned ImageNet ResNet-50: 86.4 % (Chen et al. 2020, SimCLR,
-table 8).
+Not measured: neither CIFAR-100 nor a GPU was at hand. Published for a fine-tuned ImageNet ResNet-50: 86.4 % (Chen et
+al. 2020, SimCLR, table 8).
 """
 
 from ml_collections import ConfigDict
