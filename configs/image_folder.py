@@ -5,6 +5,9 @@ python -m jaxft.train --config configs/image_folder.py --config.data.name=folder
 PATH holds train/CLASS/* and val/CLASS/*, or CLASS/* alone: then a fifth of each class is held out to test with. The
 head learns alone for three epochs, then everything at a hundredth of its rate, so that few pictures do not spoil
 what the backbone knows. Where a file is no picture: --config.data.unreadable=skip.
+
+On two cores, with 500 pictures of CIFAR-10 at 96 pixels and ImageNet weights of 72.2 % top-1: 69.4 % on 1,000 others in
+559 s, 69.2 % of it after the head's three epochs (python -m benchmarks.recipes).
 """
 
 from ml_collections import ConfigDict
