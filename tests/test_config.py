@@ -72,7 +72,7 @@ def test_unknown_keys_are_named_with_their_nearest_neighbour() -> None:
         ("num_epochs", "1.5", "takes a whole number, not 1.5"),
         ("optimizer.learning_rate", "", "takes a number, not ''"),
         ("optimizer.nesterov", "1", "takes True or False, not 1"),
-        ("batch_size", "0", "must be at least 1"),
+        ("batch_size", "-1", "must be at least 0"),
         ("optimizer.learning_rate", "-1", "must be at least 0"),
         ("optimizer.learning_rate", "1e999", "must be at most"),
         ("seed", str(2**64), "must be at most 2147483647"),
@@ -121,7 +121,7 @@ def test_arguments() -> None:
 def test_every_key_is_explained_where_it_is_set() -> None:
     found = explanations()
     assert found.keys() == flatten(default_config()).keys()
-    assert found["batch_size"] == "over all devices"
+    assert found["image_size"] == "pixels of the shorter side after resizing; the central square is seen"
     assert found["data.dir"].startswith("of prepared TFDS sets")
     assert [key for key, meaning in found.items() if not meaning] == []
 
