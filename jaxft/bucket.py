@@ -5,6 +5,7 @@ is none; it holds the times of the save, so that two checkpoints with the same o
 """
 
 import hashlib
+import logging
 import re
 import shutil
 import sys
@@ -27,10 +28,14 @@ PULL_SECONDS = 3600  # that process 0 may need before the others begin
 UP_TO_DATE = "the workdir is up to date"
 LOCAL = {"damaged_checkpoints", "wandb"}
 URL = ".url"  # in a folder of this machine, of what it is kept like
+PROBE = ".probe"  # of whether there can be written
 BROUGHT = ".brought"  # in a folder of which some of the run went there
 
 
 def is_elsewhere(workdir: str | Path) -> bool:
+    """Raises UserError for gs:/BUCKET, which Orbax would take for a bucket and the rest for a folder."""
+    if one_slash := re.match(r"(gs|s3|az|hf):/(?!/)", str(workdir)):
+        raise UserError(f"--workdir {workdir} lacks a slash; write {one_slash[1]}://BUCKET/RUN")
     return "://" in str(workdir)
 
 
@@ -50,7 +55,7 @@ def kept_like(workdir: str | Path, folder: Path) -> Iterator[None]:
     """Brings training_folder(workdir) up to date, and then what is `workdir` every PUSH_SECONDS and at the end.
 
     What an earlier run left in the folder and could not bring there is gone on from. Raises UserError where `workdir`
-    cannot be read, or not be written at the end; in between it is told and tried again.
+    cannot be read, or not be written at the beginning or the end; in between it is told and tried again.
     """
     if not is_elsewhere(workdir):
         yield
@@ -61,6 +66,7 @@ def kept_like(workdir: str | Path, folder: Path) -> Iterator[None]:
         yield
         return
     copy = _Copy(str(workdir), folder)
+    _told(workdir, "written", copy.try_to_write)
     if copy.folder_goes_on():
         _told(workdir, "written", copy.push)
     else:
@@ -121,11 +127,14 @@ def _open(url: str) -> tuple[Any, str]:
     """The file system, and the path in it without a slash at its end."""
     from fsspec.core import url_to_fs  # brings the client of the file system with it
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is told here in one line
     try:
         fs, root = url_to_fs(url)
     except (ImportError, ValueError) as error:
         client = "; gs:// needs pip install 'jaxft[gcs]'" if url.startswith("gs://") else ""
         raise UserError(f"--workdir {url} cannot be opened: {_short(error)}{client}") from None
+    if not str(root).strip("/"):
+        raise UserError(f"--workdir {url} names no folder; write {url.partition('://')[0]}://BUCKET/RUN")
     return fs, str(root).rstrip("/")
 
 
@@ -177,6 +186,12 @@ class _Copy:
 
         return bool(_told(self._url, "read", lambda: all(map(begins_alike, ("config.json", "metrics.jsonl")))))
 
+    def try_to_write(self) -> None:
+        """Before hours of training."""
+        self._fs.makedirs(self._root, exist_ok=True)
+        self._fs.pipe_file(f"{self._root}/{PROBE}", b"")
+        self._fs.rm_file(f"{self._root}/{PROBE}")
+
     def pull(self) -> None:
         _told(self._url, "read", self._pull)
 
@@ -188,7 +203,8 @@ class _Copy:
             if path.relative_to(self._folder).as_posix() not in wanted:
                 path.unlink()
         for path in (self._folder / "checkpoints").glob("*"):
-            if self._committed_here(path.name) != self._committed.get(path.name):
+            committed = self._committed_here(path.name)
+            if committed is None or committed != self._committed.get(path.name):  # also half of an earlier pull
                 shutil.rmtree(path)
         for name in sorted(wanted, key=lambda name: (PurePosixPath(name).name == COMMITTED, name)):
             target = self._folder / name
@@ -203,7 +219,7 @@ class _Copy:
         """First what tells of a checkpoint, then the checkpoint."""
         for path in self._files():
             name, stat = path.relative_to(self._folder).as_posix(), path.stat()
-            if _step(name) is None and self._pushed.get(name) != (stat.st_size, stat.st_mtime_ns):
+            if self._pushed.get(name) != (stat.st_size, stat.st_mtime_ns):
                 self._make_parent(name)
                 self._fs.pipe_file(f"{self._root}/{name}", path.read_bytes())  # as it is now: it may grow meanwhile
                 self._pushed[name] = (stat.st_size, stat.st_mtime_ns)

@@ -186,7 +186,8 @@ def _open_records(path: Path) -> Dataset | None:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    if not _is_fresh(found):
+    directory = found["reader"]["directory"]
+    if not _is_fresh(found) or not ("://" in directory or Path(directory).exists()):
         return None
     label = np.array(found["label"], np.int32)
     image = StoredPictures(TfdsRecords(**found["reader"]), len(label), *found["size"])

@@ -65,7 +65,11 @@ class TfdsRecords:
     side: int | None  # of the squares that pictures are shrunk to
 
     def __call__(self, number: int) -> np.ndarray:
-        return as_stored(_source(self.directory, self.split, os.getpid())[number][self.feature], self.side)
+        """Raises UserError where a record cannot be read or is no picture that jaxft takes."""
+        try:
+            return as_stored(_source(self.directory, self.split, os.getpid())[number][self.feature], self.side)
+        except Exception as error:  # TFDS's readers and decoders raise whatever they like
+            raise UserError(f"{self.where(number)} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
     def where(self, number: int) -> str:
         return f"picture {number} of {self.directory}"

@@ -90,6 +90,15 @@ def test_a_new_machine_goes_on_and_takes_no_half_checkpoint(tmp_path: Path, cach
     assert contents(there)["checkpoints/2/state/array"] == "c"
 
 
+def test_half_of_an_earlier_pull_is_no_checkpoint(tmp_path: Path) -> None:
+    url, there = f"file://{tmp_path}/run", tmp_path / "run"
+    write_checkpoint(there, 1, "a")
+    folder = reading_folder(url)
+    write_checkpoint(folder, 2, "b")
+    (folder / "checkpoints" / "2" / COMMITTED).unlink()
+    assert contents(reading_folder(url)) == contents(there)
+
+
 def test_another_run_of_the_same_steps_replaces_the_old_one(tmp_path: Path) -> None:
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     write_checkpoint(there, 1, "a")
@@ -122,7 +131,12 @@ def test_a_bucket_that_cannot_be_written_loses_nothing(tmp_path: Path, capsys: p
     url, there = f"file://{tmp_path}/bucket/run", tmp_path / "bucket"
     there.write_text("a file where a folder should be")
     folder = training_folder(url)
+    with pytest.raises(UserError, match=r"cannot be written: "), kept_like(url, folder):
+        raise AssertionError("refused before anything is trained")
+    there.unlink()
     with pytest.raises(UserError, match=r"cannot be written .*; all of the run is in /"), kept_like(url, folder):
+        shutil.rmtree(there)
+        there.write_text("by now a file")
         (folder / "config.json").write_text("{}")
         write_checkpoint(folder, 1, "a")
     there.unlink()
@@ -133,7 +147,11 @@ def test_a_bucket_that_cannot_be_written_loses_nothing(tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize(
     ("workdir", "reason"),
-    [("nonsense://bucket/run", "cannot be opened: ValueError: Protocol not known: nonsense")],
+    [
+        ("nonsense://bucket/run", "cannot be opened: ValueError: Protocol not known: nonsense"),
+        ("gs:/bucket/run", "lacks a slash; write gs://BUCKET/RUN"),
+        ("file:///", "names no folder"),
+    ],
 )
 def test_a_url_that_cannot_be_used_is_told(fails: Callable[..., str], workdir: str, reason: str) -> None:
     assert reason in fails("-m", "jaxft.evaluate", "--workdir", workdir)

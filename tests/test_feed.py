@@ -91,6 +91,20 @@ def test_records_are_indexed_as_arrays_are(tmp_path: Path, monkeypatch: pytest.M
             np.testing.assert_array_equal(data.image[index], arrays.image[index])
 
 
+def test_records_that_vanish_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(DATA / "array_record", tmp_path / "data")
+    where = ("tiny_pictures", "train", str(tmp_path / "data"))
+    records = datasets.load(*where, memory=1e3)
+    for path in tmp_path.rglob("*.array_record*"):
+        path.write_bytes(b"no records")
+    with pytest.raises(UserError, match=r"picture 3 of .*tiny_pictures.* cannot be read: "):
+        records.image[3]
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError, match=r"neither TFDS nor .* has a data set 'tiny_pictures'"):
+        datasets.load(*where, memory=1e3)
+
+
 def test_pictures_of_one_small_size_are_streamed_as_they_are(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
