@@ -34,6 +34,7 @@ def default_config() -> ConfigDict:
                 "stem": "imagenet",  # or small: one 3x3 convolution, for pictures of about 32 pixels
                 "width": 64,  # channels of the first stage; torchvision's ResNets have 64
                 "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
+                "onednn": "auto",  # or always or never: a CPU's convolutions by oneDNN; auto: of long runs
                 "remat": False,  # a block's activations are computed again for its gradient: less memory, more time
                 "test_flip": False,  # tested and used with the mean of a picture's and its mirror image's logits
                 "batch_norm": "update",  # or sync, over all devices; frozen; recalibrate, over all pictures at the end
@@ -106,6 +107,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.stem": ("imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.batch_norm": ("update", "frozen", "sync", "recalibrate"),
+    "model.onednn": ("auto", "always", "never"),
     "class_weights": ("none", "balanced"),
     "data.unreadable": ("refuse", "skip"),
     "data.stream": ("auto", "always", "never"),

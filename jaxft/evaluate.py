@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxft import datasets
+from jaxft import datasets, onednn
 from jaxft.backend import set_up_backend
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.config import resolve
@@ -24,7 +24,7 @@ from jaxft.feed import Feed, make_feed
 from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
-from jaxft.resnet import ResNet
+from jaxft.resnet import ResNet, multiply_adds
 from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, features_step, replicate, statistics_step
 
 EvalStep = Callable[[TrainState, Pictures | None, Batch], Predictions]
@@ -130,6 +130,8 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     dataset = datasets.load_config_data(data, data.eval_split, config.image_size, tuple(info["class_names"]))
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
+    work = multiply_adds(model, state.variables(), config.image_size) * len(dataset.label)
+    model = model.clone(by_onednn=onednn.is_chosen(config.model.onednn, work))
     p_eval_step = pmap_eval_step(model, Preprocessing(**info["preprocessing"]))
     predictions = evaluate_pictures(p_eval_step, state, make_feed(dataset, data), config.batch_size)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxft import layers
+from jaxft.convolutions import conv as convolve
 
 BatchNormMode = Literal["update", "frozen", "sync"]
 Stem = Literal["imagenet", "small"]
@@ -41,12 +42,13 @@ class Conv(nn.Module):
     stride: int = 1
     groups: int = 1
     dtype: Any = jnp.float32
+    by_onednn: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", conv_kernel_init, shape, jnp.float32)
-        return layers.conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, self.by_onednn)
 
 
 class BatchNorm(nn.Module):
@@ -108,12 +110,12 @@ class Downsample(nn.Module):
 
     features: int
     stride: int
-    dtype: Any
+    conv: Callable[..., Conv]
     norm: Callable[..., BatchNorm]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        x = Conv(self.features, 1, self.stride, dtype=self.dtype, name="0")(x)
+        x = self.conv(self.features, 1, self.stride, name="0")(x)
         return self.norm(name="1")(x, mask, train)
 
 
@@ -122,16 +124,16 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
-    dtype: Any
+    conv: Callable[..., Conv]
     norm: Callable[..., BatchNorm]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        y = Conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
+        y = self.conv(self.features, 3, self.stride, name="conv1")(x)
         y = self.norm(name="bn1")(y, mask, train, relu=True)
-        y = Conv(self.features, 3, dtype=self.dtype, name="conv2")(y)
+        y = self.conv(self.features, 3, name="conv2")(y)
         if x.shape != y.shape:
-            x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
+            x = Downsample(y.shape[-1], self.stride, self.conv, self.norm, name="downsample")(x, mask, train)
         return self.norm(name="bn2")(y, mask, train, relu=True, shortcut=x)
 
 
@@ -143,7 +145,7 @@ class Bottleneck(nn.Module):
 
     features: int
     stride: int
-    dtype: Any
+    conv: Callable[..., Conv]
     norm: Callable[..., BatchNorm]
     groups: int = 1
     width_per_group: int = 64
@@ -152,13 +154,13 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         inner = max(self.features * self.width_per_group // 64, 1) * self.groups
-        y = Conv(inner, 1, dtype=self.dtype, name="conv1")(x)
+        y = self.conv(inner, 1, name="conv1")(x)
         y = self.norm(name="bn1")(y, mask, train, relu=True)
-        y = Conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name="conv2")(y)
+        y = self.conv(inner, 3, self.stride, self.groups, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask, train, relu=True)
-        y = Conv(self.features * self.expansion, 1, dtype=self.dtype, name="conv3")(y)
+        y = self.conv(self.features * self.expansion, 1, name="conv3")(y)
         if x.shape != y.shape:
-            x = Downsample(y.shape[-1], self.stride, self.dtype, self.norm, name="downsample")(x, mask, train)
+            x = Downsample(y.shape[-1], self.stride, self.conv, self.norm, name="downsample")(x, mask, train)
         return self.norm(name="bn3")(y, mask, train, relu=True, shortcut=x)
 
 
@@ -191,6 +193,7 @@ class ResNet(nn.Module):
     norm_momentum: float = 0.1  # the weight of the newest batch in the running statistics
     frozen: frozenset[str] = frozenset()  # paths of parameters that do not train: 'layer1/0/bn1/scale'
     remat: bool = False  # a block's activations are not kept for the backward pass
+    by_onednn: bool = False  # its convolutions, on a CPU: see jaxft/onednn.py
     test_flip: bool = False  # see the mean of a picture and its mirror image, but in training
     axis_name: str = "batch"
     dtype: Any = jnp.float32
@@ -229,13 +232,14 @@ class ResNet(nn.Module):
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
+        conv = partial(Conv, dtype=self.dtype, by_onednn=self.by_onednn)
         size, stride = STEMS[self.stem]
-        x = Conv(self.width, size, stride, dtype=self.dtype, name="conv1")(image)
+        x = conv(self.width, size, stride, name="conv1")(image)
         x = norm(name="bn1")(x, mask, train, relu=True)
         if self.stem == "imagenet":
             x = layers.max_pool(x)
         for i, depth in enumerate(self.stage_depths):
-            block = partial(self.block, features=self.width * 2**i, dtype=self.dtype, norm=norm)
+            block = partial(self.block, features=self.width * 2**i, conv=conv, norm=norm)
             x = Stage(block, depth, 1 if i == 0 else 2, self.remat, name=f"layer{i + 1}")(x, mask, train)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
@@ -265,3 +269,10 @@ def make_model(config: ConfigDict, num_classes: int) -> ResNet:
         test_flip=config.test_flip,
         dtype=jnp.dtype(config.dtype),
     )
+
+
+def multiply_adds(model: ResNet, variables: Any, image_size: int) -> float:
+    """Of one picture's forward pass, to a fifth."""
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    side_behind_stem = image_size / (4 if model.stem == "imagenet" else 1)
+    return num_params * side_behind_stem**2 / 20

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxft import bucket, datasets, report
+from jaxft import bucket, datasets, onednn, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.backend import set_up_backend
 from jaxft.batch_size import largest_batch_size
@@ -48,7 +48,7 @@ from jaxft.parts import freeze, table, trains_head_alone
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
-from jaxft.resnet import ResNet, make_model
+from jaxft.resnet import ResNet, make_model, multiply_adds
 from jaxft.steps import (
     Batch,
     Counts,
@@ -114,6 +114,10 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
         write_config(config, workdir)
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         state = replicate(state)
+    work = 3 * multiply_adds(model, state.variables(), config.image_size) * train_size * config.num_epochs
+    by_onednn = onednn.is_chosen(config.model.onednn, work)
+    model = model.clone(by_onednn=by_onednn)
+    teacher = teacher and teacher._replace(model=teacher.model.clone(by_onednn=by_onednn))
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
     print_start(config, workdir, model, state, info, train_data, eval_data, first_epoch)
@@ -416,7 +420,8 @@ def print_start(
         source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    print(f"device   {jax.device_count()} x {device.device_kind}{processes}, jax {version('jax')}")
+    by_onednn = " with oneDNN" if model.by_onednn else ""
+    print(f"device   {jax.device_count()} x {device.device_kind}{processes}, jax {version('jax')}{by_onednn}")
     data = config.data
     print(
         f"data     {data.name}: {info['train_size']:,} pictures of {data.train_split} to train, "

@@ -10,33 +10,13 @@ import numpy as np
 import pytest
 
 from jaxft import layers
+from tests.formulations import random, same
 
 
 @pytest.fixture(autouse=True)
 def double_precision() -> Any:
     with jax.enable_x64(True):
         yield
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
-
-
-def same(ours: Any, plain: Any, *arguments: np.ndarray) -> None:
-    """The results, and the gradients of all arguments for a random gradient of the result."""
-    expected, pull_back = jax.vjp(plain, *arguments)
-    result, our_pull_back = jax.vjp(ours, *arguments)
-    gradient = random(*expected.shape, seed=1)
-    for a, b in zip((result, *our_pull_back(gradient)), (expected, *pull_back(gradient)), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [1, 3, 7])
-@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 2, 5), (1, 3, 5), (4, 3, 5), (8, 9, 3), (7, 16, 1), (6, 6, 5)])
-def test_convolutions(shape: tuple[int, int, int], size: int, stride: int) -> None:
-    kernel = random(size, size, shape[-1], 4)
-    same(partial(layers.conv, stride=stride), partial(layers.plain_conv, stride=stride), random(2, *shape), kernel)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (8, 8), (5, 8), (8, 5), (7, 3)])

@@ -11,6 +11,7 @@ import pytest
 
 from jaxft.pretrained import from_torch, torch_shapes
 from jaxft.resnet import ARCHITECTURES, BasicBlock, BatchNorm, ResNet
+from tests.formulations import onednn_in_double_precision
 from tests.reference import torch, torchvision
 
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -19,6 +20,12 @@ STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4", "fc")
 @pytest.fixture(autouse=True)
 def double_precision() -> Any:
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def onednn_is_exact() -> Any:
+    with onednn_in_double_precision():
         yield
 
 
@@ -96,17 +103,22 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
 
 
 @pytest.mark.parametrize(
-    ("arch", "train"),
+    ("arch", "train", "by_onednn"),
     [
-        pytest.param(arch, train, marks=[] if (arch, train) in QUICK_GRADIENTS else pytest.mark.slow)
+        pytest.param(arch, train, False, marks=[] if (arch, train) in QUICK_GRADIENTS else pytest.mark.slow)
         for arch in ARCHITECTURES
         for train in (True, False)
-    ],
+    ]
+    + [("resnet50", True, True)],
 )
-def test_gradients_and_running_statistics_are_torchs(arch: str, train: bool) -> None:
+def test_gradients_and_running_statistics_are_torchs(
+    arch: str, train: bool, by_onednn: bool, request: pytest.FixtureRequest
+) -> None:
     """Of the input and of all parameters, in training and in evaluation mode, in float64."""
+    if by_onednn:
+        request.getfixturevalue("onednn_is_exact")
     reference = random_torch_model(arch).train(train)
-    model = ARCHITECTURES[arch](num_classes=10, dtype=jnp.float64)
+    model = ARCHITECTURES[arch](num_classes=10, dtype=jnp.float64, by_onednn=by_onednn)
     variables = to_flax(reference.state_dict(), model)
     x, label = images(64, 64, count=3), np.array([1, 7, 3])
 

@@ -19,6 +19,7 @@ from jaxft.checkpoint import load_checkpoint
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from jaxft.pretrained import Weights, read_weights, write_weights
 from tests.conftest import ROOT, Run, environment
+from tests.formulations import on_x86
 from tests.reference import torch, torchvision
 
 SMALL = (
@@ -245,3 +246,18 @@ def test_evaluate_tells_mistakes_in_one_line(
     assert "no checkpoint '7'" in evaluate("--workdir", finished[0], "--checkpoint", "7")
     assert "--workdir" in evaluate()
     assert list(tmp_path.iterdir()) == []
+
+
+@on_x86
+def test_onednn_trains_and_evaluates_alike(run: Run, finished: tuple[Path, str], tmp_path: Path) -> None:
+    """On two devices, with programs that cannot be kept."""
+    workdir = tmp_path / "run"
+    result = run(*SMALL_SYNC, "--config.model.onednn=always", "--workdir", workdir, devices=2)
+    assert result.returncode == 0, result.stderr
+    assert "with oneDNN" in result.stdout
+    assert "compilation cache" not in result.stderr
+    ours, theirs = ([row["loss"] for row in metrics(path)][:10] for path in (workdir, finished[0]))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+    scores = json.loads(run("-m", "jaxft.evaluate", "--workdir", workdir, "--checkpoint=latest", "--json").stdout)
+    assert scores["loss"] == pytest.approx(metrics(workdir)[-1]["loss"], rel=1e-5)

@@ -1,0 +1,224 @@
+"""A ResNet's convolutions in the formulation that runs fastest: the results of the plain one.
+
+What helps only a CPU is chosen in `conv`, by shape. Arrays are NHWC, kernels HWIO.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxft import onednn
+from jaxft.unfused import unfused
+
+_SLICE_BYTES = 2**22  # of which copies still cost less than XLA's own kernel gradient
+_SMALL_MAP = 8  # pixels of a side, up to which padding is a good part of the work
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+    """A convolution padded by size // 2 on each side (SAME would pad a stride of 2 unlike torch)."""
+    pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_onednn: bool = False) -> jax.Array:
+    """`plain_conv`, as one of the formulations below where that is faster."""
+    height, width, channels = x.shape[1:]
+    size = kernel.shape[0]
+    if by_onednn and groups == 1 and x.dtype in onednn.DTYPES:
+        return _onednn_conv(x, kernel, stride)
+    if jax.default_backend() != "cpu" or groups > 1:
+        return plain_conv(x, kernel, stride, groups)
+    if size == 1:
+        return _pointwise(x, kernel, stride)
+    if _divide_up(height, stride) * _divide_up(width, stride) <= 4:
+        return _conv_of_few(x, kernel, stride)
+    if stride == 2 and channels <= 4:
+        return _conv_of_blocks(x, kernel)
+    return plain_conv(x, kernel, stride)
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A 1x1 convolution as a matrix product."""
+    x = x[:, ::stride, ::stride]
+    return _product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Of matrices (pixels, channels) and (channels, features)."""
+    return _dot(x, kernel)
+
+
+def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dot(x, kernel), (x, kernel)
+
+
+def _product_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    # The smaller is transposed: that is dear.
+    kernel_gradient = _transposed_dot(x, dy) if x.shape[1] <= dy.shape[1] else _transposed_dot(dy, x).T
+    return _dot(dy, kernel.T), kernel_gradient
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, summed in float32 at least: for that XLA on a CPU has products of bfloat16; for others it widens both."""
+    return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)).astype(a.dtype)
+
+
+@unfused
+def _transposed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a.T @ b, apart from how they came about and what becomes of it, or XLA transposes the other one, or both."""
+    return _dot(a.T, b)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _conv_of_few(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A convolution with few pixels to compute: a matrix product for each, of the pixels that it sees."""
+    batch, height, width, _ = x.shape
+    size, features = kernel.shape[0], kernel.shape[-1]
+
+    def seen(position: int, side: int) -> tuple[slice, slice]:
+        first = position * stride - size // 2
+        low, high = max(first, 0), min(first + size, side)
+        return slice(low, high), slice(low - first, high - first)
+
+    rows = []
+    for i in range(_divide_up(height, stride)):
+        row = []
+        for j in range(_divide_up(width, stride)):
+            (ys, kernel_ys), (xs, kernel_xs) = seen(i, height), seen(j, width)
+            row.append(_dot(x[:, ys, xs].reshape(batch, -1), kernel[kernel_ys, kernel_xs].reshape(-1, features)))
+        rows.append(jnp.stack(row, 1))
+    return jnp.stack(rows, 1)
+
+
+@jax.custom_vjp
+def _conv_of_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution of stride 2 on few channels: one of stride 1 on blocks of 2x2 pixels."""
+    batch, height, width, channels = x.shape
+    size, features = kernel.shape[0], kernel.shape[-1]
+    blocks = (size + 1) // 2
+    out_height, out_width = _divide_up(height, 2), _divide_up(width, 2)
+    pads = [
+        (size // 2, 2 * (out + blocks - 1) - size // 2 - side)
+        for out, side in ((out_height, height), (out_width, width))
+    ]
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    x = x.reshape(batch, out_height + blocks - 1, 2, out_width + blocks - 1, 2, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, out_height + blocks - 1, out_width + blocks - 1, 4 * channels)
+    kernel = jnp.pad(kernel, ((0, 2 * blocks - size), (0, 2 * blocks - size), (0, 0), (0, 0)))
+    kernel = kernel.reshape(blocks, 2, blocks, 2, channels, features).transpose(0, 2, 1, 3, 4, 5)
+    kernel = kernel.reshape(blocks, blocks, 4 * channels, features)
+    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _conv_of_blocks_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv_of_blocks(x, kernel), (x, kernel)
+
+
+def _conv_of_blocks_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients are faster in the plain formulation."""
+    return jax.vjp(partial(plain_conv, stride=2), *residuals)[1](dy)
+
+
+_conv_of_blocks.defvjp(_conv_of_blocks_fwd, _conv_of_blocks_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _onednn_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """`plain_conv` without groups, for float32 and bfloat16."""
+    size = kernel.shape[0]
+    if size > 1:
+        return onednn.convolution(x, kernel, stride, (size // 2, size // 2))
+    x = x[:, ::stride, ::stride]
+    return onednn.product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+
+def _onednn_conv_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _onednn_conv(x, kernel, stride), (x, kernel)
+
+
+def _onednn_conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    size = kernel.shape[0]
+    if size > 3:
+        return _plain_gradients(x, kernel, dy, stride)
+    if size == 1:
+        dx = _pointwise_input_gradient(kernel, dy, x.shape, stride)
+    elif stride == 1:
+        dx = onednn.convolution(dy, kernel[::-1, ::-1], 1, (size // 2, size // 2), transposed=True)
+    else:
+        dx = _strided_input_gradient(kernel, dy)[:, : x.shape[1], : x.shape[2]]
+    if size > 1 and dy[..., 0].size * x.shape[-1] * x.dtype.itemsize > _SLICE_BYTES:
+        return dx, _plain_gradients(x, kernel, dy, stride)[1]
+    return dx, _kernel_gradient(x, dy, size, stride).astype(kernel.dtype)
+
+
+_onednn_conv.defvjp(_onednn_conv_fwd, _onednn_conv_bwd)
+
+
+def _plain_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int) -> Any:
+    return jax.vjp(partial(plain_conv, stride=stride), x, kernel)[1](dy)
+
+
+def _pointwise_input_gradient(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
+    dx = onednn.product(dy.reshape(-1, dy.shape[-1]), kernel[0, 0], transpose_b=True).reshape(*dy.shape[:-1], -1)
+    between = [
+        (0, side - 1 - stride * (seen - 1), stride - 1) for side, seen in zip(shape[1:3], dy.shape[1:3], strict=True)
+    ]
+    return lax.pad(dx, jnp.zeros((), dx.dtype), ((0, 0, 0), *between, (0, 0, 0))) if stride > 1 else dx
+
+
+def _strided_input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+    """Of a 3x3 convolution with stride 2: each 2x2 pixels see the kernel's middle, two corners of a side, or four."""
+    batch, height, width, _ = dy.shape
+
+    def of(row: int, column: int) -> jax.Array:
+        seen = kernel[::-2] if row else kernel[1:2]
+        seen = seen[:, ::-2] if column else seen[:, 1:2]
+        return onednn.convolution(dy, seen, 1, (0, 0), extra=(row, column), transposed=True)
+
+    rows = [jnp.stack([of(row, 0), of(row, 1)], 3) for row in (0, 1)]  # (N, H, W, 2, C)
+    return jnp.stack(rows, 2).reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, size: int, stride: int) -> jax.Array:
+    """A product for each of the kernel's pixels: of the pixels that it sees with the gradients of what they went to."""
+    sides = dy.shape[1:3]
+    padding = size // 2 if min(sides) > _SMALL_MAP else 0
+    # As bits, for XLA on a CPU copies bfloat16 by way of float32.
+    dtype, bits = x.dtype, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    x = jnp.pad(lax.bitcast_convert_type(x, bits), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    dy = lax.bitcast_convert_type(dy, bits)
+
+    def seen(offset: int, side: int, padded_side: int) -> tuple[slice, slice]:
+        """Along one side: which of x's pixels, and which of dy's they meet."""
+        first = offset - size // 2 + padding
+        low = max(0, -(first // stride))
+        high = min(side, (padded_side - 1 - first) // stride + 1)
+        return slice(low * stride + first, max((high - 1) * stride + first + 1, 0), stride), slice(low, high)
+
+    def of(i: int, j: int) -> jax.Array:
+        (ys, dys), (xs, dxs) = (
+            seen(offset, side, padded) for offset, side, padded in zip((i, j), sides, x.shape[1:3], strict=True)
+        )
+        a, b = (
+            lax.bitcast_convert_type(array.reshape(-1, array.shape[-1]), dtype)
+            for array in (x[:, ys, xs], dy[:, dys, dxs])
+        )
+        if not a.size:
+            return jnp.zeros((a.shape[1], b.shape[1]), jnp.promote_types(dtype, jnp.float32))
+        return onednn.product(a, b, transpose_a=True)
+
+    return jnp.stack([jnp.stack([of(i, j) for j in range(size)]) for i in range(size)])

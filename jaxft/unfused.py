@@ -1,0 +1,25 @@
+"""How to keep XLA on a CPU from computing the same thing several times."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+
+def unfused(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
+    """Its results are computed once and kept, where XLA on a CPU would compute them again for each use of them.
+
+    (An optimization_barrier is gone by the time XLA's CPU backend fuses.)
+    """
+    call = jax.jit(function, static_argnums=static_argnums)
+
+    @wraps(function)
+    def call_apart(*arguments: Any) -> Any:
+        if jax.default_backend() != "cpu":
+            return function(*arguments)
+        with set_xla_metadata(inlineable="false"):
+            return call(*arguments)
+
+    return call_apart

@@ -1,0 +1,57 @@
+"""How a formulation is compared with the plain one."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxft import onednn
+
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="jaxlib has oneDNN for x86 alone")
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def same(ours: Any, plain: Any, *arguments: Any, tolerance: float = 1e-12) -> None:
+    """The results, and the gradients of all arguments for a random gradient of the result."""
+    expected, pull_back = jax.vjp(plain, *arguments)
+    result, our_pull_back = jax.vjp(ours, *arguments)
+    gradient = random(*expected.shape, seed=1).astype(expected.dtype)
+    for a, b in zip((result, *our_pull_back(gradient)), (expected, *pull_back(gradient)), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+@contextmanager
+def onednn_in_double_precision() -> Iterator[None]:
+    """oneDNN's operations by XLA's, so that what is made of them can be compared in float64, which oneDNN lacks."""
+
+    def convolution(
+        x: jax.Array,
+        kernel: jax.Array,
+        stride: int,
+        padding: tuple[int, int],
+        extra: tuple[int, int] = (0, 0),
+        transposed: bool = False,
+    ) -> jax.Array:
+        pads = [(before, before + more) for before, more in zip(padding, extra, strict=True)]
+        kernel = kernel.swapaxes(2, 3) if transposed else kernel
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=numbers)
+
+    def product(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+        return (a.T if transpose_a else a) @ (b.T if transpose_b else b)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "convolution", convolution)
+        patch.setattr(onednn, "product", product)
+        patch.setattr(onednn, "DTYPES", (jnp.float64,))
+        yield

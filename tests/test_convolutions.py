@@ -1,0 +1,79 @@
+"""Each formulation against the plain one: in float64, and in what oneDNN computes in."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxft import convolutions, onednn
+from jaxft.convolutions import conv, plain_conv
+from jaxft.errors import UserError
+from tests.formulations import on_x86, onednn_in_double_precision, random, same
+
+SHAPES = [(1, 1, 5), (2, 2, 5), (1, 3, 5), (4, 3, 5), (8, 9, 3), (7, 16, 1), (6, 6, 5), (11, 12, 5)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_formulations_for_xla(shape: tuple[int, int, int], size: int, stride: int) -> None:
+    with jax.enable_x64(True):
+        kernel = random(size, size, shape[-1], 4)
+        same(partial(conv, stride=stride), partial(plain_conv, stride=stride), random(2, *shape), kernel)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("size", "shape"), [(1, (4, 3, 5)), *((3, shape) for shape in SHAPES), (7, (8, 9, 3))])
+def test_formulations_for_onednn(
+    shape: tuple[int, int, int], size: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shape == (6, 6, 5):  # as if it were large
+        monkeypatch.setattr(convolutions, "_SLICE_BYTES", 0)
+    with jax.enable_x64(True), onednn_in_double_precision():
+        by_onednn = partial(conv, stride=stride, by_onednn=True)
+        same(by_onednn, partial(plain_conv, stride=stride), random(2, *shape), random(size, size, shape[-1], 4))
+
+
+@on_x86
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("size", "shape"), [(1, (9, 12, 16)), (3, (9, 12, 16)), (3, (2, 2, 16)), (7, (16, 16, 3))])
+def test_onednn(shape: tuple[int, int, int], size: int, stride: int, dtype: Any) -> None:
+    x, kernel = (jnp.asarray(array, dtype) for array in (random(2, *shape), random(size, size, shape[-1], 32)))
+
+    def jitted(convolve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return jax.jit(partial(convolve, stride=stride))
+
+    same(
+        jitted(partial(conv, by_onednn=True)),
+        jitted(plain_conv),
+        x,
+        kernel,
+        tolerance=1e-6 if dtype == jnp.float32 else 0.01,
+    )
+
+
+@on_x86
+def test_onednn_is_at_hand() -> None:
+    assert onednn.is_at_hand()
+
+
+@pytest.mark.parametrize("setting", ["auto", "always", "never"])
+def test_onednn_is_for_long_runs(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "is_at_hand", lambda: True)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    assert [onednn.is_chosen(setting, work) for work in (1e9, 1e15)] == {
+        "auto": [False, True],
+        "always": [True, True],
+        "never": [False, False],
+    }[setting]
+
+
+def test_onednn_that_is_not_there_is_told_or_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "is_at_hand", lambda: False)
+    assert not onednn.is_chosen("auto", 1e15)
+    with pytest.raises(UserError, match="onednn=auto"):
+        onednn.is_chosen("always", 1e15)
