@@ -256,8 +256,8 @@ def test_onednn_trains_and_evaluates_alike(run: Run, finished: tuple[Path, str],
     assert result.returncode == 0, result.stderr
     assert "with oneDNN" in result.stdout
     assert "compilation cache" not in result.stderr
-    ours, theirs = ([row["loss"] for row in metrics(path)][:10] for path in (workdir, finished[0]))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    ours, theirs = ([row["loss"] for row in metrics(path)][:3] for path in (workdir, finished[0]))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # later ones differ by ReLUs that fall on the other side of 0
 
     scores = json.loads(run("-m", "jaxft.evaluate", "--workdir", workdir, "--checkpoint=latest", "--json").stdout)
     assert scores["loss"] == pytest.approx(metrics(workdir)[-1]["loss"], rel=1e-5)
