@@ -7,7 +7,8 @@ Each contender is a process of its own that keeps its compiled step; they run on
 that whatever else the machine does hits all of them alike. PyTorch's threads wait for each other by spinning, so on a
 busy machine only images per second of CPU time on one core compare: --cores 0. Work is pixels x batch size. A train
 step is forward, backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones,
-channels_last); a forward step is evaluation without gradients. Runs on whatever device JAX and PyTorch find.
+channels_last); a forward step is evaluation without gradients. Runs on whatever device JAX and PyTorch find. On a CPU,
+jaxft's convolutions are oneDNN's but for jaxft-float32-xla; torch-float32-compile takes minutes to compile.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "torch-float32", "torch-bfloat16", "torch-float32-compile")
+CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "jaxft-float32-xla", "torch-float32", "torch-bfloat16")
 NUM_CLASSES = 10
 
 
@@ -36,6 +37,7 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
     import numpy as np
     import optax
 
+    from jaxft import onednn
     from jaxft.backend import set_up_backend
     from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
     from jaxft.resnet import ARCHITECTURES
@@ -43,7 +45,8 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
 
     set_up_backend()
     dtype = jax.numpy.dtype(options[0])
-    model = ARCHITECTURES[arch](num_classes=NUM_CLASSES, dtype=dtype, width=width)
+    by_onednn = onednn.is_chosen("never" if "xla" in options else "always", 0)
+    model = ARCHITECTURES[arch](num_classes=NUM_CLASSES, dtype=dtype, width=width, by_onednn=by_onednn)
     tx = optax.sgd(0.01, momentum=0.9)
     preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
     random = np.random.default_rng(0)
