@@ -76,20 +76,25 @@ def fails(run: Run) -> Callable[..., str]:
     return run_failing
 
 
+SMALL_RUN = (
+    "-m",
+    "jaxft.train",
+    "--config=configs/quickstart.py",
+    "--config.image_size=32",
+    "--config.model.pretrained=",
+    "--config.model.width=8",
+    "--config.num_epochs=2",
+    "--config.data.train_split=test",
+)
+
+
 @pytest.fixture(scope="session")
 def small_run(run: Run, of_all_workers: Path) -> Path:
     """The workdir of two short epochs on the sample, for the commands that follow training. Not to be changed."""
     workdir = of_all_workers / "small"
-    small = (
-        "--config.image_size=32",
-        "--config.model.pretrained=",
-        "--config.model.width=8",
-        "--config.num_epochs=2",
-        "--config.data.train_split=test",
-    )
     with FileLock(of_all_workers / "small.lock"):
         if not (workdir / "report.html").exists():
-            result = run("-m", "jaxft.train", "--config=configs/quickstart.py", *small, "--workdir", workdir)
+            result = run(*SMALL_RUN, "--workdir", workdir)
             assert result.returncode == 0, result.stderr
     return workdir
 

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,10 +23,15 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 def same(ours: Any, plain: Any, *arguments: Any, tolerance: float = 1e-12) -> None:
     """The results, and the gradients of all arguments for a random gradient of the result."""
-    expected, pull_back = jax.vjp(plain, *arguments)
-    result, our_pull_back = jax.vjp(ours, *arguments)
-    gradient = random(*expected.shape, seed=1).astype(expected.dtype)
-    for a, b in zip((result, *our_pull_back(gradient)), (expected, *pull_back(gradient)), strict=True):
+
+    @partial(jax.jit, static_argnums=0)
+    def result_and_gradients(function: Any, arguments: Any, gradient: Any) -> Any:
+        result, pull_back = jax.vjp(function, *arguments)
+        return result, *pull_back(gradient)
+
+    shape = jax.eval_shape(plain, *arguments)
+    gradient = random(*shape.shape, seed=1).astype(shape.dtype)
+    for a, b in zip(*(result_and_gradients(function, arguments, gradient) for function in (ours, plain)), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 

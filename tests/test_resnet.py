@@ -65,7 +65,6 @@ def test_parameters_are_torchvisions(arch: str) -> None:
 
 SIZES = [(224, 224), (64, 64), (97, 97), (160, 224)]
 QUICK = {("resnet18", 97), ("resnet50", 160), ("resnext50_32x4d", 64)}
-QUICK_GRADIENTS = {("resnet50", True), ("resnet18", False)}
 
 
 @pytest.mark.parametrize(
@@ -105,11 +104,11 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
 @pytest.mark.parametrize(
     ("arch", "train", "by_onednn"),
     [
-        pytest.param(arch, train, False, marks=[] if (arch, train) in QUICK_GRADIENTS else pytest.mark.slow)
+        pytest.param(arch, train, False, marks=[] if (arch, train) == ("resnet50", True) else pytest.mark.slow)
         for arch in ARCHITECTURES
         for train in (True, False)
     ]
-    + [("resnet50", True, True)],
+    + [("resnet18", False, True), pytest.param("resnet50", True, True, marks=pytest.mark.slow)],
 )
 def test_gradients_and_running_statistics_are_torchs(
     arch: str, train: bool, by_onednn: bool, request: pytest.FixtureRequest
