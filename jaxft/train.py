@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxft import bucket, datasets, onednn, report
+from jaxft import bucket, datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.backend import set_up_backend
 from jaxft.batch_size import largest_batch_size
@@ -39,7 +39,14 @@ from jaxft.config import default_config, explanations, flatten, load_config, par
 from jaxft.distill import Distillation, Teacher
 from jaxft.distributed import compiled_by_all, on_all, run_together
 from jaxft.errors import ArgumentParser, Interrupted, UserError
-from jaxft.evaluate import STEPS_AHEAD, evaluate_pictures, extract_features, pmap_eval_step, recalibrate
+from jaxft.evaluate import (
+    STEPS_AHEAD,
+    evaluate_pictures,
+    extract_features,
+    pmap_eval_step,
+    recalibrate,
+    with_its_convolutions,
+)
 from jaxft.feed import OnDevices, make_feed
 from jaxft.interrupt import StopSignals
 from jaxft.metrics import MetricsFile
@@ -48,7 +55,7 @@ from jaxft.parts import freeze, table, trains_head_alone
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
-from jaxft.resnet import ResNet, make_model, multiply_adds
+from jaxft.resnet import ResNet, make_model
 from jaxft.steps import (
     Batch,
     Counts,
@@ -114,10 +121,8 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
         write_config(config, workdir)
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         state = replicate(state)
-    work = 3 * multiply_adds(model, state.variables(), config.image_size) * train_size * config.num_epochs
-    by_onednn = onednn.is_chosen(config.model.onednn, work)
-    model = model.clone(by_onednn=by_onednn)
-    teacher = teacher and teacher._replace(model=teacher.model.clone(by_onednn=by_onednn))
+    model = with_its_convolutions(model, state, config, train_size)
+    teacher = teacher and teacher._replace(model=teacher.model.clone(by_onednn=model.by_onednn))
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
     print_start(config, workdir, model, state, info, train_data, eval_data, first_epoch)
