@@ -77,6 +77,7 @@ def main() -> None:
             "data.name": "sample:cifar10",
             "image_size": str(args.image_size),
             "model.pretrained": args.weights,
+            "model.onednn": "never",  # to be compared with figures of all machines
         }
         if name == "cifar10_fast":
             overrides["augment.first_image_size"] = str(args.image_size // 2)
