@@ -3,8 +3,8 @@
 What helps only a CPU is chosen in `conv`, by shape. Arrays are NHWC, kernels HWIO.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from jax import lax
 from jaxft import onednn
 from jaxft.unfused import unfused
 
-_SLICE_BYTES = 2**22  # of which copies still cost less than XLA's own kernel gradient
-_SMALL_MAP = 8  # pixels of a side, up to which padding is a good part of the work
+_PICTURE = 4  # channels, at most
+_SMALL_MAP = 7  # pixels of a side, up to which padding is a good part of the work
 
 
 def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -37,7 +37,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_o
         return _pointwise(x, kernel, stride)
     if _divide_up(height, stride) * _divide_up(width, stride) <= 4:
         return _conv_of_few(x, kernel, stride)
-    if stride == 2 and channels <= 4:
+    if stride == 2 and channels <= _PICTURE:
         return _conv_of_blocks(x, kernel)
     return plain_conv(x, kernel, stride)
 
@@ -152,24 +152,18 @@ def _onednn_conv_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.
 def _onednn_conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     size = kernel.shape[0]
-    if size > 3:
-        return _plain_gradients(x, kernel, dy, stride)
     if size == 1:
         dx = _pointwise_input_gradient(kernel, dy, x.shape, stride)
     elif stride == 1:
         dx = onednn.convolution(dy, kernel[::-1, ::-1], 1, (size // 2, size // 2), transposed=True)
-    else:
+    elif size == 3:
         dx = _strided_input_gradient(kernel, dy)[:, : x.shape[1], : x.shape[2]]
-    if size > 1 and dy[..., 0].size * x.shape[-1] * x.dtype.itemsize > _SLICE_BYTES:
-        return dx, _plain_gradients(x, kernel, dy, stride)[1]
-    return dx, _kernel_gradient(x, dy, size, stride).astype(kernel.dtype)
+    else:  # the stem's, of pictures
+        dx = jax.vjp(lambda x: plain_conv(x, kernel, stride), x)[1](dy)[0]
+    return dx, _kernel_gradient(x, dy, stride, size).astype(kernel.dtype)
 
 
 _onednn_conv.defvjp(_onednn_conv_fwd, _onednn_conv_bwd)
-
-
-def _plain_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int) -> Any:
-    return jax.vjp(partial(plain_conv, stride=stride), x, kernel)[1](dy)
 
 
 def _pointwise_input_gradient(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
@@ -193,32 +187,67 @@ def _strided_input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.stack(rows, 2).reshape(batch, 2 * height, 2 * width, -1)
 
 
-def _kernel_gradient(x: jax.Array, dy: jax.Array, size: int, stride: int) -> jax.Array:
-    """A product for each of the kernel's pixels: of the pixels that it sees with the gradients of what they went to."""
-    sides = dy.shape[1:3]
-    padding = size // 2 if min(sides) > _SMALL_MAP else 0
-    # As bits, for XLA on a CPU copies bfloat16 by way of float32.
-    dtype, bits = x.dtype, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    x = jnp.pad(lax.bitcast_convert_type(x, bits), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    dy = lax.bitcast_convert_type(dy, bits)
+def _kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
+    """Of products, as oneDNN has no other way to it: in float32, (size, size, C, F).
 
-    def seen(offset: int, side: int, padded_side: int) -> tuple[slice, slice]:
+    They are of copies, made as bits, for XLA on a CPU copies bfloat16 by way of float32.
+    """
+    dtype, bits = x.dtype, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    x, dy = lax.bitcast_convert_type(x, bits), lax.bitcast_convert_type(dy, bits)
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        """Summed over all pixels: (C, F) of (..., C) and (..., F)."""
+        a, b = (lax.bitcast_convert_type(array.reshape(-1, array.shape[-1]), dtype) for array in (a, b))
+        return onednn.product(a, b, transpose_a=True)
+
+    if size > 1 and x.shape[-1] <= _PICTURE:
+        return _gradient_by_windows(x, dy, stride, size, product)
+    if stride == 1 and size > 1 and min(dy.shape[1:3]) > _SMALL_MAP:
+        return _gradient_by_shifts(x, dy, size, product)
+    return _gradient_by_pixels(x, dy, stride, size, product)
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _gradient_by_windows(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
+    """One product, of all that each pixel of dy has seen."""
+    height, width = (stride * (side - 1) + 1 for side in dy.shape[1:3])
+    pads = (size // 2, size // 2)
+    x = jnp.pad(x, ((0, 0), pads, pads, (0, 0)))
+    columns = jnp.stack([x[:, :, j : j + width : stride] for j in range(size)], 3)
+    windows = jnp.stack([columns[:, i : i + height : stride] for i in range(size)], 3)
+    return product(windows.reshape(*dy.shape[:3], -1), dy).reshape(size, size, x.shape[-1], -1)
+
+
+def _gradient_by_shifts(x: jax.Array, dy: jax.Array, size: int, product: Product) -> jax.Array:
+    """One product, of x shifted along its rows with dy shifted along its columns: each pair is a pixel of the kernel."""
+    shifts = range(-(size // 2), size - size // 2)
+
+    def shifted(array: jax.Array, axis: int, by: int) -> jax.Array:
+        pads = [(0, 0, 0)] * 4
+        pads[axis] = (by, -by, 0)
+        return lax.pad(array, jnp.zeros((), array.dtype), pads)
+
+    all_x = jnp.stack([shifted(x, 2, -j) for j in shifts], 3).reshape(*x.shape[:3], -1)
+    all_dy = jnp.stack([shifted(dy, 1, i) for i in shifts], 3).reshape(*x.shape[:3], -1)
+    gradient = product(all_x, all_dy).reshape(size, x.shape[-1], size, dy.shape[-1])
+    return gradient.transpose(2, 0, 1, 3)
+
+
+def _gradient_by_pixels(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
+    """A product for each of the kernel's pixels, of what it sees with the gradients of what that went to."""
+
+    def seen(offset: int, axis: int) -> tuple[slice, slice]:
         """Along one side: which of x's pixels, and which of dy's they meet."""
-        first = offset - size // 2 + padding
+        first = offset - size // 2
         low = max(0, -(first // stride))
-        high = min(side, (padded_side - 1 - first) // stride + 1)
+        high = min(dy.shape[axis], (x.shape[axis] - 1 - first) // stride + 1)
         return slice(low * stride + first, max((high - 1) * stride + first + 1, 0), stride), slice(low, high)
 
     def of(i: int, j: int) -> jax.Array:
-        (ys, dys), (xs, dxs) = (
-            seen(offset, side, padded) for offset, side, padded in zip((i, j), sides, x.shape[1:3], strict=True)
-        )
-        a, b = (
-            lax.bitcast_convert_type(array.reshape(-1, array.shape[-1]), dtype)
-            for array in (x[:, ys, xs], dy[:, dys, dxs])
-        )
-        if not a.size:
-            return jnp.zeros((a.shape[1], b.shape[1]), jnp.promote_types(dtype, jnp.float32))
-        return onednn.product(a, b, transpose_a=True)
+        (ys, dys), (xs, dxs) = seen(i, 1), seen(j, 2)
+        a, b = x[:, ys, xs], dy[:, dys, dxs]
+        return product(a, b) if a.size else jnp.zeros((a.shape[-1], b.shape[-1]), jnp.float32)
 
     return jnp.stack([jnp.stack([of(i, j) for j in range(size)]) for i in range(size)])

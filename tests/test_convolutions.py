@@ -26,13 +26,13 @@ def test_formulations_for_xla(shape: tuple[int, int, int], size: int, stride: in
         same(partial(conv, stride=stride), partial(plain_conv, stride=stride), random(2, *shape), kernel)
 
 
+@pytest.mark.parametrize("small_map", [0, 7])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("size", "shape"), [(1, (4, 3, 5)), *((3, shape) for shape in SHAPES), (7, (8, 9, 3))])
 def test_formulations_for_onednn(
-    shape: tuple[int, int, int], size: int, stride: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], size: int, stride: int, small_map: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shape == (6, 6, 5):  # as if it were large
-        monkeypatch.setattr(convolutions, "_SLICE_BYTES", 0)
+    monkeypatch.setattr(convolutions, "_SMALL_MAP", small_map)
     with jax.enable_x64(True), onednn_in_double_precision():
         by_onednn = partial(conv, stride=stride, by_onednn=True)
         same(by_onednn, partial(plain_conv, stride=stride), random(2, *shape), random(size, size, shape[-1], 4))
