@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -11,10 +13,13 @@ from jaxft.datasets import cache_dir
 
 _MALLOPT = {  # of glibc's malloc.h
     "M_MMAP_MAX": (-4, 0),
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TRIM_THRESHOLD": (-1, -1),  # never
     "M_TOP_PAD": (-2, 64 * 2**20),
     "M_ARENA_MAX": (-8, 1),
 }
+_MADV_HUGEPAGE = 14  # of Linux's mman.h
+_HUGE_PAGE = 2**21
+_SECONDS_BETWEEN = 5
 _COMPILED_BYTES = 2**31  # the oldest go
 
 
@@ -28,10 +33,39 @@ def _keep_freed_memory() -> None:
     """XLA on a CPU allocates a step's memory anew each time; zeroing the fresh pages takes a sixth of the step."""
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # no musl
-    if mallopt:
-        for parameter, value in _MALLOPT.values():
-            mallopt(parameter, value)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # musl
+        return
+    for parameter, value in _MALLOPT.values():
+        libc.mallopt(parameter, value)
+    _use_huge_pages(libc)
+    threading.Thread(target=_give_back_holes, args=(libc,), name="malloc_trim", daemon=True).start()
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """For what the heap will grow into, and the kernel's until then: misses of the TLB take a twentieth of a step.
+
+    (What GLIBC_TUNABLES=glibc.malloc.hugetlb=1 does, but it must be set before the process starts.)
+    """
+    libc.malloc.restype = ctypes.c_void_p
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    start = libc.malloc(ctypes.c_size_t(size))
+    if start is None:  # a limit on the address space
+        return
+    first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+    libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), _MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(start))
+
+
+def _give_back_holes(libc: ctypes.CDLL) -> None:
+    """At times something small lands where a step's memory ended: the next step no longer fits there, and takes more.
+
+    (glibc aligns by asking for more than it needs.) All that is free but the heap's end goes back to the kernel, in
+    some 15 ms.
+    """
+    while True:
+        time.sleep(_SECONDS_BETWEEN)
+        libc.malloc_trim(ctypes.c_size_t(sys.maxsize))
 
 
 def _keep_compiled_programs() -> None:

@@ -221,7 +221,7 @@ def _gradient_by_windows(x: jax.Array, dy: jax.Array, stride: int, size: int, pr
 
 
 def _gradient_by_shifts(x: jax.Array, dy: jax.Array, size: int, product: Product) -> jax.Array:
-    """One product, of x shifted along its rows with dy shifted along its columns: each pair is a pixel of the kernel."""
+    """One product, of x shifted along its rows with dy shifted along its columns: each pair a pixel of the kernel."""
     shifts = range(-(size // 2), size - size // 2)
 
     def shifted(array: jax.Array, axis: int, by: int) -> jax.Array:

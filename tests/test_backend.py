@@ -27,6 +27,31 @@ for _ in range(40):
 print(json.dumps([len(hits), sorted(faults[20:])[10]]))
 """
 
+HOLES = """
+import ctypes, time
+from pathlib import Path
+from jaxft import backend
+
+backend._SECONDS_BETWEEN = 0.05
+backend.set_up_backend()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+large = ctypes.c_void_p()
+for _ in range(20):
+    libc.posix_memalign(ctypes.byref(large), 64, 2**26)
+    ctypes.memset(large, 1, 2**26)
+    for size in range(8, 105, 8):  # stay
+        libc.malloc(size)
+    libc.free(large)
+    time.sleep(0.1)
+print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_that_no_longer_fits_is_given_back(run: Run) -> None:
+    assert int(run("-c", HOLES).stdout) < 600  # MiB; else 20 times 64 more
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_programs_are_compiled_once_and_memory_is_kept(
