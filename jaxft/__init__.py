@@ -14,12 +14,16 @@ Each function is imported, and JAX with it, when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from jaxft import huge_pages
+
 if TYPE_CHECKING:
     from jaxft.config import default_config, load_config
     from jaxft.errors import UserError
     from jaxft.predict import load
     from jaxft.pretrained import load_pretrained, replace_head
     from jaxft.train import train_and_evaluate
+
+huge_pages.ask_for_them()
 
 _MODULES = {
     "UserError": "errors",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxft import onednn
+from jaxft import onednn, winograd
 from jaxft.unfused import unfused
 
 _PICTURE = 4  # channels, at most
@@ -29,10 +29,14 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_o
     """`plain_conv`, as one of the formulations below where that is faster."""
     height, width, channels = x.shape[1:]
     size = kernel.shape[0]
-    if by_onednn and groups == 1 and x.dtype in onednn.DTYPES:
-        return _onednn_conv(x, kernel, stride)
     if jax.default_backend() != "cpu" or groups > 1:
         return plain_conv(x, kernel, stride, groups)
+    by_onednn = by_onednn and x.dtype in onednn.DTYPES
+    narrow = by_onednn and x.dtype.itemsize < 4  # in which oneDNN is as fast without it
+    if size == 3 and stride == 1 and not narrow and winograd.pays(x.shape, kernel.shape):
+        return winograd.winograd_conv(x, kernel, onednn.product if by_onednn else winograd.product_by_xla)
+    if by_onednn:
+        return _onednn_conv(x, kernel, stride)
     if size == 1:
         return _pointwise(x, kernel, stride)
     if _divide_up(height, stride) * _divide_up(width, stride) <= 4:

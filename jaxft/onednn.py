@@ -84,9 +84,9 @@ def convolution(
 
 
 def product(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
-    """a @ b, of a's type; or a.T @ b, in float32; or a @ b.T."""
+    """a @ b, of a's type; or a.mT @ b, in float32; or a @ b.mT. Of matrices, or each of many."""
     result = jax.ShapeDtypeStruct(
-        (a.shape[1] if transpose_a else a.shape[0], b.shape[0] if transpose_b else b.shape[1]),
+        (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]),
         jnp.float32 if transpose_a else a.dtype,
     )
     config = {"transpose_a": transpose_a, "transpose_b": transpose_b}

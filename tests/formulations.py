@@ -54,7 +54,7 @@ def onednn_in_double_precision() -> Iterator[None]:
         return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=numbers)
 
     def product(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
-        return (a.T if transpose_a else a) @ (b.T if transpose_b else b)
+        return (a.mT if transpose_a else a) @ (b.mT if transpose_b else b)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onednn, "convolution", convolution)
