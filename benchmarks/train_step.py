@@ -4,11 +4,13 @@
         [--contenders jaxft-float32,torch-float32,...] [--rounds 9]
 
 Each contender is a process of its own that keeps its compiled step; they run one after the other, round by round, so
-that whatever else the machine does hits all of them alike. PyTorch's threads wait for each other by spinning, so on a
-busy machine only images per second of CPU time on one core compare: --cores 0. Work is pixels x batch size. A train
-step is forward, backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones,
-channels_last); a forward step is evaluation without gradients. Runs on whatever device JAX and PyTorch find. On a CPU,
-jaxft's convolutions are oneDNN's but for jaxft-float32-xla; torch-float32-compile takes minutes to compile.
+that whatever else the machine does hits all of them alike. In its turn each makes two steps, of which the second
+counts: what was idle has to warm up. All have their memory in huge pages, as jaxft's commands do. PyTorch's threads
+wait for each other by spinning, so on a busy machine only images per second of CPU time on one core compare: --cores
+0. Work is pixels x batch size. A train step is forward, backward and SGD with momentum (jaxft's from uint8 pictures,
+PyTorch's from normalised ones, channels_last); a forward step is evaluation without gradients. Runs on whatever
+device JAX and PyTorch find. On a CPU, jaxft's convolutions are oneDNN's but for jaxft-float32-xla; torch-
+float32-compile takes minutes to compile.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from jaxft import huge_pages
 
 CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "jaxft-float32-xla", "torch-float32", "torch-bfloat16")
 NUM_CLASSES = 10
@@ -123,6 +127,7 @@ def work(name: str, arch: str, size: int, batch: int, which: str, width: int) ->
     step()
     print(json.dumps({"build_seconds": built - started, "first_step_seconds": time.perf_counter() - built}), flush=True)
     for _ in sys.stdin:
+        step()
         started, cpu = time.perf_counter(), time.process_time()
         step()
         print(json.dumps([time.perf_counter() - started, time.process_time() - cpu]), flush=True)
@@ -142,6 +147,7 @@ def compare(arch: str, size: int, batch: int, which: str, width: int, args: argp
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
+            env=huge_pages.environment(),
             text=True,
         )
         assert child.stdout

@@ -23,13 +23,18 @@ def max_pool(x: jax.Array) -> jax.Array:
 def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The maxima, and where in its window each was: 0..8."""
     height, width = (-(-side // 2) for side in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    windows = [x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i in range(3) for j in range(3)]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # for XLA on a CPU would round after each comparison
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    windows = [
+        padded[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2].astype(dtype)
+        for i in range(3)
+        for j in range(3)
+    ]
     largest, place = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
     for k, window in enumerate(windows[1:], 1):
         place = jnp.where(window > largest, jnp.uint8(k), place)
         largest = jnp.maximum(largest, window)
-    return largest, place
+    return largest.astype(x.dtype), place
 
 
 def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -46,20 +51,24 @@ def _max_pool_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tupl
 @unfused
 def _max_pool_gradient(place: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
     _, height, width = like.shape
-    batch, out_height, _, channels = dy.shape
-    zero = jnp.zeros((), dy.dtype)
+    batch, rows, columns, channels = dy.shape
+    wide = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
 
-    def share(i: int) -> jax.Array:
-        """Of a window's row i, spread over the columns."""
-        columns = [
-            lax.pad(jnp.where(place == 3 * i + j, dy, zero), zero, ((0, 0, 0), (0, 0, 0), (j, 2 - j, 1), (0, 0, 0)))
-            for j in range(3)
-        ]
-        return sum(columns[1:], columns[0])[:, :, 1 : width + 1]
+    def at(k: int) -> jax.Array:
+        """What the windows give to their pixel k."""
+        return jnp.where(place == k, wide, 0)
 
-    above = jnp.pad(share(0)[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))  # the next window's first row
-    rows = jnp.stack([share(1), share(2) + above], 2)
-    return rows.reshape(batch, 2 * out_height, width, channels)[:, :height]
+    def of_next(gradient: jax.Array, axis: int) -> jax.Array:
+        """Of the window below, or to the right."""
+        pads = [(0, 0, 0)] * 4
+        pads[axis] = (-1, 1, 0)
+        return lax.pad(gradient, jnp.zeros((), gradient.dtype), pads)
+
+    # The windows' middles are the pixels with even numbers; the others belong to two windows, or four.
+    even = [at(4), at(5) + of_next(at(3), 2)]
+    odd = [at(7) + of_next(at(1), 1), at(8) + of_next(at(6), 2) + of_next(at(2) + of_next(at(0), 2), 1)]
+    pixels = jnp.stack([jnp.stack(even, 3), jnp.stack(odd, 3)], 2)
+    return pixels.reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width].astype(dy.dtype)
 
 
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)

@@ -1,7 +1,7 @@
 """How to keep XLA on a CPU from computing the same thing several times."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -13,7 +13,12 @@ def unfused(function: Callable[..., Any], static_argnums: int | None = None) -> 
 
     (An optimization_barrier is gone by the time XLA's CPU backend fuses.)
     """
-    call = jax.jit(function, static_argnums=static_argnums)
+
+    @partial(jax.jit, static_argnums=static_argnums)
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        with set_xla_metadata(inlineable=None):  # of jnp's own calls inside
+            return function(*arguments)
 
     @wraps(function)
     def call_apart(*arguments: Any) -> Any:
