@@ -1,6 +1,6 @@
 """What a frozen prefix saves of a training step: time, and memory as XLA reckons it, of a ResNet-50.
 
-python -m benchmarks.freezing [--image_size 64] [--batch_size 32] [--rounds 5]
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.freezing [--image_size 64] [--batch_size 32] [--rounds 5]
 
 Nothing is propagated back through what is frozen, so that it costs its forward pass alone; `remat` computes the blocks'
 activations again instead of keeping them. The contenders take turns; medians of wall time; one JSON line.

@@ -2,15 +2,17 @@
 
 import os
 import sys
+from contextlib import suppress
 
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"  # of glibc 2.35; others pass over it
+_ASKED = "JAXFT_ASKED_FOR_HUGE_PAGES"  # stays where GLIBC_TUNABLES is taken away, as from a program with capabilities
 
 
 def environment() -> dict[str, str]:
     """With which a process is to be started."""
     others = [tunable for tunable in os.environ.get(_TUNABLES, "").split(":") if tunable]
-    return os.environ | {_TUNABLES: ":".join([*others, _HUGE_PAGES])}
+    return os.environ | {_TUNABLES: ":".join([*others, _HUGE_PAGES]), _ASKED: "yes"}
 
 
 def ask_for_them() -> None:
@@ -19,5 +21,7 @@ def ask_for_them() -> None:
     To be called while the package is imported, when nothing has happened yet. A user's own choice stays.
     """
     is_command = sys.argv[0] == "-m"  # which is there while Python looks for the module
-    if is_command and sys.platform == "linux" and "glibc.malloc.hugetlb" not in os.environ.get(_TUNABLES, ""):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment())
+    chosen = _ASKED in os.environ or "glibc.malloc.hugetlb" in os.environ.get(_TUNABLES, "")
+    if is_command and sys.platform == "linux" and not chosen:
+        with suppress(OSError):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment())

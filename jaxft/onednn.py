@@ -115,6 +115,7 @@ def check() -> None:
         compare(product(a, b), wide_a @ wide_b)
         compare(product(a, c, transpose_a=True), wide_a.T @ wide_c)
         compare(product(c, b, transpose_b=True), wide_c @ wide_b.T)
+        compare(product(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
         for size, stride, extra, transposed in ((3, 1, 0, False), (3, 2, 0, False), (7, 2, 0, False), (2, 1, 1, True)):
             x = jnp.asarray(random.normal(size=(2, 9, 8, 32)), dtype)
             kernel = jnp.asarray(random.normal(size=(size, size, 32, 32)), dtype)

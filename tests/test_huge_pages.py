@@ -30,6 +30,12 @@ with open(os.environ["NOTE"], "a") as note:
 """
 
 
+@pytest.fixture(autouse=True)
+def not_asked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLIBC_TUNABLES", "JAXFT_ASKED_FOR_HUGE_PAGES"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -50,6 +56,16 @@ def test_a_command_starts_again_with_huge_pages(
     assert result.returncode == 2 and "there/is/none.py" in result.stderr
     pids, tunables = zip(*(line.split(" ") for line in (tmp_path / "note").read_text().splitlines()), strict=True)
     assert list(tunables) == after and len(set(pids)) == 1
+
+
+def test_it_starts_again_once_where_the_choice_does_not_arrive(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NOTE + 'os.environ.pop("GLIBC_TUNABLES", None)')
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("NOTE", str(tmp_path / "note"))
+    assert run("-m", "jaxft.train", "--help").returncode == 0
+    assert len((tmp_path / "note").read_text().splitlines()) == 2
 
 
 def test_a_program_that_imports_jaxft_does_not(run: Run) -> None:
