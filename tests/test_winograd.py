@@ -39,7 +39,7 @@ def error(function: Any, exact: list[np.ndarray], x: jax.Array, kernel: jax.Arra
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_errs_little_in_float32(product: Product) -> None:
-    """Beside torch in float64: below a rounding of bfloat16's thousandth, though more than torch does in float32."""
+    """Beside torch in float64, from which torch in float32 is 3e-7 to 8e-7 away."""
     from tests.reference import torch
 
     x, kernel, dy = np.maximum(random(4, 14, 14, 128), 0), random(3, 3, 128, 64), random(4, 14, 14, 64)
