@@ -1,7 +1,9 @@
 """3x3 convolutions of stride 1 with a quarter of the products: F(4x4, 3x3) of Lavin and Gray 2015 (arXiv:1509.09308).
 
 Y = A^T [(G g G^T) * (B^T d B)] A, in their names: g is the kernel, d 6x6 pixels of x, Y the 4x4 pixels of the result
-that see them. The 36 products * are summed over channels: matrix products. Narrow types become float32 inside.
+that see them. The 36 products * are summed over channels: matrix products. The gradients are this formula's own: of
+d, B ((G g G^T) * (A dY A^T)) B^T, summed where tiles overlap; of g, G^T ((B^T d B) * (A dY A^T)) G. Narrow types become
+float32 inside.
 """
 
 from functools import partial
@@ -31,6 +33,8 @@ def _polynomial(roots: np.ndarray) -> np.ndarray:
 A = _powers(4)
 B_T = np.stack([_polynomial(roots) for roots in (*_OTHERS, _POINTS)])
 G = _powers(3) / np.array([*(np.prod(p - others) for p, others in zip(_POINTS, _OTHERS, strict=True)), 1])[:, None]
+# For the four pixels in a tile's middle; the first is also the last of the tile before, the fourth the first of the next.
+B = np.hstack([B_T.T[1:5], np.eye(4)[:, [0, 3]]])
 
 
 class Product(Protocol):
@@ -53,7 +57,7 @@ def pays(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def winograd_conv(x: jax.Array, kernel: jax.Array, product: Product) -> jax.Array:
     """(N, H, W, C) by (3, 3, C, F), padded by a pixel on each side, to (N, H, W, F)."""
-    return _join(product(_split(x), _of_kernel(kernel, np.kron(G, G))), x.shape).astype(x.dtype)
+    return _join(product(_split(x), _of_kernel(kernel)), x.shape).astype(x.dtype)
 
 
 def _fwd(x: jax.Array, kernel: jax.Array, product: Product) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -62,9 +66,9 @@ def _fwd(x: jax.Array, kernel: jax.Array, product: Product) -> tuple[jax.Array, 
 
 def _bwd(product: Product, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    reversed_kernel = _of_kernel(kernel, np.kron(G, G)[:, ::-1])
-    dx = _join(product(_split(dy), reversed_kernel, transpose_b=True), x.shape).astype(x.dtype)
-    gradients = product(_split(x), _split_gradient(dy), transpose_a=True)  # (36, C, F)
+    split_dy = _split_gradient(dy)
+    dx = _join_gradient(product(split_dy, _of_kernel(kernel), transpose_b=True), x.shape).astype(x.dtype)
+    gradients = product(_split(x), split_dy, transpose_a=True)  # (36, C, F)
     kernel_gradient = jnp.asarray(np.kron(G, G).T, gradients.dtype) @ gradients.reshape(36, -1)
     return dx, kernel_gradient.reshape(kernel.shape).astype(kernel.dtype)
 
@@ -72,10 +76,10 @@ def _bwd(product: Product, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 winograd_conv.defvjp(_fwd, _bwd)
 
 
-def _of_kernel(kernel: jax.Array, matrix: np.ndarray) -> jax.Array:
-    """(36, C, F)"""
+def _of_kernel(kernel: jax.Array) -> jax.Array:
+    """G g G^T: (36, C, F)."""
     kernel = _widened(kernel)
-    return (jnp.asarray(matrix, kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+    return (jnp.asarray(np.kron(G, G), kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
 def _split(x: jax.Array) -> jax.Array:
@@ -90,10 +94,23 @@ def _split_gradient(dy: jax.Array) -> jax.Array:
 
 def _join(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A^T products A of each tile: (N, H, W, F)."""
+    return _pixels(_join_columns(_join_rows(_tiles(products, shape))), shape)
+
+
+def _join_gradient(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """B products B^T of each tile, summed where they overlap: (N, H, W, C)."""
+    return _pixels(_join_gradient_columns(_join_gradient_rows(_tiles(products, shape))), shape)
+
+
+def _tiles(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     batch, height, width, _ = shape
-    rows, columns = -(-height // 4), -(-width // 4)
-    y = _join_columns(_join_rows(products.reshape(6, 6, batch, rows, columns, -1)))
-    return y.reshape(batch, 4 * rows, 4 * columns, -1)[:, :height, :width]
+    return products.reshape(6, 6, batch, -(-height // 4), -(-width // 4), -1)
+
+
+def _pixels(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Of (N, rows, 4, columns, 4, F)."""
+    batch, rows, _, columns, _, features = tiles.shape
+    return tiles.reshape(batch, 4 * rows, 4 * columns, features)[:, : shape[1], : shape[2]]
 
 
 # Each apart, one pass over memory.
@@ -131,6 +148,27 @@ def _join_rows(products: jax.Array) -> jax.Array:
 def _join_columns(rows: jax.Array) -> jax.Array:
     """(N, rows, 4, columns, 4, F)"""
     return _combine(A.T, list(jnp.moveaxis(rows, 0, 3)), 4)
+
+
+@unfused
+def _join_gradient_rows(products: jax.Array) -> jax.Array:
+    return _combine(B, _with_neighbours(products, 2), 0)
+
+
+@unfused
+def _join_gradient_columns(rows: jax.Array) -> jax.Array:
+    return _combine(B, _with_neighbours(jnp.moveaxis(rows, 0, 3), 3), 4)
+
+
+def _with_neighbours(products: jax.Array, axis: int) -> list[jax.Array]:
+    """The six of each tile, then the last of the tile before and the first of the next, along that axis."""
+
+    def shifted(part: jax.Array, by: int) -> jax.Array:
+        pads = [(0, 0, 0)] * part.ndim
+        pads[axis] = (by, -by, 0)
+        return lax.pad(part, jnp.zeros((), part.dtype), pads)
+
+    return [*products, shifted(products[5], 1), shifted(products[0], -1)]
 
 
 def _combine(matrix: np.ndarray, parts: list[jax.Array], axis: int) -> jax.Array:
