@@ -4,20 +4,23 @@ python -m benchmarks.streaming [--pictures 1500] [--rounds 5] [--workers 2]
 
 Needs simplejpeg. Pictures of 500 x 375 pixels, as ImageNet's are on average, of noise that compresses to about its 110
 kB, are written to a temporary folder. Each contender in turn reads all of them once: libjpeg-turbo by simplejpeg (which
-only decodes), in as many threads as there are cores; jaxft's stream of batches of 64 squares of 224 pixels, by threads
-and by processes; torch.utils.data.DataLoader with torchvision's Resize and CenterCrop, in `--workers` processes. One
-JSON line: quartiles.
+only decodes), in as many threads as there are cores; jaxft's first reading, which checks them all and keeps squares of
+224 pixels on the disk; its stream of batches of 64 of those, by threads and by processes; its stream from the files, as
+data.cache=never has it; torch.utils.data.DataLoader with torchvision's Resize and CenterCrop, in `--workers` processes.
+One JSON line: quartiles.
 """
 
 import argparse
 import io
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,11 @@ import jax
 import numpy as np
 import simplejpeg
 import torch
+from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxft import datasets
-from jaxft.feed import Streamed
+from jaxft.feed import make_feed
 from tests.reference import torchvision
 
 BATCH_SIZE = 64
@@ -61,7 +65,8 @@ def decode_alone(paths: list[Path]) -> None:
 
 def stream(data: datasets.Dataset, workers: int) -> None:
     seen = 0
-    for batch in Streamed(data, workers).batches(np.arange(len(data.label)), BATCH_SIZE):
+    feed = make_feed(data, ConfigDict({"stream": "always", "workers": workers}))
+    for batch in feed.batches(np.arange(len(data.label)), BATCH_SIZE):
         seen += int(batch.mask.sum())
     assert seen == len(data.label)
 
@@ -83,11 +88,21 @@ def main() -> None:
     assert jax.device_count() == 1
     with tempfile.TemporaryDirectory() as folder:
         paths = write_pictures(Path(folder), args.pictures)
-        data = datasets.load(f"folder:{folder}", "train", side=SIDE, memory=0)
+        os.environ["JAXFT_CACHE"] = f"{folder}/cache"
+        load = partial(datasets.load, f"folder:{folder}", "train", side=SIDE)
+        kept, in_files = load(cache="always"), load(cache="never")
+
+        def first_reading() -> None:
+            nonlocal kept
+            shutil.rmtree(f"{folder}/cache")
+            kept = load(cache="always")
+
         contenders: dict[str, Callable[[], None]] = {
             "decoder_alone": lambda: decode_alone(paths),
-            "jaxft_threads": lambda: stream(data, 0),
-            f"jaxft_{args.workers}_processes": lambda: stream(data, args.workers),
+            "jaxft_first_reading": first_reading,
+            "jaxft_threads": lambda: stream(kept, 0),
+            f"jaxft_{args.workers}_processes": lambda: stream(kept, args.workers),
+            "jaxft_threads_from_files": lambda: stream(in_files, 0),
             f"torch_{args.workers}_processes": lambda: load_with_torch(Path(folder), args.workers),
         }
         rates: dict[str, list[float]] = {name: [] for name in contenders}

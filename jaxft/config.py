@@ -47,6 +47,7 @@ def default_config() -> ConfigDict:
                 "stored_size": 0,  # pixels of the squares that pictures of differing sizes are kept as; 0: image_size
                 "holdout": 0.2,  # fraction of a folder's pictures to test with, where it has no folders by split
                 "unreadable": "refuse",  # a folder's files that are no pictures; or skip
+                "cache": "auto",  # decoded pictures on the disk, if half of what is free holds them; or always or never
                 "stream": "auto",  # batch by batch what would take much of the memory; or always or never
                 "workers": 0,  # processes that read streamed pictures; 0: threads
             },
@@ -110,6 +111,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.onednn": ("auto", "always", "never"),
     "class_weights": ("none", "balanced"),
     "data.unreadable": ("refuse", "skip"),
+    "data.cache": ("auto", "always", "never"),
     "data.stream": ("auto", "always", "never"),
     "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),
     "optimizer.schedule": ("constant", "cosine", "linear", "step"),
@@ -151,8 +153,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_best": (0, 2**31 - 1),
 }
 # What an interrupted run may go on with another value of: the results are the same.
-MAY_CHANGE = {"note", "data.dir", "data.stream", "data.workers", "steps_per_call", "log.tensorboard", "log.wandb"} | {
-    f"checkpoint.{key}" for key in ("every_steps", "keep_latest", "keep_best", "on_damage")
+MAY_CHANGE = {
+    "note",
+    "steps_per_call",
+    *(f"data.{key}" for key in ("dir", "cache", "stream", "workers")),
+    *(f"log.{key}" for key in ("tensorboard", "wandb")),
+    *(f"checkpoint.{key}" for key in ("every_steps", "keep_latest", "keep_best", "on_damage")),
 }
 
 

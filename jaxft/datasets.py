@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -43,20 +44,20 @@ def load(
     holdout: float = 0.2,
     unreadable: str = "refuse",
     class_names: tuple[str, ...] | None = None,
-    memory: float = math.inf,
+    cache: str = "auto",
 ) -> Dataset:
     """`name` is `sample:cifar10`, `folder:PATH` or a TFDS name, `split` in TFDS's syntax (`train[:2%]`) for the last.
 
     side: pictures that differ in size, or are larger, become squares of so many pixels, as preprocessing to that size
-    would make them. holdout, unreadable, class_names: of a folder's pictures, see folders.find_files. memory: bytes
-    beyond which pictures stay in their files, as they can unless TFDS prepared them as tfrecord.
+    would make them. holdout, unreadable, class_names: of a folder's pictures, see folders.find_files. cache: config
+    key data.cache; pictures that are not kept stay in their files, as they can unless TFDS prepared them as tfrecord.
     """
     if name.startswith("sample:"):
         return _load_sample(name.removeprefix("sample:"), split)
     if name.startswith("folder:"):
         files = folders.find_files(Path(name.removeprefix("folder:")).expanduser(), split, holdout, class_names)
-        return _load_folder(files, name, split, side, unreadable, memory)
-    return _load_tfds(name, split, data_dir, side, memory)
+        return _load_folder(files, name, split, side, unreadable, cache)
+    return _load_tfds(name, split, data_dir, side, cache)
 
 
 def load_config_data(
@@ -71,8 +72,16 @@ def load_config_data(
         holdout=data.holdout,
         unreadable=data.unreadable,
         class_names=class_names,
-        memory=memory_for_pictures(data.stream),
+        cache=data.cache,
     )
+
+
+def room_for_pictures(cache: str) -> float:
+    """Bytes of the disk that the decoded pictures of a split may take: config key data.cache."""
+    if cache != "auto":
+        return {"always": math.inf, "never": -1}[cache]
+    existing = next(path for path in (cache_dir().absolute(), *cache_dir().absolute().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free / 2
 
 
 def memory_for_pictures(stream: str) -> float:
@@ -110,26 +119,27 @@ def _load_sample(name: str, split: str) -> Dataset:
 
 
 def _load_folder(
-    files: folders.LabelledFiles, name: str, split: str, side: int, unreadable: str, memory: float
+    files: folders.LabelledFiles, name: str, split: str, side: int, unreadable: str, cache: str
 ) -> Dataset:
     source = {"fingerprint": files.fingerprint(), "unreadable": unreadable, "side": side}
     arrays_dir = _arrays_dir(name, split)
-    if len(files.paths) * side**2 * 3 > memory:
+    opened = open_arrays(arrays_dir)
+    if opened and cache != "never" and all(opened[1].get(key) == value for key, value in source.items()):
+        return opened[0]
+    if len(files.paths) * side**2 * 3 > room_for_pictures(cache):
         data = _leave_in_files(files, side, unreadable, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
         if not len(data.label):
             raise UserError(f"{name} has no pictures")
         return data
+    _, side_or_none = folders.stored_size(files, side)
+    pictures = folders.read_pictures(files, side_or_none, unreadable)
+    examples = ((picture, files.label[number]) for picture, number in pictures)
+    try:
+        write_arrays(arrays_dir, examples, files.class_names, None, source)
+    except ValueError as error:
+        raise UserError(f"{name} {error}") from None
     opened = open_arrays(arrays_dir)
-    if opened is None or any(opened[1].get(key) != value for key, value in source.items()):
-        _, side_or_none = folders.stored_size(files, side)
-        pictures = folders.read_pictures(files, side_or_none, unreadable)
-        examples = ((picture, files.label[number]) for picture, number in pictures)
-        try:
-            write_arrays(arrays_dir, examples, files.class_names, None, source)
-        except ValueError as error:
-            raise UserError(f"{name} {error}") from None
-        opened = open_arrays(arrays_dir)
-        assert opened, f"{arrays_dir} was just written"
+    assert opened, f"{arrays_dir} was just written"
     return opened[0]
 
 
@@ -161,22 +171,26 @@ def _arrays_dir(name: str, split: str, *more: str) -> Path:
     return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"
 
 
-def _load_tfds(name: str, split: str, data_dir: str, side: int, memory: float) -> Dataset:
+def _load_tfds(name: str, split: str, data_dir: str, side: int, cache: str) -> Dataset:
     """From the cache of arrays; filled by a child process, so that TensorFlow is never imported here."""
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" not in data_dir:  # gs://... stays as it is
         data_dir = str(Path(data_dir).expanduser().absolute())
     as_they_are, shrunk = _arrays_dir(name, split, data_dir), _arrays_dir(name, split, data_dir, str(side))
     records = shrunk.with_name(f"{shrunk.name}.json")
+    room = room_for_pictures(cache)
     for attempt in range(2):
+        stored = _open_records(records)
+        if stored and cache == "never":
+            return stored
         for arrays_dir in (as_they_are, shrunk):
             opened = open_arrays(arrays_dir)
             if opened and _is_fresh(opened[1]) and min(opened[0].image.shape[1:3]) <= side:
                 return opened[0]
-        if (stored := _open_records(records)) and stored.image.nbytes > memory:
+        if stored and stored.image.nbytes > room:
             return stored
         if not attempt:
-            _run_tfds_reader(name, split, data_dir, side, as_they_are, shrunk, records, memory)
+            _run_tfds_reader(name, split, data_dir, side, as_they_are, shrunk, records, room)
     raise UserError(f"{data_dir} changed while {name} was read from it; run the command again")
 
 
@@ -230,7 +244,8 @@ def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:
     if absent := len(counts) - len(np.unique(test.label)):
         text += f"; {absent} of them not in the test set"
     if is_streamed(train, stream):
-        text += "; streamed"
+        of_files = isinstance(train.image, StoredPictures)
+        text += f"; streamed from {'their files' if of_files else f'{train.image.nbytes / 1e9:,.1f} GB of the cache'}"
     in_files = any(isinstance(data.image, StoredPictures) for data in (train, test))
     if not in_files and train.image.nbytes + test.image.nbytes <= COMPARED_BYTES:
         trained_on = {hash(image.tobytes()) for image in train.image}

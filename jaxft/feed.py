@@ -16,6 +16,7 @@ from jaxft import datasets
 from jaxft.arrays import Dataset
 from jaxft.distributed import own_parts
 from jaxft.steps import Array, Batch, Pictures, replicate
+from jaxft.stored import MappedPictures
 
 BATCHES_AHEAD = 3  # that are read before the devices ask for them
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
@@ -74,6 +75,8 @@ Feed = OnDevices | Streamed
 def make_feed(data: Dataset, config: ConfigDict, *, partners: bool = False) -> Feed:
     """config: its `data` section. partners: whether pictures are mixed with others."""
     if datasets.is_streamed(data, config.stream):
+        if isinstance(data.image, np.memmap):
+            data = data._replace(image=MappedPictures.of(data.image))
         return Streamed(data, config.workers, partners)
     return OnDevices(replicate(Pictures(data.image, data.label)))
 

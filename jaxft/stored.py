@@ -5,6 +5,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +54,31 @@ class StoredPictures:
 
         list(_reading_threads(os.getpid()).map(read, range(len(numbers))))
         return pictures[places.reshape(np.shape(index))]
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedPictures:
+    """A memory-mapped array uint8 (N, H, W, 3), of which worker processes get no copy but its file's name."""
+
+    path: Path
+    inode: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, image: np.memmap) -> "MappedPictures":
+        path = Path(str(image.filename))
+        return cls(path, path.stat().st_ino, image.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Raises UserError where the file is no longer what it was."""
+        return _mapped(self)[index]
+
+
+@cache
+def _mapped(pictures: MappedPictures) -> np.ndarray:
+    if not pictures.path.exists() or pictures.path.stat().st_ino != pictures.inode:
+        raise UserError(f"{pictures.path} has changed since the run began; run the command again")
+    return np.memmap(pictures.path, np.uint8, "r", shape=pictures.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A child process that prepares a TFDS set if need be and writes one split of it as arrays, or where its pictures are.
 
-    python -m jaxft.tfds_reader NAME SPLIT DATA_DIR SIDE AS_THEY_ARE_DIR SHRUNK_DIR RECORDS MEMORY
+    python -m jaxft.tfds_reader NAME SPLIT DATA_DIR SIDE AS_THEY_ARE_DIR SHRUNK_DIR RECORDS ROOM
 
 What the user can mend goes to stdout in one line, with exit code 2; progress goes to stderr.
 """
@@ -111,11 +111,11 @@ def read_split(
     as_they_are: Path,
     shrunk: Path,
     records: Path,
-    memory: float,
+    room: float,
 ) -> None:
     """Writes the split's arrays: into `as_they_are`, or into `shrunk` where pictures differ in size or are larger.
 
-    Where they would have more than `memory` bytes and array_record files hold them: the file `records` instead.
+    Where they would have more than `room` bytes and array_record files hold them: the file `records` instead.
     """
     image_name, label_name = (
         _feature_of_type(builder, kind) for kind in (tfds.features.Image, tfds.features.ClassLabel)
@@ -132,7 +132,7 @@ def read_split(
     source = Path(builder.data_path) / "dataset_info.json"
     info = {"source": str(source), "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
     stored_size = (height, width) if keep else (side, side)
-    if size * math.prod(stored_size) * 3 > memory and builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    if size * math.prod(stored_size) * 3 > room and builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         found = {
             "reader": {
                 "directory": str(builder.data_path),
@@ -159,10 +159,10 @@ def read_split(
 
 
 def main(
-    name: str, split: str, data_dir: str, side: str, as_they_are: str, shrunk: str, records: str, memory: str
+    name: str, split: str, data_dir: str, side: str, as_they_are: str, shrunk: str, records: str, room: str
 ) -> None:
     builder = prepared_builder(name, data_dir)
-    read_split(builder, split, int(side), Path(as_they_are), Path(shrunk), Path(records), float(memory))
+    read_split(builder, split, int(side), Path(as_they_are), Path(shrunk), Path(records), float(room))
 
 
 if __name__ == "__main__":

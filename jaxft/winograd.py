@@ -33,7 +33,7 @@ def _polynomial(roots: np.ndarray) -> np.ndarray:
 A = _powers(4)
 B_T = np.stack([_polynomial(roots) for roots in (*_OTHERS, _POINTS)])
 G = _powers(3) / np.array([*(np.prod(p - others) for p, others in zip(_POINTS, _OTHERS, strict=True)), 1])[:, None]
-# For the four pixels in a tile's middle; the first is also the last of the tile before, the fourth the first of the next.
+# For a tile's four middle pixels; the first is also the last of the tile before, the fourth the first of the next.
 B = np.hstack([B_T.T[1:5], np.eye(4)[:, [0, 3]]])
 
 

@@ -1,10 +1,13 @@
 """Streamed pictures beside those that are on the devices: the same, in the same order, whatever reads them."""
 
+import pickle
 import re
 import shutil
 import signal
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxft import datasets
+from jaxft import datasets, stored
 from jaxft.arrays import Dataset
 from jaxft.datasets import SAMPLES_DIR
 from jaxft.errors import UserError
 from jaxft.feed import BatchReader
-from jaxft.stored import StoredPictures
+from jaxft.stored import MappedPictures, StoredPictures
 from tests.conftest import ROOT, Run
 from tests.test_survival import TINY, started, wait_for_steps
 from tests.test_train import metrics, without_times
@@ -66,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
-    arrays, files = (datasets.load(f"folder:{folder}", "test", side=24, memory=memory) for memory in (1e9, 1e3))
+    arrays, files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
     assert isinstance(files.image, StoredPictures)
     assert files.image.shape == arrays.image.shape
     assert files.image.nbytes == arrays.image.nbytes
@@ -75,12 +78,52 @@ def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
         np.testing.assert_array_equal(files.image[index], arrays.image[index])
 
 
+def test_pictures_are_kept_decoded_where_the_disk_has_twice_their_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "not" / "yet"))
+    needed = 1000 * 24 * 24 * 3
+    free = 2 * needed - 2
+
+    def disk_usage(path: Path) -> Any:
+        assert path.is_dir()
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(datasets.shutil, "disk_usage", disk_usage)
+    records = ("tiny_pictures", "train", str(DATA / "array_record"))
+    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, StoredPictures)
+    assert isinstance(datasets.load(*records, side=2000).image, np.ndarray)
+    free = 2 * needed
+    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
+    free = 0
+    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "other"))
+    assert isinstance(datasets.load(*records, side=2000).image, StoredPictures)
+
+
+def test_worker_processes_get_the_name_of_an_array_not_a_copy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    kept = datasets.load(f"folder:{folder}", "test", side=24, cache="always").image
+    pickled = pickle.dumps(MappedPictures.of(kept))
+    assert len(pickled) < 1000
+    index = np.array([[3, 999], [3, 0]])
+    np.testing.assert_array_equal(pickle.loads(pickled)[index], kept[index])
+    path = Path(kept.filename)
+    (tmp_path / "another").write_bytes(bytes(path.stat().st_size))
+    (tmp_path / "another").replace(path)
+    stored._mapped.cache_clear()  # as in a new process
+    with pytest.raises(UserError, match=r"image\.bin has changed since the run began"):
+        pickle.loads(pickled)[3]
+
+
 @pytest.mark.parametrize("side", [32, 20])
 def test_records_are_indexed_as_arrays_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     where = ("tiny_pictures", "train[10%:]", str(DATA / "array_record"))
-    records = datasets.load(*where, side=side, memory=1e3)
-    again = datasets.load(*where, side=side, memory=1e3)
+    records = datasets.load(*where, side=side, cache="never")
+    again = datasets.load(*where, side=side, cache="never")
     arrays = datasets.load(*where, side=side)
     for data in (records, again):
         assert isinstance(data.image, StoredPictures)
@@ -95,21 +138,21 @@ def test_records_that_vanish_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     shutil.copytree(DATA / "array_record", tmp_path / "data")
     where = ("tiny_pictures", "train", str(tmp_path / "data"))
-    records = datasets.load(*where, memory=1e3)
+    records = datasets.load(*where, cache="never")
     for path in tmp_path.rglob("*.array_record*"):
         path.write_bytes(b"no records")
     with pytest.raises(UserError, match=r"picture 3 of .*tiny_pictures.* cannot be read: "):
         records.image[3]
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(UserError, match=r"neither TFDS nor .* has a data set 'tiny_pictures'"):
-        datasets.load(*where, memory=1e3)
+        datasets.load(*where, cache="never")
 
 
 def test_pictures_of_one_small_size_are_streamed_as_they_are(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 6), "red").save(tmp_path / name / "0.png")
-    data = datasets.load(f"folder:{tmp_path}", "train", side=24, holdout=0, memory=0)
+    data = datasets.load(f"folder:{tmp_path}", "train", side=24, holdout=0, cache="never")
     np.testing.assert_array_equal(data.image[[1]], np.broadcast_to(np.array([255, 0, 0], np.uint8), (1, 6, 8, 3)))
 
 
@@ -121,16 +164,16 @@ def test_unreadable_files_are_found_before_the_training(
     broken = sorted((mine / "test" / "cat").iterdir())[3]
     broken.write_bytes(broken.read_bytes()[:300])  # the header is whole
     with pytest.raises(UserError, match=rf"1 of 1000 files cannot be used: {broken}.*data.unreadable=skip"):
-        datasets.load(f"folder:{mine}", "test", memory=0)
+        datasets.load(f"folder:{mine}", "test", cache="never")
     for _ in range(2):  # the second time by what the first found
-        data = datasets.load(f"folder:{mine}", "test", memory=0, unreadable="skip")
+        data = datasets.load(f"folder:{mine}", "test", cache="never", unreadable="skip")
         assert len(data.label) == 999
         assert broken not in data.image.read.paths
     assert capsys.readouterr().err.count(f"skipped: {broken}") == 1
     for path in mine.rglob("*.jpg"):
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match=f"folder:{mine} has no pictures"):
-        datasets.load(f"folder:{mine}", "test", memory=0, unreadable="skip")
+        datasets.load(f"folder:{mine}", "test", cache="never", unreadable="skip")
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +186,9 @@ def from_memory(run: Run, folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "cache"), [(0, "never"), (2, "never"), (0, "auto"), (2, "auto")])
 def test_a_streamed_run_is_the_run_from_memory_killed_or_not(
-    run: Run, folder: Path, from_memory: Path, tmp_path: Path, workers: int
+    run: Run, folder: Path, from_memory: Path, tmp_path: Path, workers: int, cache: str
 ) -> None:
     command = (
         *TINY,
@@ -153,6 +196,7 @@ def test_a_streamed_run_is_the_run_from_memory_killed_or_not(
         STREAMED,
         f"--config.data.name=folder:{folder}",
         f"--config.data.workers={workers}",
+        f"--config.data.cache={cache}",
         "--workdir",
         tmp_path / "run",
     )
@@ -201,7 +245,8 @@ def test_ctrl_c_ends_the_processes_that_read(folder: Path, tmp_path: Path) -> No
 def test_a_file_that_vanishes_ends_the_run_in_one_line(folder: Path, tmp_path: Path, workers: int) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)
-    command = (*TINY, STREAMED, f"--config.data.name=folder:{mine}", f"--config.data.workers={workers}")
+    settings = (f"--config.data.name=folder:{mine}", f"--config.data.workers={workers}", "--config.data.cache=never")
+    command = (*TINY, STREAMED, *settings)
     with started(*command, "--workdir", tmp_path / "run") as process:
         wait_for_steps(process, tmp_path / "run", 15)
         shutil.rmtree(mine / "test" / "cat")
