@@ -244,14 +244,19 @@ def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:
     if absent := len(counts) - len(np.unique(test.label)):
         text += f"; {absent} of them not in the test set"
     if is_streamed(train, stream):
-        of_files = isinstance(train.image, StoredPictures)
-        text += f"; streamed from {'their files' if of_files else f'{train.image.nbytes / 1e9:,.1f} GB of the cache'}"
+        text += f"; streamed from {_place(train.image)}"
     in_files = any(isinstance(data.image, StoredPictures) for data in (train, test))
     if not in_files and train.image.nbytes + test.image.nbytes <= COMPARED_BYTES:
         trained_on = {hash(image.tobytes()) for image in train.image}
         if both := sum(hash(image.tobytes()) in trained_on for image in test.image):
             text += f"; {both:,} test pictures are trained on too, which flatters the accuracy"
     return text
+
+
+def _place(image: Any) -> str:
+    if isinstance(image, np.memmap):
+        return str(Path(str(image.filename)).parent)
+    return "their files" if isinstance(image, StoredPictures) else "memory"
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
