@@ -1,4 +1,4 @@
-"""A run's report, DIR/report.html: one file to look at, which needs no network. Training writes it after each epoch.
+"""A run's report, DIR/report.html: one file to look at, which needs no network. Training writes it each minute.
 
 python -m jaxft.report --workdir runs/cifar10                          writes runs/cifar10/report.html again
 python -m jaxft.report --workdir runs/a --compare runs/b runs/c        writes runs/a/compare.html, runs side by side
@@ -33,7 +33,7 @@ from jaxft.steps import Predictions
 MISTAKES = 24  # shown
 SHEET = (4, 8)  # rows and columns of pictures as training sees them
 THUMBNAIL = 128  # pixels of the longer side, at most
-SHORT_EPOCH = 10  # seconds
+DRAWN_EVERY = 60  # seconds of training and testing
 CURVE_POINTS = 60  # at most; a curve of more rows shows the mean of each such part
 
 
@@ -78,8 +78,8 @@ class Run(NamedTuple):
 def update(workdir: Path, info: dict[str, Any], test_data: Dataset, predictions: Predictions) -> None:
     """Writes DIR/evaluation.npz, all that the report needs besides metrics.jsonl, and the report.
 
-    Drawing takes half a second, so after an epoch of a few seconds only that of the last one is drawn. A full disk is
-    told on stderr: training is worth more than its report.
+    Drawing takes half a second, so it is done once in a minute and after the last epoch. A full disk is told on stderr:
+    training is worth more than its report.
     """
     try:
         _update(workdir, info, test_data, predictions)
@@ -97,8 +97,8 @@ def _update(workdir: Path, info: dict[str, Any], test_data: Dataset, predictions
         np.savez_compressed(file, mistakes=mistakes, info=np.array(json.dumps(info)), **arrays)
     partial.replace(workdir / "evaluation.npz")
     run = load_run(workdir)
-    seconds = sum(row["seconds"] for row in run.rows if row["epoch"] == run.epoch)
-    if run.epoch == run.config.num_epochs or seconds >= SHORT_EPOCH:
+    before, after = (sum(row["seconds"] for row in run.rows if row["epoch"] < epoch) for epoch in (run.epoch, math.inf))
+    if run.epoch == run.config.num_epochs or before // DRAWN_EVERY < after // DRAWN_EVERY:
         if run.config.augment != default_config().augment and not (workdir / "sheet.jpg").exists():
             sheet = Image.fromarray(draw_sheet(run.config, *SHEET))
             sheet.thumbnail((SHEET[1] * THUMBNAIL, SHEET[0] * THUMBNAIL))

@@ -148,19 +148,27 @@ def test_mistakes_are_the_most_confident_ones(small_run: Path) -> None:
         np.testing.assert_array_equal(picture, sample.image[i])
 
 
-def test_short_epochs_are_not_drawn_but_the_last(small_run: Path, tmp_path: Path) -> None:
-    """And the report can be drawn of any."""
+def test_a_report_is_drawn_once_in_a_minute(small_run: Path, tmp_path: Path) -> None:
+    """And the last; and on request after any epoch."""
     run = report.load_run(small_run)
     data = datasets.load("sample:cifar10", "test")
-    for seconds, drawn in ((0.01, False), (1.0, True)):
-        workdir = tmp_path / str(seconds)
-        workdir.mkdir()
-        rows = [row | {"seconds": seconds} for row in run.rows if row["epoch"] == 1]
-        (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        report.update(workdir, run.info, data, run.predictions)
-        assert (workdir / "report.html").exists() == drawn
-        report.main(["--workdir", str(workdir)])
-        assert "still training" in (workdir / "report.html").read_text()
+    info = run.info | {"config": run.info["config"] | {"num_epochs": 7}}
+    row = run.split("eval")[0] | {"seconds": 12.5}
+    rows: list[dict[str, Any]] = []
+    drawn = []
+    for epoch in range(1, 8):
+        rows += [
+            eval_row | {"split": split, "epoch": epoch, "step": epoch, "seconds": 12.5} for split in ("train", "eval")
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        report.update(tmp_path, info, data, run.predictions)
+        drawn.append((tmp_path / "report.html").exists())
+        (tmp_path / "report.html").unlink(missing_ok=True)
+        if epoch == 1:
+            report.main(["--workdir", str(tmp_path)])
+            assert "still training" in (tmp_path / "report.html").read_text()
+            (tmp_path / "report.html").unlink()
+    assert drawn == [False, False, True, False, True, False, True]
 
 
 def test_hundreds_of_classes_are_drawn(small_run: Path) -> None:
