@@ -15,6 +15,7 @@ from jaxft.unfused import unfused
 
 _PICTURE = 4  # channels, at most
 _SMALL_MAP = 7  # pixels of a side, up to which padding is a good part of the work
+_FULL_BLOCK = 64  # features, of which XLA's CPU kernels compute so many at once
 
 
 def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -28,7 +29,7 @@ def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_onednn: bool = False) -> jax.Array:
     """`plain_conv`, as one of the formulations below where that is faster."""
     height, width, channels = x.shape[1:]
-    size = kernel.shape[0]
+    size, features = kernel.shape[0], kernel.shape[-1]
     if jax.default_backend() != "cpu" or groups > 1:
         return plain_conv(x, kernel, stride, groups)
     by_onednn = by_onednn and x.dtype in onednn.DTYPES
@@ -41,8 +42,10 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_o
         return _pointwise(x, kernel, stride)
     if _divide_up(height, stride) * _divide_up(width, stride) <= 4:
         return _conv_of_few(x, kernel, stride)
-    if stride == 2 and channels <= _PICTURE:
+    if stride == 2 and channels <= _PICTURE and features < _FULL_BLOCK:
         return _conv_of_blocks(x, kernel)
+    if stride == 2 and size == 3:
+        return _strided_conv(x, kernel)
     return plain_conv(x, kernel, stride)
 
 
@@ -137,6 +140,29 @@ def _conv_of_blocks_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -
 
 
 _conv_of_blocks.defvjp(_conv_of_blocks_fwd, _conv_of_blocks_bwd)
+
+
+@jax.custom_vjp
+def _strided_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """With stride 2."""
+    return plain_conv(x, kernel, 2)
+
+
+def _strided_conv_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _strided_conv(x, kernel), (x, kernel)
+
+
+def _strided_conv_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    dx = jax.vjp(lambda x: plain_conv(x, kernel, 2), x)[1](dy)[0]
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return _transposed_dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+
+    return dx, _gradient_by_pixels(x, dy, 2, kernel.shape[0], product).astype(kernel.dtype)
+
+
+_strided_conv.defvjp(_strided_conv_fwd, _strided_conv_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
