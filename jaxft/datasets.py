@@ -138,6 +138,8 @@ def _load_folder(
         write_arrays(arrays_dir, examples, files.class_names, None, source)
     except ValueError as error:
         raise UserError(f"{name} {error}") from None
+    except OSError as error:
+        raise _not_kept(error) from error
     opened = open_arrays(arrays_dir)
     assert opened, f"{arrays_dir} was just written"
     return opened[0]
@@ -155,15 +157,26 @@ def _leave_in_files(
         size, side_or_none = folders.stored_size(files, side)
         numbers = [number for _, number in folders.read_pictures(files, side_or_none, unreadable)]
         found = source | {"numbers": numbers, "size": size, "shrunk_to": side_or_none}
-        checked.parent.mkdir(parents=True, exist_ok=True)
         partial = checked.with_suffix(f".partial-{os.getpid()}")
-        partial.write_text(json.dumps(found))
-        partial.replace(checked)
+        try:
+            checked.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(found))
+            partial.replace(checked)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _not_kept(error) from error
     numbers = found["numbers"]
     height, width = found["size"]
     reader = folders.PictureFiles([files.paths[i] for i in numbers], found["shrunk_to"])
     image = StoredPictures(reader, len(numbers), height, width)
     return Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
+
+
+def _not_kept(error: OSError) -> UserError:
+    return UserError(
+        f"what was read of the pictures cannot be kept in {cache_dir()} ({error.strerror or error}): make room there, "
+        "or name another folder by the environment variable JAXFT_CACHE; --config.data.cache=never needs next to none"
+    )
 
 
 def _arrays_dir(name: str, split: str, *more: str) -> Path:

@@ -101,6 +101,21 @@ def test_pictures_are_kept_decoded_where_the_disk_has_twice_their_room(
     assert isinstance(datasets.load(*records, side=2000).image, StoredPictures)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full stands for a full disk")
+@pytest.mark.parametrize("cache", ["always", "never"])
+def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    opened = Path.open
+
+    def open_full(path: Path, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+        return opened(Path("/dev/full") if "w" in mode else path, mode, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(UserError, match=rf"cannot be kept in {tmp_path} \(No space left on device\).*data.cache=never"):
+        datasets.load(f"folder:{folder}", "test", side=24, cache=cache)
+    assert not list((tmp_path / "datasets").iterdir())
+
+
 def test_worker_processes_get_the_name_of_an_array_not_a_copy(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
