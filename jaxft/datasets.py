@@ -239,7 +239,7 @@ def _run_tfds_reader(name: str, split: str, data_dir: str, *more: int | Path | f
 
 def is_streamed(data: Dataset, stream: str) -> bool:
     """Whether each batch brings its pictures; stream: config key data.stream."""
-    return isinstance(data.image, StoredPictures) or data.image.nbytes > memory_for_pictures(stream)
+    return data.image.nbytes > memory_for_pictures(stream)
 
 
 def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:

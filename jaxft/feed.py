@@ -16,7 +16,7 @@ from jaxft import datasets
 from jaxft.arrays import Dataset
 from jaxft.distributed import own_parts
 from jaxft.steps import Array, Batch, Pictures, replicate
-from jaxft.stored import MappedPictures
+from jaxft.stored import MappedPictures, StoredPictures
 
 BATCHES_AHEAD = 3  # that are read before the devices ask for them
 _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
@@ -78,7 +78,9 @@ def make_feed(data: Dataset, config: ConfigDict, *, partners: bool = False) -> F
         if isinstance(data.image, np.memmap):
             data = data._replace(image=MappedPictures.of(data.image))
         return Streamed(data, config.workers, partners)
-    return OnDevices(replicate(Pictures(data.image, data.label)))
+    in_files = isinstance(data.image, StoredPictures)
+    image = data.image[np.arange(len(data.label))] if in_files else data.image
+    return OnDevices(replicate(Pictures(image, data.label)))
 
 
 @dataclasses.dataclass(frozen=True)

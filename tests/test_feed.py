@@ -14,13 +14,14 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxft import datasets, stored
 from jaxft.arrays import Dataset
 from jaxft.datasets import SAMPLES_DIR
 from jaxft.errors import UserError
-from jaxft.feed import BatchReader
+from jaxft.feed import BatchReader, OnDevices, make_feed
 from jaxft.stored import MappedPictures, StoredPictures
 from tests.conftest import ROOT, Run
 from tests.test_survival import TINY, started, wait_for_steps
@@ -99,6 +100,14 @@ def test_pictures_are_kept_decoded_where_the_disk_has_twice_their_room(
     assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "other"))
     assert isinstance(datasets.load(*records, side=2000).image, StoredPictures)
+
+
+@pytest.mark.parametrize("stream", ["auto", "never"])
+def test_pictures_that_fit_are_read_once_where_the_disk_keeps_none(folder: Path, stream: str) -> None:
+    kept, in_files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
+    feed = make_feed(in_files, ConfigDict({"stream": stream, "workers": 0}))
+    assert isinstance(feed, OnDevices)
+    np.testing.assert_array_equal(feed.pictures.image, kept.image)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full stands for a full disk")
