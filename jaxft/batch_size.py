@@ -31,8 +31,8 @@ def largest_batch_size(
     def bytes_of(share: int) -> int:
         """On one device, with the pictures of this batch alone."""
         size = share * devices
-        image, label = np.broadcast_to(np.uint8(0), (size, *data.image.shape[1:])), np.zeros(size, np.int32)
-        pictures = jax.eval_shape(lambda: Pictures(image, label))
+        image = jax.ShapeDtypeStruct((size, *data.image.shape[1:]), np.uint8)
+        pictures = jax.eval_shape(Pictures.in_lines, image, jax.ShapeDtypeStruct((size,), np.int32))
         (batch,) = OnDevices(pictures).batches(np.arange(size), size)
         memory = compile_step(pictures, jax.tree.map(lambda array: array[:, None], batch)).memory_analysis()
         given_and_given_back = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

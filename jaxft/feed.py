@@ -80,7 +80,7 @@ def make_feed(data: Dataset, config: ConfigDict, *, partners: bool = False) -> F
         return Streamed(data, config.workers, partners)
     in_files = isinstance(data.image, StoredPictures)
     image = data.image[np.arange(len(data.label))] if in_files else data.image
-    return OnDevices(replicate(Pictures(image, data.label)))
+    return OnDevices(replicate(Pictures.in_lines(image, data.label)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class BatchReader:
         if self.partners:
             number = np.c_[number, part.partner[np.arange(devices), count - 1]]
             partner = np.where(partner == count[:, None] - 1, size, partner + 1)
-        pictures = Pictures(self.data.image[number], self.data.label[number], number)
+        pictures = Pictures.in_lines(self.data.image[number], self.data.label[number], number)
         index = np.tile(np.arange(size), (devices, 1))
         return Batch(index.astype(np.int32), partner.astype(np.int32), part.mask, pictures)
 

@@ -88,7 +88,9 @@ class BatchNorm(nn.Module):
         frozen = self.mode == "frozen" or has_norm(self.frozen, "/".join(self.path))
         if train and not frozen and not self.is_initializing():
             axis_name = self.axis_name if self.mode == "sync" else None
-            y, (mean, var, count) = layers.batch_norm(x, shortcut, scale, bias, mask, self.epsilon, relu, axis_name)
+            y, (mean, var, count) = layers.batch_norm(
+                x, shortcut, scale, bias, running_mean.value, mask, self.epsilon, relu, axis_name
+            )
             unbiased = var * (count / jnp.maximum(count - 1, 1))
             # A device whose share is all padding has nothing to add.
             weight = self.momentum * (count > 0)

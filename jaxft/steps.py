@@ -1,6 +1,7 @@
 """The training and the evaluation step: pure functions, mapped over devices where they are used."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,13 +64,32 @@ def abstract_train_state(model: ResNet, tx: optax.GradientTransformation, *, ema
     return jax.eval_shape(partial(create_train_state, model, tx, ema=ema), jax.random.key(0))
 
 
+_LINE = 128  # bytes
+
+
 @struct.dataclass
 class Pictures:
     """Of a whole data set on every device, or of a batch alone."""
 
-    image: Array  # uint8 (N, H, W, 3), or float32 (N, F): the features that a frozen backbone gives of them
+    image: Array  # uint8 (N, H, W, 3), or `in_lines`; or float32 (N, F): the features that a frozen backbone gives
     label: Array  # int32 (N,)
     number: Array | None = None  # int32 (N,), in the data set; None: 0 to N - 1
+    shape: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)  # of a picture that is in lines
+
+    @classmethod
+    def in_lines(cls, image: Array, label: Array, number: Array | None = None) -> "Pictures":
+        """Of (..., H, W, 3): each picture's bytes in lines of 128, as a TPU keeps them.
+
+        Of (N, H, W, 3) it would copy the whole data set in every step, to have each picture's bytes together.
+        """
+        shape = image.shape[-3:]
+        lines = (-1, _LINE) if math.prod(shape) % _LINE == 0 else (-1,)
+        return cls(image.reshape(*image.shape[:-3], *lines), label, number, shape)
+
+    def seen(self, index: Array) -> jax.Array:
+        """(B, H, W, 3), or features (B, F)."""
+        image = jnp.asarray(self.image)[index]
+        return image if self.shape is None else image.reshape(*index.shape, *self.shape)
 
 
 @struct.dataclass
@@ -155,7 +175,7 @@ def training_inputs(
         return picture_keys(objective.seed, step, index if pictures.number is None else pictures.number[index])
 
     def seen(index: Array) -> jax.Array:
-        image = jnp.asarray(pictures.image)[index]
+        image = pictures.seen(index)
         return image if image.ndim == 2 else augment(image, keys(index), augmentation, preprocessing)
 
     label = pictures.label[batch.index]
@@ -266,7 +286,7 @@ def eval_step(
 ) -> Predictions:
     """Of each picture of the batch (num_devices, B), padding too; with running statistics."""
     pictures = pictures_of(pictures, batch)
-    image = jnp.asarray(pictures.image[batch.index])
+    image = pictures.seen(batch.index)
     if image.ndim == 4:
         image = preprocess(image, preprocessing)
     logits: Any = model.apply(state.variables(), image, train=False)
@@ -278,7 +298,7 @@ def features_step(
 ) -> jax.Array:
     """What the head sees of each picture of the batch: (num_devices, B, F), padding too."""
     pictures = pictures_of(pictures, batch)
-    image = preprocess(pictures.image[batch.index], preprocessing)
+    image = preprocess(pictures.seen(batch.index), preprocessing)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return jax.lax.all_gather(model.apply(variables, image, train=False, features_only=True), model.axis_name)
 
@@ -288,7 +308,7 @@ def statistics_step(
 ) -> Any:
     """The batch_stats that the batch would leave alone, over all devices, with the parameters that are tested."""
     pictures = pictures_of(pictures, batch)
-    image = preprocess(pictures.image[batch.index], preprocessing)
+    image = preprocess(pictures.seen(batch.index), preprocessing)
     model = model.clone(batch_norm="sync", norm_momentum=1.0)
     _, updates = model.apply(state.variables(), image, batch.mask, train=True, mutable=["batch_stats"])
     return updates["batch_stats"]

@@ -1,10 +1,11 @@
-"""How to keep XLA on a CPU from computing the same thing several times."""
+"""How to keep XLA from computing the same thing several times."""
 
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 
@@ -28,3 +29,8 @@ def unfused(function: Callable[..., Any], static_argnums: int | None = None) -> 
             return call(*arguments)
 
     return call_apart
+
+
+def computed_once(tree: Any) -> Any:
+    """As it is, and not again within each of its uses, where XLA on a GPU would."""
+    return lax.optimization_barrier(tree) if jax.default_backend() == "gpu" else tree

@@ -37,6 +37,14 @@ def same(ours: Any, plain: Any, *arguments: Any, tolerance: float = 1e-12) -> No
 
 
 @contextmanager
+def as_if_on(backend: str) -> Iterator[None]:
+    """Traces the formulations that are chosen for "gpu" or "tpu", to run them where the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: backend)
+        yield
+
+
+@contextmanager
 def onednn_in_double_precision() -> Iterator[None]:
     """oneDNN's operations by XLA's, so that what is made of them can be compared in float64, which oneDNN lacks."""
 

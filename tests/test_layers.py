@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxft import layers
-from tests.formulations import random, same
+from tests.formulations import as_if_on, random, same
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +19,13 @@ def double_precision() -> Any:
         yield
 
 
+@pytest.fixture(params=["cpu", "gpu", "tpu"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    with as_if_on(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (8, 8), (5, 8), (8, 5), (7, 3)])
 def test_max_pool(shape: tuple[int, int]) -> None:
     same(
@@ -28,12 +35,14 @@ def test_max_pool(shape: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.usefixtures("backend")
 def test_max_pool_gives_the_gradient_to_the_first_of_equals() -> None:
     x = jnp.zeros((1, 4, 4, 1))
     gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)[0, :, :, 0]
     np.testing.assert_array_equal(gradient, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("mask", [None, (1, 1, 1, 1), (1, 0, 1, 1), (0, 1, 0, 0)])
@@ -46,6 +55,7 @@ def test_batch_norm(mask: tuple[int, ...] | None, relu: bool, shortcut: bool) ->
         return nn.relu(y) if relu else y
 
     def ours(x: jax.Array, other: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-        return layers.batch_norm(x, other if shortcut else None, scale, bias, weights, 1e-5, relu, None)[0]
+        near = jnp.full(6, 0.1)
+        return layers.batch_norm(x, other if shortcut else None, scale, bias, near, weights, 1e-5, relu, None)[0]
 
     same(ours, plain, random(4, 3, 5, 6), random(4, 3, 5, 6, seed=2), random(6), random(6, seed=2))

@@ -11,7 +11,7 @@ import pytest
 
 from jaxft.pretrained import from_torch, torch_shapes
 from jaxft.resnet import ARCHITECTURES, BasicBlock, BatchNorm, ResNet
-from tests.formulations import onednn_in_double_precision
+from tests.formulations import as_if_on, onednn_in_double_precision
 from tests.reference import torch, torchvision
 
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -102,18 +102,20 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
 
 
 @pytest.mark.parametrize(
-    ("arch", "train", "by_onednn"),
+    ("arch", "train", "formulations"),
     [
-        pytest.param(arch, train, False, marks=[] if (arch, train) == ("resnet50", True) else pytest.mark.slow)
+        pytest.param(arch, train, "cpu", marks=[] if (arch, train) == ("resnet50", True) else pytest.mark.slow)
         for arch in ARCHITECTURES
         for train in (True, False)
     ]
-    + [("resnet18", False, True), pytest.param("resnet50", True, True, marks=pytest.mark.slow)],
+    + [("resnet18", False, "onednn"), ("resnet18", True, "gpu"), ("resnet18", True, "tpu")]
+    + [pytest.param("resnet50", True, which, marks=pytest.mark.slow) for which in ("onednn", "gpu", "tpu")],
 )
 def test_gradients_and_running_statistics_are_torchs(
-    arch: str, train: bool, by_onednn: bool, request: pytest.FixtureRequest
+    arch: str, train: bool, formulations: str, request: pytest.FixtureRequest
 ) -> None:
     """Of the input and of all parameters, in training and in evaluation mode, in float64."""
+    by_onednn = formulations == "onednn"
     if by_onednn:
         request.getfixturevalue("onednn_is_exact")
     reference = random_torch_model(arch).train(train)
@@ -134,7 +136,8 @@ def test_gradients_and_running_statistics_are_torchs(
         logits, updates = model.apply(variables_, x, train=train, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[jnp.arange(3), label].mean(), updates["batch_stats"]
 
-    (grads, image_grad), new_statistics = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+    with as_if_on("cpu" if by_onednn else formulations):
+        (grads, image_grad), new_statistics = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
     for (path, ours), want in zip(
         jax.tree.leaves_with_path({"params": grads, "batch_stats": new_statistics}),
         jax.tree.leaves({"params": expected["params"], "batch_stats": expected["batch_stats"]}),
@@ -171,6 +174,20 @@ def test_batch_norm_is_accurate_where_the_mean_is_large() -> None:
     norm = BatchNorm()
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), norm.init(jax.random.key(0), x, None, train=False))
     y, _ = norm.apply(variables, x, None, train=True, mutable=["batch_stats"])
+    assert np.abs(y - expected).max() < 5e-3
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_batch_norm_of_one_pass_is_accurate_where_the_running_mean_is_near(backend: str) -> None:
+    """In float32, by a running mean that is a deviation off: mean 10,000, deviation 1."""
+    x = (images(32, 32, count=8) + 10_000).astype(np.float32)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
+    norm = BatchNorm()
+    variables = jax.tree.map(lambda a: a.astype(jnp.float32), norm.init(jax.random.key(0), x, None, train=False))
+    variables["batch_stats"]["mean"] += 10_001
+    with as_if_on(backend):
+        y, _ = norm.apply(variables, x, None, train=True, mutable=["batch_stats"])
     assert np.abs(y - expected).max() < 5e-3
 
 

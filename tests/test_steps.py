@@ -31,6 +31,7 @@ from jaxft.steps import (
     train_step,
     train_steps,
 )
+from tests.formulations import as_if_on
 from tests.reference import torch, torchvision
 
 PREPROCESSING = Preprocessing(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -89,9 +90,8 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
         variables = from_torch(state_dict, model)
         params, batch_stats = variables["params"], variables["batch_stats"]
         state = TrainState(jnp.int32(0), params, batch_stats, tx.init(params))
-        state, counts = sgd_steps(
-            state, Pictures(sample.image, sample.label), list(datasets.batches(order, 8, 1)), model, tx
-        )
+        pictures = Pictures.in_lines(sample.image, sample.label)
+        state, counts = sgd_steps(state, pictures, list(datasets.batches(order, 8, 1)), model, tx)
 
         sgd = torch.optim.SGD(reference.parameters(), 2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)
         for i, start in enumerate(range(0, 75, 8)):
@@ -121,8 +121,10 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
     assert int(state.step) == 10
 
 
-@pytest.mark.parametrize("batch_norm", ["sync", pytest.param("frozen", marks=pytest.mark.slow)])
-def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode) -> None:
+@pytest.mark.parametrize(
+    ("batch_norm", "backend"), [("sync", "cpu"), ("sync", "tpu"), pytest.param("frozen", "cpu", marks=pytest.mark.slow)]
+)
+def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, backend: str) -> None:
     """In float64, with a last batch that leaves one device no picture and another fewer than the rest."""
     sample = datasets.load("sample:cifar10", "train")
     pictures = Pictures(sample.image, sample.label)
@@ -132,8 +134,9 @@ def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode) -> None:
         tx = optax.sgd(0.05, momentum=0.9)
         state = random_state(model, tx)
         state = jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, state)
-        one, counts_one = sgd_steps(state, pictures, list(datasets.batches(order, 32, 1)), model, tx)
-        eight, counts_eight = sgd_steps(state, pictures, list(datasets.batches(order, 32, 8)), model, tx)
+        with as_if_on(backend):
+            one, counts_one = sgd_steps(state, pictures, list(datasets.batches(order, 32, 1)), model, tx)
+            eight, counts_eight = sgd_steps(state, pictures, list(datasets.batches(order, 32, 8)), model, tx)
     np.testing.assert_allclose([c.loss for c in counts_eight], [c.loss for c in counts_one], rtol=1e-9)
     np.testing.assert_array_equal([c.correct for c in counts_eight], [c.correct for c in counts_one])
     np.testing.assert_array_equal([c.pictures for c in counts_eight], [32, 32, 22])
@@ -175,6 +178,16 @@ def test_steps_in_one_call_are_the_steps_of_several() -> None:
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (16, 8, 3), (5, 7, 3)])
+def test_pictures_in_lines_are_the_same_pictures(shape: tuple[int, ...]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
+    index, label = np.array([8, 0, 3, 3]), np.zeros(9, np.int32)
+    pictures = Pictures.in_lines(image, label)
+    np.testing.assert_array_equal(jax.jit(Pictures.seen)(pictures, index), image[index])
+    batches = Pictures.in_lines(image.reshape(3, 3, *shape), label.reshape(3, 3))  # of three devices
+    np.testing.assert_array_equal(jax.vmap(Pictures.seen)(batches, np.array([[2], [0], [1]])), image[[[2], [3], [7]]])
 
 
 def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:

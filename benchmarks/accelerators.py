@@ -1,0 +1,198 @@
+"""What XLA makes of jaxft's steps for a TPU or a GPU that is not there: compiled for it, and looked at.
+
+    pip install libtpu, or 'jax[cuda13]'
+    python -m benchmarks.accelerators --target v5e:2x4|v6e:2x2|v5p:2x2x1|h100|h200 [--config configs/cifar10.py] \
+        [--devices 1] [--batch 64] [--steps train,evaluation] [--hlo DIR] [--config.KEY=VALUE ...]
+
+The compiler is the accelerator's own, and so is the program. Of a TPU's it tells the cycles that the compiler expects
+of each of its parts, but for those of which it says nothing (a max-pool's gradient); of a GPU's, which are not tuned
+without one, the kernels and the bytes that they read and write, which memory bounds. Both are predictions. --batch:
+pictures a device. --devices: of the target's, from the first on.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# libtpu would ask the cloud which machine this is, and JAX would look for the accelerator.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxft.augment import make_augmentation
+from jaxft.config import load_config, parse_overrides
+from jaxft.optimizer import make_optimizer
+from jaxft.parts import freeze
+from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from jaxft.resnet import make_model
+from jaxft.steps import Batch, Objective, Pictures, abstract_train_state, eval_step, train_step, train_steps
+
+CIFAR10 = (50_000, 32, 32, 3)
+HERTZ = {  # by the makers' figures: products of bfloat16 a second, of 128x128 (v6e: 256x256) units
+    "TPU v5 lite": 1.5e9,  # 197e12 of 4 units
+    "TPU v5": 1.75e9,  # 459e12 of 8
+    "TPU v6 lite": 1.75e9,  # 918e12 of 4
+}
+GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 3.35e12, 85e9), "h200": ("NVIDIA H200", 4.8e12, 151e9)}  # bytes/s, bytes
+MEASURED = {"NVIDIA H200": 4.3e12}  # bytes/s of a copy
+BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+
+def devices_of(target: str) -> list[Any]:
+    """Of a topology that is not there: v5e:2x4 are eight chips of a TPU."""
+    if target not in GPUS:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+    name, bytes_per_second, memory = GPUS[target]
+    description = f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bytes_per_second:.0f} l2_cache_size: 52428800 device_memory_size: {memory:.0f}
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation" name: "{name}"
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
+"""
+    return list(topologies.get_topology_desc("", "cuda", target_config=description, topology="1x1x1").devices)
+
+
+def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any:
+    """`share` pictures a device; all of CIFAR-10's training pictures are there."""
+    model = freeze(make_model(config.model, num_classes=10), config.optimizer, config.num_epochs)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
+    shapes = jax.ShapeDtypeStruct
+    image, label = shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32)
+    pictures = jax.eval_shape(Pictures.in_lines, image, label)
+    train = which == "train"
+    lead = (len(devices), config.steps_per_call, share) if train else (len(devices), share)
+    index = shapes(lead, jnp.int32)
+    batch = jax.eval_shape(Batch, index, index, shapes(lead, jnp.float32))
+    if train:
+        objective = Objective(config.seed, make_augmentation(config.augment), config.label_smoothing)
+        step = partial(train_step, model=model, tx=tx, preprocessing=preprocessing, objective=objective)
+        steps: Any = partial(train_steps, step=step, loop=True)
+    else:
+        steps = partial(eval_step, model=model, preprocessing=preprocessing)
+    p_steps = jax.pmap(
+        steps,
+        axis_name=model.axis_name,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=0 if train else (),
+        devices=devices,
+    )
+    lowered = p_steps.lower(abstract_train_state(model, tx), pictures, batch)
+    # Without a GPU nothing can be tried to see which is fastest.
+    return lowered.compile({"xla_gpu_autotune_level": 0} if devices[0].platform == "gpu" else None)
+
+
+def bytes_of(shape: str) -> int:
+    """Of HLO's notation, tuples too: f32[2,3]{1,0} has 24."""
+    return sum(
+        BYTES[dtype] * math.prod(int(side) for side in sides.split(",") if side)
+        for dtype, sides in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+        if dtype in BYTES
+    )
+
+
+def kernels(hlo: str) -> Iterator[tuple[str, int]]:
+    """Of a GPU's program: each one's name without its number, and the bytes that it reads and writes.
+
+    Of an operand larger than all that a kernel gives, which it picks pictures from, as many as it gives.
+    """
+    sizes: dict[str, int] = {}
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line)
+        if not found:
+            continue
+        name, shape, operation, rest = found.groups()
+        sizes[name] = bytes_of(shape)
+        if operation in ("parameter", "constant", "get-tuple-element", "bitcast", "tuple"):
+            continue
+        operands = [sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])]
+        is_gather = max(operands, default=0) == math.prod(CIFAR10)
+        read = sizes[name] if is_gather else sum(operands)
+        target = re.search(r'custom_call_target="([^"]*)"', rest)
+        yield target[1] if target else re.sub(r"[._\d]+$", "", name), read + sizes[name]
+
+
+def cycles(hlo: str) -> Iterator[tuple[str, int]]:
+    """Of a TPU's program: what each part belongs to, and the cycles that the compiler expects of it."""
+    for line in hlo.splitlines():
+        expected = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if not expected:
+            continue
+        path = re.search(r'op_name="([^"]*)"', line)
+        of = path[1] if path else ""
+        layer = re.search(r"(conv|bn|downsample|fc|reduce_window)", of.rpartition("_features")[2])
+        kind = layer[1] if layer else "copy" if re.match(r"\s*(ROOT )?%?copy", line) else "other"
+        yield f"{'backward' if 'transpose(' in of else 'forward'} {kind}", int(expected[1])
+
+
+def look_at(compiled: Any, device: Any, pictures: int) -> dict[str, Any]:
+    """`pictures`: that a device sees in the program."""
+    hlo = compiled.as_text()
+    total: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for name, cost in (kernels if device.platform == "gpu" else cycles)(hlo):
+        total[name] += cost
+        count[name] += 1
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    cost = sum(total.values())
+    if device.platform == "gpu":
+        rate = MEASURED.get(device.device_kind, dict(v[:2] for v in GPUS.values()).get(device.device_kind, 0))
+        figures = {"kernels": sum(count.values()), "megabytes_per_picture": round(cost / pictures / 1e6, 1)}
+        each = {name: round(part / pictures / 1e6, 1) for name, part in total.most_common(12)}
+    else:
+        rate = HERTZ.get(device.device_kind, 0)
+        figures = {"megacycles": round(cost / 1e6, 2)}
+        each = {name: round(part / 1e6, 2) for name, part in total.most_common(12)}
+    return {
+        **figures,
+        "pictures_per_second": round(pictures * rate / cost),
+        "memory_gib": round(needed / 2**30, 2),
+        "most": each,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="v5e:2x4")
+    parser.add_argument("--config", default="configs/cifar10.py")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", default="train,evaluation")
+    parser.add_argument("--hlo", type=Path, help="a folder for the compiled programs")
+    args, rest = parser.parse_known_args()
+    config = load_config(args.config, parse_overrides(["--config.model.dtype=bfloat16", *rest]))
+    devices = devices_of(args.target)[: args.devices]
+    jax.default_backend = lambda: devices[0].platform  # by which the formulations are chosen
+    results: dict[str, Any] = {"device": devices[0].device_kind, "devices": len(devices), "batch": args.batch}
+    for which in args.steps.split(","):
+        started = time.perf_counter()
+        compiled = compile_step(config, which, devices, args.batch)
+        seconds = time.perf_counter() - started
+        if args.hlo:
+            args.hlo.mkdir(parents=True, exist_ok=True)
+            (args.hlo / f"{args.target.replace(':', '-')}-{which}-{args.batch}.txt").write_text(compiled.as_text())
+        results[which] = look_at(compiled, devices[0], args.batch) | {"seconds_to_compile": round(seconds)}
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
