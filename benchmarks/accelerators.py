@@ -66,7 +66,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
 """
-    return list(topologies.get_topology_desc("", "cuda", target_config=description, topology="1x1x1").devices)
+    return list(topologies.get_topology_desc("", "cuda", target_config=description, topology="1x1x8").devices)
 
 
 def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any:

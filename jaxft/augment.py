@@ -1,5 +1,6 @@
 """Random changes of the training pictures: pure functions of a key, on the device, inside the step."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -90,8 +91,9 @@ def crop_and_resize(images: jax.Array, boxes: Boxes, size: int, fill: ArrayLike)
     vertical = jax.vmap(lambda a, b: sampling_weights(a, b, height, size))(boxes.top, boxes.bottom)
     horizontal = jax.vmap(lambda a, b: sampling_weights(a, b, width, size))(boxes.left, boxes.right)
     pixels = images.astype(jnp.float32) - jnp.asarray(fill)
-    pixels = jnp.einsum("nvw,nhwc->nhvc", horizontal, pixels)
-    return jnp.einsum("nuh,nhvc->nuvc", vertical, pixels) + jnp.asarray(fill)
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # a TPU would round pixels to bfloat16
+    pixels = product("nvw,nhwc->nhvc", horizontal, pixels)
+    return product("nuh,nhvc->nuvc", vertical, pixels) + jnp.asarray(fill)
 
 
 def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:

@@ -34,6 +34,7 @@ def default_config() -> ConfigDict:
                 "stem": "imagenet",  # or small: one 3x3 convolution, for pictures of about 32 pixels
                 "width": 64,  # channels of the first stage; torchvision's ResNets have 64
                 "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
+                "precision": "high",  # of float32's products: a GPU's TF32, a TPU's three of bfloat16; highest: float32
                 "onednn": "auto",  # or always or never: a CPU's convolutions by oneDNN; auto: of long runs
                 "remat": False,  # a block's activations are computed again for its gradient: less memory, more time
                 "test_flip": False,  # tested and used with the mean of a picture's and its mirror image's logits
@@ -107,6 +108,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.arch": tuple(ARCHITECTURES),
     "model.stem": ("imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.precision": ("default", "high", "highest"),
     "model.batch_norm": ("update", "frozen", "sync", "recalibrate"),
     "model.onednn": ("auto", "always", "never"),
     "class_weights": ("none", "balanced"),

@@ -199,6 +199,7 @@ class ResNet(nn.Module):
     test_flip: bool = False  # see the mean of a picture and its mirror image, but in training
     axis_name: str = "batch"
     dtype: Any = jnp.float32
+    precision: str = "high"  # of products of float32 on accelerators, as jax.default_matmul_precision has it
 
     def norm_is_frozen(self, path: str) -> bool:
         """Whether the running statistics at 'layer1/0/bn1' stay as they are in training."""
@@ -213,17 +214,18 @@ class ResNet(nn.Module):
         The features are what the head sees, (N, F); features_only returns them instead.
         mask: (N,), 0 for padding, which then stays out of the batch statistics in training.
         """
-        if image.ndim == 2:
-            x = image
-        elif self.test_flip and not train:
-            both = self._features(jnp.concatenate([image, image[:, :, ::-1]]), None, train)
-            x = both.reshape(2, image.shape[0], both.shape[-1]).mean(0)
-        else:
-            x = self._features(image, mask, train)
-        if features_only:
-            return x
-        init = linear_init(x.shape[-1])
-        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
+        with jax.default_matmul_precision(self.precision):
+            if image.ndim == 2:
+                x = image
+            elif self.test_flip and not train:
+                both = self._features(jnp.concatenate([image, image[:, :, ::-1]]), None, train)
+                x = both.reshape(2, image.shape[0], both.shape[-1]).mean(0)
+            else:
+                x = self._features(image, mask, train)
+            if features_only:
+                return x
+            init = linear_init(x.shape[-1])
+            return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
 
     def _features(self, image: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         norm = partial(
@@ -270,6 +272,7 @@ def make_model(config: ConfigDict, num_classes: int) -> ResNet:
         remat=config.remat,
         test_flip=config.test_flip,
         dtype=jnp.dtype(config.dtype),
+        precision=config.precision,
     )
 
 

@@ -86,7 +86,8 @@ def _blend(image: jax.Array, other: jax.Array, signed: jax.Array) -> jax.Array:
 
 
 def _grey(image: jax.Array) -> jax.Array:
-    return jnp.round(image @ jnp.array([0.299, 0.587, 0.114]))[..., None]
+    weights = jnp.array([0.299, 0.587, 0.114])
+    return jnp.round(jnp.dot(image, weights, precision=jax.lax.Precision.HIGHEST))[..., None]
 
 
 def _same(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Against torchvision's ResNets with random weights and random running statistics."""
 
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -210,6 +211,25 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:
     assert half.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert 0 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_all_products_have_the_precision_asked_for(precision: str) -> None:
+    """Those of the gradients too, in the program that a TPU gets."""
+    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=8, precision=precision)
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+    def gradients(variables: Any, x: jax.Array) -> Any:
+        loss = lambda variables: model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()  # noqa: E731
+        return jax.grad(loss)(variables)
+
+    with as_if_on("tpu"):
+        traced = jax.jit(gradients).trace(variables, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
+        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", program)
+    assert len(products) >= 3 * 6  # the stem, three blocks' and the head; forward, and to inputs and kernels
+    for product in products:
+        assert re.findall(r"\b(?:DEFAULT|HIGH|HIGHEST)\b", product) == [precision.upper()] * 2
 
 
 def test_random_initialisation_is_torchvisions() -> None:

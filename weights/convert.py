@@ -105,6 +105,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", choices=["flax", "torchvision"], default="flax", help="the layout of OUT")
     parser.add_argument("--verify", action="store_true", help="compare with torchvision's network (needs torch)")
     args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # it has float64, and an accelerator may be another process's
     if args.list:
         print(named_weights.table())
         return
