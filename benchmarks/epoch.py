@@ -1,12 +1,13 @@
 """A whole epoch, from pictures on disk to the accuracy: jaxft's command beside the script that it replaces.
 
-python -m benchmarks.epoch [--rounds 3] [--image_size 64]
+python -m benchmarks.epoch [--rounds 3] [--image_size 64] [--pictures FOLDER] [--config.KEY=VALUE ...]
 
-One epoch of a ResNet-50 over the 2,000 training pictures of the sample of CIFAR-10 and its 1,000 test pictures, as
-configs/cifar10.py does it, each contender a process of its own, taking turns; seconds of wall time from the start of
-the process to its end, so with imports, compilation, checkpoint and report. jaxft runs twice, at first with an empty
-compilation cache. PyTorch with channels_last, and pictures resized by Pillow in two workers of its DataLoader. One JSON
-line.
+One epoch of a ResNet-50 over the 2,000 training pictures of the sample of CIFAR-10 and its 1,000 test pictures, or
+over those of FOLDER/train/CLASS and FOLDER/test/CLASS, as configs/cifar10.py does it, each contender a process of its
+own, taking turns; seconds of wall time from the start of the process to its end, so with imports, compilation,
+checkpoint and report. jaxft runs twice, at first with an empty compilation cache. PyTorch with channels_last, on a GPU
+if there is one, and pictures resized by Pillow in two workers of its DataLoader. --config.KEY=VALUE is for jaxft
+alone. One JSON line.
 """
 
 import argparse
@@ -31,19 +32,21 @@ def torch_epoch(folder: Path, image_size: int) -> None:
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     transform = transforms.Compose([transforms.Resize(image_size), transforms.ToTensor(), normalize])
     train, test = (torchvision.datasets.ImageFolder(str(folder / split), transform) for split in ("train", "test"))
-    model: Any = torchvision.models.resnet50(num_classes=10).to(memory_format=torch.channels_last)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = torchvision.models.resnet50(num_classes=len(train.classes))
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     for images, labels in torch.utils.data.DataLoader(train, 64, shuffle=True, num_workers=2):
         optimizer.zero_grad()
-        images = images.to(memory_format=torch.channels_last)
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        images = images.to(device, memory_format=torch.channels_last)
+        torch.nn.functional.cross_entropy(model(images), labels.to(device)).backward()
         optimizer.step()
     model.eval()
     correct = 0
     with torch.no_grad():
         for images, labels in torch.utils.data.DataLoader(test, 64, num_workers=2):
-            logits = model(images.to(memory_format=torch.channels_last))
-            correct += int((logits.argmax(1) == labels).sum())
+            logits = model(images.to(device, memory_format=torch.channels_last))
+            correct += int((logits.argmax(1).cpu() == labels).sum())
     print(f"Test Accuracy: {correct / len(test):.2%}")
 
 
@@ -51,8 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("--torch", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
     if args.torch:
         torch_epoch(args.torch, args.image_size)
         return
@@ -60,21 +64,24 @@ def main() -> None:
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            with tarfile.open("jaxft/samples/cifar10.tar.xz") as tar:
-                tar.extractall(folder / "pictures", filter="data")
+            pictures = args.pictures or folder / "pictures"
+            if not args.pictures:
+                with tarfile.open("jaxft/samples/cifar10.tar.xz") as tar:
+                    tar.extractall(pictures, filter="data")
             env = os.environ | {"JAXFT_CACHE": str(folder / "cache")}
             jaxft = [
                 "jaxft.train",
                 "--config=configs/cifar10.py",
                 "--config.model.pretrained=",
                 "--config.num_epochs=1",
-                f"--config.data.name=folder:{folder / 'pictures'}",
+                f"--config.data.name=folder:{pictures}",
                 f"--config.image_size={args.image_size}",
+                *rest,
             ]
             commands = {
                 "jaxft_first": [*jaxft, f"--workdir={folder / 'first'}"],
                 "jaxft_again": [*jaxft, f"--workdir={folder / 'again'}"],
-                "torch": ["benchmarks.epoch", f"--torch={folder / 'pictures'}", f"--image_size={args.image_size}"],
+                "torch": ["benchmarks.epoch", f"--torch={pictures}", f"--image_size={args.image_size}"],
             }
             for name, command in commands.items():
                 started = time.monotonic()

@@ -1,16 +1,24 @@
 """jaxft's train and evaluation step beside PyTorch's on the same work, taking turns: images/s as JSON.
 
     python -m benchmarks.train_step [--arch resnet50] [--work 64x32,224x16] [--steps train,forward] \
-        [--contenders jaxft-float32,torch-float32,...] [--rounds 9]
+        [--contenders jaxft-float32,torch-float32,...] [--rounds 9] [--steps_per_turn 1]
 
 Each contender is a process of its own that keeps its compiled step; they run one after the other, round by round, so
-that whatever else the machine does hits all of them alike. In its turn each makes two steps, of which the second
-counts: what was idle has to warm up. All have their memory in huge pages, as jaxft's commands do. PyTorch's threads
-wait for each other by spinning, so on a busy machine only images per second of CPU time on one core compare: --cores
-0. Work is pixels x batch size. A train step is forward, backward and SGD with momentum (jaxft's from uint8 pictures,
-PyTorch's from normalised ones, channels_last); a forward step is evaluation without gradients. Runs on whatever
-device JAX and PyTorch find. On a CPU, jaxft's convolutions are oneDNN's but for jaxft-float32-xla; torch-
-float32-compile takes minutes to compile.
+that whatever else the machine does hits all of them alike. In its turn each makes --steps_per_turn steps twice, of
+which the second time counts: what was idle has to warm up. It waits for the last of them alone. All have their memory
+in huge pages, as jaxft's commands do. PyTorch's threads wait for each other by spinning, so on a busy machine only
+images per second of CPU time on one core compare: --cores 0. Work is pixels x batch size. A train step is forward,
+backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones, channels_last); a forward
+step is evaluation without gradients. On a CPU, jaxft's convolutions are oneDNN's but for jaxft-float32-xla;
+torch-float32-compile takes minutes to compile.
+
+Runs on whatever device JAX and PyTorch find; on a GPU, where PyTorch's optimizer is fused, for instance:
+
+    python -m benchmarks.train_step --work 224x64,224x256 --steps_per_turn 20 \
+        --contenders jaxft-bfloat16,torch-bfloat16,torch-bfloat16-compile,torch-bfloat16-compile-graphs
+
+(graphs: CUDA graphs, by torch.compile's mode "reduce-overhead".) Contenders share its memory. Not tried: no GPU was at
+hand.
 """
 
 import argparse
@@ -35,8 +43,8 @@ CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "jaxft-float32-xla", "torch-flo
 NUM_CLASSES = 10
 
 
-def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], float]:
-    """A function that makes a step, waits for its end and tells a figure of it."""
+def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], Any]:
+    """A function that starts a step and gives a figure of it, which comes when it is done."""
     import jax
     import numpy as np
     import optax
@@ -73,10 +81,10 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
             donate_argnums=0,
         )
 
-        def train() -> float:
+        def train() -> Any:
             nonlocal state
             state, counts = p_train_step(state, pictures, what)
-            return float(counts.loss)
+            return counts.loss
 
         return train
     p_eval_step = jax.pmap(
@@ -85,10 +93,10 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
         in_axes=(None, None, 0),
         out_axes=None,
     )
-    return lambda: float(jax.device_get(p_eval_step(state, pictures, what)).loss.sum())
+    return lambda: p_eval_step(state, pictures, what).loss.sum()
 
 
-def torch_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], float]:
+def torch_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], Any]:
     """The same in PyTorch, channels_last, autocast for bfloat16."""
     from tests.reference import torch, torchvision
 
@@ -100,43 +108,65 @@ def torch_step(arch: str, size: int, batch: int, which: str, width: int, options
     image = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     label = torch.randint(NUM_CLASSES, (batch,), device=device)
     autocast = torch.autocast(device, torch.bfloat16, enabled="bfloat16" in options)
-    run = torch.compile(model) if "compile" in options else model
+    graphs = "graphs" in options
+    run = torch.compile(model, mode="reduce-overhead" if graphs else None) if "compile" in options else model
 
-    def train() -> float:
+    def train() -> Any:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad()
         with autocast:
             loss = torch.nn.functional.cross_entropy(run(image), label)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
-    def forward() -> float:
+    def forward() -> Any:
         with torch.no_grad(), autocast:
-            return run(image).float().sum().item()
+            return run(image).float().sum()
 
     model.train(which == "train")
     return train if which == "train" else forward
 
 
-def work(name: str, arch: str, size: int, batch: int, which: str, width: int) -> None:
-    """A contender: makes its first step, then one for each line on stdin, and prints what it took as JSON."""
+def peak_memory(library: str) -> float:
+    """In bytes: of the GPU, if there is one, or else of the process."""
+    if library == "jaxft":
+        import jax
+
+        of_device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    else:
+        import torch
+
+        of_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return of_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+
+
+def work(name: str, arch: str, size: int, batch: int, which: str, width: int, steps: int) -> None:
+    """A contender: makes its first step, then some for each line on stdin, and prints what one took as JSON."""
     library, *options = name.split("-")
     started = time.perf_counter()
     step = {"jaxft": jaxft_step, "torch": torch_step}[library](arch, size, batch, which, width, options)
     built = time.perf_counter()
-    step()
+    float(step())
     print(json.dumps({"build_seconds": built - started, "first_step_seconds": time.perf_counter() - built}), flush=True)
+
+    def turn() -> None:
+        for _ in range(steps - 1):
+            step()
+        float(step())
+
     for _ in sys.stdin:
-        step()
+        turn()
         started, cpu = time.perf_counter(), time.process_time()
-        step()
-        print(json.dumps([time.perf_counter() - started, time.process_time() - cpu]), flush=True)
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
+        turn()
+        print(json.dumps([(time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps]), flush=True)
+    print(json.dumps(peak_memory(library) / 2**20))
 
 
 def compare(arch: str, size: int, batch: int, which: str, width: int, args: argparse.Namespace) -> dict[str, Any]:
     """Of each contender: images/s (median, and from the slowest to the fastest quarter), start and memory."""
-    task = [arch, str(size), str(batch), which, str(width)]
+    task = [arch, str(size), str(batch), which, str(width), str(args.steps_per_turn)]
     children: dict[str, subprocess.Popen[str]] = {}
     result: dict[str, Any] = {}
     for name in args.contenders:
@@ -147,7 +177,7 @@ def compare(arch: str, size: int, batch: int, which: str, width: int, args: argp
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=huge_pages.environment(),
+            env=huge_pages.environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # a GPU's memory is shared
             text=True,
         )
         assert child.stdout
@@ -194,8 +224,8 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--contender"]:
-        name, arch, size, batch, which, width = sys.argv[2:]
-        return work(name, arch, int(size), int(batch), which, int(width))
+        name, arch, size, batch, which, width, steps = sys.argv[2:]
+        return work(name, arch, int(size), int(batch), which, int(width), int(steps))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--width", type=int, default=64, help="other than 64 for jaxft alone")
@@ -203,6 +233,7 @@ def main() -> None:
     parser.add_argument("--steps", default="train,forward")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps_per_turn", type=int, default=1)
     parser.add_argument("--cores", default="", help="such as 0 or 0-3, to which to keep; on a busy machine one core")
     parser.add_argument("--verbose", action="store_true", help="show what the contenders write to stderr")
     args = parser.parse_args()
