@@ -63,7 +63,7 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
     preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
     random = np.random.default_rng(0)
     pictures = replicate(
-        Pictures(
+        Pictures.in_lines(
             random.integers(0, 256, (batch, size, size, 3), np.uint8),
             random.integers(0, NUM_CLASSES, batch, np.int32),
         )

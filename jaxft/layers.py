@@ -173,7 +173,8 @@ def normalize(
     y = (x - mean) * slope + bias
     if shortcut is not None:
         y = y + shortcut
-    return computed_once((jnp.maximum(y, 0) if relu else y).astype(x.dtype))
+    y = (jnp.maximum(y, 0) if relu else y).astype(x.dtype)
+    return y if shortcut is None else computed_once(y)
 
 
 def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals: tuple, cotangents: tuple) -> tuple:
