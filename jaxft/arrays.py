@@ -61,7 +61,7 @@ def write_arrays(
                 shape = shape or picture.shape
                 if picture.shape != shape:
                     raise ValueError(f"has pictures of {shape} and of {picture.shape}, and says they are of one size")
-                file.write(picture.tobytes())
+                file.write(np.ascontiguousarray(picture).data)
                 labels.append(label)
         if not labels:
             raise ValueError("has no pictures")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from jaxft.pictures import SUFFIXES, PictureError, decode
 from jaxft.progress import Progress
 
 SHOWN = 10  # names in a message
+Result = TypeVar("Result")
 
 
 class LabelledFiles(NamedTuple):
@@ -93,11 +94,12 @@ def stored_size(files: LabelledFiles, side: int) -> tuple[tuple[int, int], int |
 
     Pictures stay as they are where all that can be read have one size, as their headers tell, and no larger one.
     """
+    common: tuple[int, int] | None = None
     with ThreadPoolExecutor() as pool:
-        sizes = {size for size in pool.map(_header_size, files.paths) if size}
-    if len(sizes) == 1 and min(size := sizes.pop()) <= side:
-        return size, None
-    return (side, side), side
+        for size in _map_ahead(pool, _header_size, files.paths):
+            if size and (min(size) > side or size != (common := common or size)):
+                return (side, side), side
+    return (common, None) if common else ((side, side), side)
 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
@@ -156,9 +158,7 @@ def _read(path: Path, side: int | None) -> np.ndarray | PictureError:
         return error
 
 
-def _map_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Path], np.ndarray | PictureError], paths: list[Path]
-) -> Iterator[np.ndarray | PictureError]:
+def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[Path], Result], paths: list[Path]) -> Iterator[Result]:
     """pool.map that holds a few results at a time, not all pictures of the folder."""
     ahead = 4 * (os.cpu_count() or 1)
     waiting = [pool.submit(function, path) for path in paths[:ahead]]

@@ -33,7 +33,8 @@ def decode(
             width, height = picture.size
             if width * height > max_pixels:
                 raise PictureError(f"{name} has {width} x {height} pixels; jaxft reads up to {max_pixels:,} in all")
-            rgb = _to_rgb(ImageOps.exif_transpose(picture))
+            ImageOps.exif_transpose(picture, in_place=True)  # without a copy
+            rgb = _to_rgb(picture)
             return np.asarray(rgb) if side is None else _shrink(rgb, side)
     except PictureError:
         raise
@@ -58,7 +59,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it
 
 
 def shrink(picture: np.ndarray, size: int) -> np.ndarray:
