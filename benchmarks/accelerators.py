@@ -39,12 +39,16 @@ from jaxft.steps import Batch, Objective, Pictures, abstract_train_state, eval_s
 
 CIFAR10 = (50_000, 32, 32, 3)
 HERTZ = {  # by the makers' figures: products of bfloat16 a second, of 128x128 (v6e: 256x256) units
+    "TPU v4": 1.05e9,  # 275e12 of 8, four in each core, which is a device here
     "TPU v5 lite": 1.5e9,  # 197e12 of 4 units
     "TPU v5": 1.75e9,  # 459e12 of 8
     "TPU v6 lite": 1.75e9,  # 918e12 of 4
 }
-GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 3.35e12, 85e9), "h200": ("NVIDIA H200", 4.8e12, 151e9)}  # bytes/s, bytes
-MEASURED = {"NVIDIA H200": 4.3e12}  # bytes/s of a copy
+GPUS = {  # their names, bytes a second by the maker's figures, bytes of memory
+    "h100": ("NVIDIA H100 80GB HBM3", 3.35e12, 85e9),
+    "h200": ("NVIDIA H200", 4.8e12, 151e9),
+}
+BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.3e12}  # the H200's by a measured copy
 BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 
@@ -155,7 +159,7 @@ def look_at(compiled: Any, device: Any, pictures: int) -> dict[str, Any]:
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     cost = sum(total.values())
     if device.platform == "gpu":
-        rate = MEASURED.get(device.device_kind, dict(v[:2] for v in GPUS.values()).get(device.device_kind, 0))
+        rate = BYTES_PER_SECOND[device.device_kind]
         figures = {"kernels": sum(count.values()), "megabytes_per_picture": round(cost / pictures / 1e6, 1)}
         each = {name: round(part / pictures / 1e6, 1) for name, part in total.most_common(12)}
     else:
@@ -180,7 +184,10 @@ def main() -> None:
     parser.add_argument("--hlo", type=Path, help="a folder for the compiled programs")
     args, rest = parser.parse_known_args()
     config = load_config(args.config, parse_overrides(["--config.model.dtype=bfloat16", *rest]))
-    devices = devices_of(args.target)[: args.devices]
+    try:
+        devices = devices_of(args.target)[: args.devices]
+    except Exception as error:  # JAX raises several kinds
+        parser.error(f"there is no compiler for {args.target} ({error}): pip install libtpu, or 'jax[cuda13]'")
     jax.default_backend = lambda: devices[0].platform  # by which the formulations are chosen
     results: dict[str, Any] = {"device": devices[0].device_kind, "devices": len(devices), "batch": args.batch}
     for which in args.steps.split(","):
