@@ -10,11 +10,11 @@ without one, the kernels and the bytes that they read and write, which memory bo
 pictures a device. --devices: of the target's, from the first on.
 """
 
-import argparse
 import json
 import math
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,13 +29,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jaxft.augment import make_augmentation
 from jaxft.config import load_config, parse_overrides
+from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.optimizer import make_optimizer
 from jaxft.parts import freeze
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from jaxft.resnet import make_model
-from jaxft.steps import Batch, Objective, Pictures, abstract_train_state, eval_step, train_step, train_steps
+from jaxft.steps import Batch, Pictures, abstract_train_state, eval_step
+from jaxft.train import pmap_train_steps
 
 CIFAR10 = (50_000, 32, 32, 3)
 HERTZ = {  # by the makers' figures: products of bfloat16 a second, of 128x128 (v6e: 256x256) units
@@ -74,32 +75,24 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_descripti
 
 
 def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any:
-    """`share` pictures a device; all of CIFAR-10's training pictures are there."""
+    """A single one, with `share` pictures a device; all of CIFAR-10's training pictures are there."""
     model = freeze(make_model(config.model, num_classes=10), config.optimizer, config.num_epochs)
     tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
     shapes = jax.ShapeDtypeStruct
-    image, label = shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32)
-    pictures = jax.eval_shape(Pictures.in_lines, image, label)
-    train = which == "train"
-    lead = (len(devices), config.steps_per_call, share) if train else (len(devices), share)
-    index = shapes(lead, jnp.int32)
-    batch = jax.eval_shape(Batch, index, index, shapes(lead, jnp.float32))
-    if train:
-        objective = Objective(config.seed, make_augmentation(config.augment), config.label_smoothing)
-        step = partial(train_step, model=model, tx=tx, preprocessing=preprocessing, objective=objective)
-        steps: Any = partial(train_steps, step=step, loop=True)
+    pictures = jax.eval_shape(Pictures.in_lines, shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32))
+    each = (len(devices), 1, share) if which == "train" else (len(devices), share)
+    index = shapes(each, jnp.int32)
+    batch = jax.eval_shape(Batch, index, index, shapes(each, jnp.float32))
+    if which == "train":
+        steps = pmap_train_steps(config, model, tx, preprocessing, devices=devices)
+        lowered = steps.lower(state, pictures, batch, None)
     else:
-        steps = partial(eval_step, model=model, preprocessing=preprocessing)
-    p_steps = jax.pmap(
-        steps,
-        axis_name=model.axis_name,
-        in_axes=(None, None, 0),
-        out_axes=None,
-        donate_argnums=0 if train else (),
-        devices=devices,
-    )
-    lowered = p_steps.lower(abstract_train_state(model, tx), pictures, batch)
+        step = partial(eval_step, model=model, preprocessing=preprocessing)
+        in_axes = (None, None, 0)
+        p_step = jax.pmap(step, axis_name=model.axis_name, in_axes=in_axes, out_axes=None, devices=devices)
+        lowered = p_step.lower(state, pictures, batch)
     # Without a GPU nothing can be tried to see which is fastest.
     return lowered.compile({"xla_gpu_autotune_level": 0} if devices[0].platform == "gpu" else None)
 
@@ -116,7 +109,7 @@ def bytes_of(shape: str) -> int:
 def kernels(hlo: str) -> Iterator[tuple[str, int]]:
     """Of a GPU's program: each one's name without its number, and the bytes that it reads and writes.
 
-    Of an operand larger than all that a kernel gives, which it picks pictures from, as many as it gives.
+    Where it picks pictures from the data set, it reads what it writes.
     """
     sizes: dict[str, int] = {}
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
@@ -174,20 +167,21 @@ def look_at(compiled: Any, device: Any, pictures: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser("python -m benchmarks.accelerators", __doc__)
     parser.add_argument("--target", default="v5e:2x4")
     parser.add_argument("--config", default="configs/cifar10.py")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", default="train,evaluation")
     parser.add_argument("--hlo", type=Path, help="a folder for the compiled programs")
-    args, rest = parser.parse_known_args()
-    config = load_config(args.config, parse_overrides(["--config.model.dtype=bfloat16", *rest]))
+    args, rest = parser.parse_known_args(argv)
+    config = load_config(args.config, parse_overrides(rest))
     try:
         devices = devices_of(args.target)[: args.devices]
     except Exception as error:  # JAX raises several kinds
-        parser.error(f"there is no compiler for {args.target} ({error}): pip install libtpu, or 'jax[cuda13]'")
+        what = f"there is no compiler for {args.target} ({error}): pip install libtpu, or 'jax[cuda13]'"
+        raise UserError(what) from error
     jax.default_backend = lambda: devices[0].platform  # by which the formulations are chosen
     results: dict[str, Any] = {"device": devices[0].device_kind, "devices": len(devices), "batch": args.batch}
     for which in args.steps.split(","):
@@ -202,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, sys.argv[1:]))

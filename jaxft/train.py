@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from importlib.metadata import version
@@ -322,8 +322,9 @@ def pmap_train_steps(
     preprocessing: Preprocessing,
     class_weights: tuple[float, ...] = (),
     teacher: Teacher | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Any:
-    """Of (state, pictures, batches, the teacher's variables)."""
+    """Of (state, pictures, batches, the teacher's variables). devices: other than all that there are."""
     distill = config.distill
     step = partial(
         train_step,
@@ -337,8 +338,13 @@ def pmap_train_steps(
     )
     steps = partial(train_steps, step=step, loop=jax.default_backend() != "cpu")
     return jax.pmap(
-        steps, axis_name=model.axis_name, in_axes=(None, None, 0, None), out_axes=None, donate_argnums=0
-    )  # state in natural shapes: no leading axis to add or strip
+        steps,
+        axis_name=model.axis_name,
+        in_axes=(None, None, 0, None),  # state in natural shapes: no leading axis to add or strip
+        out_axes=None,
+        donate_argnums=0,
+        devices=devices,
+    )
 
 
 def up_to_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
