@@ -87,7 +87,7 @@ def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any
     batch = jax.eval_shape(Batch, index, index, shapes(each, jnp.float32))
     if which == "train":
         steps = pmap_train_steps(config, model, tx, preprocessing, devices=devices)
-        lowered = steps.lower(state, pictures, batch, None)
+        lowered = steps.lower(state, pictures, batch, None, None)
     else:
         step = partial(eval_step, model=model, preprocessing=preprocessing)
         in_axes = (None, None, 0)

@@ -83,7 +83,7 @@ def main() -> None:
 
     for steps in (1, 10):
         p_step = jax.pmap(
-            partial(train_steps, step=nothing, loop=True),
+            partial(train_steps, step=nothing),
             axis_name="batch",
             in_axes=(None, None, 0),
             out_axes=None,

@@ -44,9 +44,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_o
         return _conv_of_few(x, kernel, stride)
     if stride == 2 and channels <= _PICTURE and features < _FULL_BLOCK:
         return _conv_of_blocks(x, kernel)
-    if stride == 2 and size == 3:
-        return _strided_conv(x, kernel)
-    return plain_conv(x, kernel, stride)
+    return _conv_in_loops(x, kernel, stride)
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -136,33 +134,74 @@ def _conv_of_blocks_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tup
 
 def _conv_of_blocks_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients are faster in the plain formulation."""
-    return jax.vjp(partial(plain_conv, stride=2), *residuals)[1](dy)
+    x, kernel = residuals
+    return _plain_input_gradient(kernel, dy, x.shape, 2), _plain_kernel_gradient(x, dy, 2, kernel.shape[0])
 
 
 _conv_of_blocks.defvjp(_conv_of_blocks_fwd, _conv_of_blocks_bwd)
 
 
-@jax.custom_vjp
-def _strided_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """With stride 2."""
-    return plain_conv(x, kernel, 2)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_in_loops(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """`plain_conv` whose gradients are of NHWC and HWIO too: others XLA on a CPU makes such outside of loops alone."""
+    return plain_conv(x, kernel, stride)
 
 
-def _strided_conv_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _strided_conv(x, kernel), (x, kernel)
+def _conv_in_loops_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return plain_conv(x, kernel, stride), (x, kernel)
 
 
-def _strided_conv_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _conv_in_loops_bwd(
+    stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    dx = jax.vjp(lambda x: plain_conv(x, kernel, 2), x)[1](dy)[0]
+    size = kernel.shape[0]
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return _transposed_dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
-    return dx, _gradient_by_pixels(x, dy, 2, kernel.shape[0], product).astype(kernel.dtype)
+    if stride == 2 and size == 3:
+        kernel_gradient = _gradient_by_pixels(x, dy, stride, size, product).astype(kernel.dtype)
+    else:
+        kernel_gradient = _plain_kernel_gradient(x, dy, stride, size)
+    return _plain_input_gradient(kernel, dy, x.shape, stride), kernel_gradient
 
 
-_strided_conv.defvjp(_strided_conv_fwd, _strided_conv_bwd)
+_conv_in_loops.defvjp(_conv_in_loops_fwd, _conv_in_loops_bwd)
+
+
+def _plain_input_gradient(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
+    """Of `plain_conv`: a convolution of dy, with zeros between its pixels, with the kernel turned around."""
+    size = kernel.shape[0]
+    pads = [
+        (size - 1 - size // 2, side - 1 - stride * (seen - 1) + size // 2)
+        for side, seen in zip(shape[1:3], dy.shape[1:3], strict=True)
+    ]
+    return lax.conv_general_dilated(
+        dy,
+        kernel[::-1, ::-1].transpose(0, 1, 3, 2),
+        (1, 1),
+        pads,
+        lhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _plain_kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
+    """Of `plain_conv`: a convolution of x with dy, whose channels are the pictures."""
+    pads = [
+        (size // 2, size + stride * (seen - 1) - side - size // 2)
+        for side, seen in zip(x.shape[1:3], dy.shape[1:3], strict=True)
+    ]
+    gradient = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        (1, 1),
+        pads,
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return gradient.transpose(1, 2, 0, 3)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -189,7 +228,7 @@ def _onednn_conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: ja
     elif size == 3:
         dx = _strided_input_gradient(kernel, dy)[:, : x.shape[1], : x.shape[2]]
     else:  # the stem's, of pictures
-        dx = jax.vjp(lambda x: plain_conv(x, kernel, stride), x)[1](dy)[0]
+        dx = _plain_input_gradient(kernel, dy, x.shape, stride)
     return dx, _kernel_gradient(x, dy, stride, size).astype(kernel.dtype)
 
 

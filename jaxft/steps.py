@@ -269,16 +269,24 @@ def _averaged(averages: Any, state: TrainState, decay: float) -> Any:
 
 
 def train_steps(
-    state: TrainState, pictures: Pictures | None, batches: Batch, teacher: Any = None, *, step: TrainStep, loop: bool
+    state: TrainState,
+    pictures: Pictures | None,
+    batches: Batch,
+    teacher: Any = None,
+    turns: Array | None = None,
+    *,
+    step: TrainStep,
 ) -> tuple[TrainState, Counts]:
-    """One after the other: batches (K, B), counts (K,). Without a loop: K copies of the step, which round otherwise."""
-    if loop:
-        return jax.lax.scan(lambda state, batch: step(state, pictures, batch, teacher), state, batches)
-    all_counts = []
-    for k in range(len(batches.index)):  # scan would make a loop of a single step too
-        state, counts = step(state, pictures, jax.tree.map(lambda a, k=k: a[k], batches), teacher)
-        all_counts.append(counts)
-    return state, jax.tree.map(lambda *counts: jnp.stack(counts), *all_counts)
+    """The first `turns` of batches (K, B), or all of them, one after the other: counts (K,), 0 where no step was."""
+
+    def turn(k: Array, carried: tuple[TrainState, Counts]) -> tuple[TrainState, Counts]:
+        state, all_counts = carried
+        state, counts = step(state, pictures, jax.tree.map(lambda array: array[k], batches), teacher)
+        return state, jax.tree.map(lambda all, one: all.at[k].set(one.astype(all.dtype)), all_counts, counts)
+
+    size = len(batches.index)
+    zeros = jnp.zeros(size, jnp.result_type(float))
+    return jax.lax.fori_loop(0, size if turns is None else turns, turn, (state, Counts(zeros, zeros, zeros)))
 
 
 def eval_step(

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from importlib.metadata import version
@@ -55,14 +55,13 @@ from jaxft.parts import freeze, table, trains_head_alone
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
-from jaxft.resnet import ResNet, make_model
+from jaxft.resnet import ResNet, make_model, multiply_adds
 from jaxft.steps import (
     Batch,
     Counts,
     Objective,
     Pictures,
     TrainState,
-    TrainStep,
     abstract_train_state,
     count_predictions,
     create_train_state,
@@ -72,6 +71,10 @@ from jaxft.steps import (
     train_steps,
 )
 from jaxft.trackers import Trackers, check_trackers
+
+TrainSteps = Callable[[TrainState, Pictures | None, Batch, Any], tuple[TrainState, Counts]]  # the last: its `turns`
+STEPS_PER_CALL = 8  # on a CPU, at most
+WORK_PER_CALL = 6e11  # multiply-adds on a CPU, some seconds on two cores, for which Ctrl-C has to wait
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -140,13 +143,13 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     class_weights = balanced_class_weights(train_data.label, model.num_classes) if balanced else ()
 
     @cache
-    def compiled(model: ResNet, size: int) -> TrainStep:
+    def compiled(model: ResNet, size: int) -> TrainSteps:
         mapped = pmap_train_steps(config, model, tx, preprocessing._replace(image_size=size), class_weights, teacher)
         steps, variables = compiled_by_all(mapped), teacher and teacher.variables
-        return lambda state, pictures, batch: steps(state, pictures, batch, variables)
+        return lambda state, pictures, batches, turns: steps(state, pictures, batches, variables, turns)
 
-    # A CPU's convolutions are several times slower in a loop, and a call costs it next to nothing.
-    steps_per_call = 1 if jax.default_backend() == "cpu" else config.steps_per_call
+    per_call = steps_per_call(config, model, state)
+    resumed_at = int(state.step)
     p_eval_step = pmap_eval_step(model, preprocessing)
     mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
     train_feed, eval_feed = make_feed(train_data, config.data, partners=mixed), make_feed(eval_data, config.data)
@@ -170,7 +173,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
             with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
                 parts = up_to_checkpoints(int(state.step), epoch * steps_per_epoch, config.checkpoint.every_steps)
                 for num_steps in parts:
-                    part = calls(batches, num_steps, steps_per_call)
+                    part = calls(batches, num_steps, per_call, first=int(state.step) == resumed_at)
                     steps = run_steps(p_train_steps, state, train_feed.pictures, part, stop)
                     for state, step, counts, seconds in steps:  # noqa: B007, the last one's state is the part's
                         row = metrics_row(step, epoch, "train", counts, seconds)
@@ -235,7 +238,7 @@ def find_batch_size(config: ConfigDict, train_data: datasets.Dataset, eval_data:
     steps = pmap_train_steps(config, model, tx, preprocessing, teacher=teacher)
 
     def compile_step(pictures: Pictures, batch: Batch) -> Any:
-        return steps.lower(state, pictures, batch, teacher and teacher.variables).compile()
+        return steps.lower(state, pictures, batch, teacher and teacher.variables, turns(1)).compile()
 
     stream = config.data.stream
     resident = sum(data.image.nbytes for data in (train_data, eval_data) if not datasets.is_streamed(data, stream))
@@ -324,7 +327,7 @@ def pmap_train_steps(
     teacher: Teacher | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Any:
-    """Of (state, pictures, batches, the teacher's variables). devices: other than all that there are."""
+    """Of (state, pictures, batches, the teacher's variables, turns). devices: other than all that there are."""
     distill = config.distill
     step = partial(
         train_step,
@@ -336,11 +339,10 @@ def pmap_train_steps(
         distillation=teacher
         and Distillation(teacher.model, teacher.preprocessing, distill.weight, distill.temperature),
     )
-    steps = partial(train_steps, step=step, loop=jax.default_backend() != "cpu")
     return jax.pmap(
-        steps,
+        partial(train_steps, step=step),
         axis_name=model.axis_name,
-        in_axes=(None, None, 0, None),  # state in natural shapes: no leading axis to add or strip
+        in_axes=(None, None, 0, None, None),  # state in natural shapes: no leading axis to add or strip
         out_axes=None,
         donate_argnums=0,
         devices=devices,
@@ -355,43 +357,67 @@ def up_to_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
         first = step
 
 
-def calls(batches: Iterator[Batch], num_steps: int, steps_per_call: int) -> Iterator[list[Batch]]:
-    """The next num_steps batches, as many a call; what remains one by one, so that no other number is compiled."""
-    whole, rest = divmod(num_steps, steps_per_call)
-    for size in [steps_per_call] * whole + [1] * rest:
-        yield list(islice(batches, size))
+def steps_per_call(config: ConfigDict, model: ResNet, state: TrainState) -> int:
+    """On a CPU several: with each call it takes the memory of a step from the kernel, which has to clear it first."""
+    if config.steps_per_call or jax.default_backend() != "cpu":
+        return config.steps_per_call or 1
+    work = 3 * multiply_adds(model, state.variables(), config.image_size) * config.batch_size
+    return int(min(max(WORK_PER_CALL / work, 1), STEPS_PER_CALL))
+
+
+def calls(batches: Iterator[Batch], num_steps: int, steps_per_call: int, *, first: bool) -> Iterator[tuple[Batch, int]]:
+    """The next num_steps batches, several (devices, K, B) a call, and how many of these are to be trained on.
+
+    Each K is compiled: on a CPU one, of which any number may be trained on, the first one alone, which shows that the
+    run has begun; elsewhere, where loops of a known number are faster, steps_per_call or 1.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    while num_steps:
+        count = min(num_steps, steps_per_call)
+        if first if on_cpu else count < steps_per_call:
+            count = 1
+        call = list(islice(batches, count))
+        padding = [call[-1]] * (steps_per_call - count) if on_cpu else []
+        yield jax.tree.map(lambda *arrays: np.stack(arrays, 1), *call, *padding), count
+        num_steps, first = num_steps - count, False
+
+
+def turns(count: int) -> np.int32 | None:
+    """As train_steps takes them: for calls of any number of steps, or of a known one."""
+    return np.int32(count) if jax.default_backend() == "cpu" else None
 
 
 def run_steps(
-    p_train_steps: TrainStep,
+    p_train_steps: TrainSteps,
     state: TrainState,
     pictures: Pictures | None,
-    calls: Iterable[list[Batch]],
+    calls: Iterable[tuple[Batch, int]],
     stop: StopSignals,
 ) -> Iterator[tuple[TrainState, int, Counts, float]]:
     """The newest state, and each step with its counts and the seconds it took.
 
-    Counts arrive STEPS_AHEAD calls late so that the devices never wait; the last state is the one after the last.
+    Counts arrive STEPS_AHEAD calls late so that accelerators never wait; the last state is the one after the last.
     """
+    calls_ahead = 0 if jax.default_backend() == "cpu" else STEPS_AHEAD
     step = launched = int(state.step)
-    waiting = deque[Counts]()
+    waiting = deque[tuple[Counts, int]]()
     started = time.monotonic()
 
     def arrived() -> Iterator[tuple[TrainState, int, Counts, float]]:
         nonlocal step, started
-        counts = jax.device_get(waiting.popleft())
+        counts, count = jax.device_get(waiting.popleft())
         before, started = started, time.monotonic()
-        for i in range(len(counts.loss)):
+        for i in range(count):
             step += 1
-            yield state, step, jax.tree.map(lambda array, i=i: array[i], counts), (started - before) / len(counts.loss)
+            yield state, step, jax.tree.map(lambda array, i=i: array[i], counts), (started - before) / count
 
-    for call in calls:
-        if any([stop.reached(launched + i) for i in range(1, len(call) + 1)]):  # noqa: C419, each has to be asked
+    for batches, count in calls:
+        if any([stop.reached(launched + i) for i in range(1, count + 1)]):  # noqa: C419, each has to be asked
             break
-        state, counts = p_train_steps(state, pictures, jax.tree.map(lambda *arrays: np.stack(arrays, 1), *call))
-        launched += len(call)
-        waiting.append(counts)
-        if len(waiting) > STEPS_AHEAD:
+        state, counts = p_train_steps(state, pictures, batches, turns(count))
+        launched += count
+        waiting.append((counts, count))
+        if len(waiting) > calls_ahead:
             yield from arrived()
     while waiting:
         yield from arrived()

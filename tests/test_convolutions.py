@@ -1,5 +1,6 @@
 """Each formulation against the plain one: in float64, and in what oneDNN computes in."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,19 @@ def test_formulations_for_xla(shape: tuple[int, int, int], size: int, stride: in
     with jax.enable_x64(True):
         kernel = random(size, size, shape[-1], 4)
         same(partial(conv, stride=stride), partial(plain_conv, stride=stride), random(2, *shape), kernel)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("size", "shape"), [(3, (8, 9, 5)), (3, (6, 6, 5)), (7, (16, 16, 3)), (7, (9, 12, 5))])
+def test_gradients_are_convolutions_as_a_loop_needs_them(shape: tuple[int, int, int], size: int, stride: int) -> None:
+    """XLA on a CPU takes some twenty times as long in a loop, as training has it, for other orders of dimensions."""
+
+    def gradients(x: Any, kernel: Any) -> Any:
+        return jax.grad(lambda x, kernel: (conv(x, kernel, stride) ** 2).sum(), (0, 1))(x, kernel)
+
+    program = jax.jit(gradients).lower(random(2, *shape), random(size, size, shape[-1], 4)).as_text()
+    orders = re.findall(r"dim_numbers = (.*?),\s*window", program)
+    assert len(orders) >= 2 and set(orders) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
 @pytest.mark.parametrize("small_map", [0, 7])

@@ -150,8 +150,9 @@ def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, backend:
 
 
 @pytest.mark.slow
-def test_steps_in_one_call_are_the_steps_of_several() -> None:
-    """Bit for bit, on two devices, with augmentation: a loop's body rounds alike whatever the number of its turns."""
+@pytest.mark.parametrize("any_number", [True, False])
+def test_steps_in_one_call_are_the_steps_of_several(any_number: bool) -> None:
+    """Bit for bit, on two devices, with augmentation, in loops of any number of turns or a known one."""
     sample = datasets.load("sample:cifar10", "test")
     model = ResNet(BasicBlock, (1, 1), num_classes=10, width=4, batch_norm="sync")
     tx = make_optimizer(default_config().optimizer, steps_per_epoch=10, num_epochs=1)
@@ -160,9 +161,9 @@ def test_steps_in_one_call_are_the_steps_of_several() -> None:
     )
     devices = jax.local_devices()[:2]
     p_steps = jax.pmap(
-        partial(train_steps, step=step, loop=True),
+        partial(train_steps, step=step),
         axis_name="batch",
-        in_axes=(None, None, 0),
+        in_axes=(None, None, 0, None, None),
         out_axes=None,
         devices=devices,
     )
@@ -171,9 +172,11 @@ def test_steps_in_one_call_are_the_steps_of_several() -> None:
     for per_call in (1, 2, 6):
         state, losses = random_state(model, tx), []
         for start in range(0, 6, per_call):
-            call = jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches[start : start + per_call])
-            state, counts = p_steps(state, Pictures(sample.image, sample.label), call)
-            losses.append(np.asarray(counts.loss))
+            padding = batches[:1] * (6 - per_call) if any_number else []
+            call = jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches[start : start + per_call], *padding)
+            turns = np.int32(per_call) if any_number else None
+            state, counts = p_steps(state, Pictures(sample.image, sample.label), call, None, turns)
+            losses.append(np.asarray(counts.loss)[:per_call])
         results.append([np.concatenate(losses), *map(np.asarray, jax.tree.leaves(state))])
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):

@@ -6,40 +6,68 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.steps import Batch, Pictures, train_steps
-from jaxft.train import calls, up_to_checkpoints
+from jaxft.config import default_config
+from jaxft.resnet import ARCHITECTURES
+from jaxft.steps import Batch, Counts, abstract_train_state, train_steps
+from jaxft.train import calls, steps_per_call, up_to_checkpoints
+from tests.formulations import as_if_on
 
 
-@given(done=st.integers(0, 50), count=st.integers(0, 50), every_steps=st.integers(0, 20), per_call=st.integers(1, 9))
-def test_every_batch_has_its_turn(done: int, count: int, every_steps: int, per_call: int) -> None:
+@given(
+    done=st.integers(0, 50),
+    count=st.integers(0, 50),
+    every_steps=st.integers(0, 20),
+    per_call=st.integers(1, 9),
+    backend=st.sampled_from(["cpu", "gpu"]),
+)
+def test_every_batch_has_its_turn(done: int, count: int, every_steps: int, per_call: int, backend: str) -> None:
     numbers = range(done + 1, done + count + 1)
-    batches = [Batch(np.array(step), np.array(step), np.array(1)) for step in numbers]
-    rest = iter(batches)
-    parts = [list(calls(rest, size, per_call)) for size in up_to_checkpoints(done, done + count, every_steps)]
-    assert [batch for part in parts for call in part for batch in call] == batches
-    ends = [int(part[-1][-1].index) for part in parts]
-    assert set(ends) == {step for step in numbers if every_steps and step % every_steps == 0} | {*numbers[-1:]}
-    for part in parts:
-        size = sum(len(call) for call in part)
-        assert {len(call) for call in part} <= {1, per_call}
-        assert len(part) == size // per_call + size % per_call
+    rest = iter([Batch(np.full(1, step), np.full(1, step), np.ones(1)) for step in numbers])
+    with as_if_on(backend):
+        sizes = enumerate(up_to_checkpoints(done, done + count, every_steps))
+        parts = [list(calls(rest, size, per_call, first=not i)) for i, size in sizes]
+    trained = [[step for batches, turns in part for step in batches.index[0, :turns].tolist()] for part in parts]
+    assert [step for part in trained for step in part] == list(numbers)
+    assert {part[-1] for part in trained} == {step for step in numbers if every_steps and step % every_steps == 0} | {
+        *numbers[-1:]
+    }
+    compiled = {batches.index.shape[1] for part in parts for batches, _ in part}
+    if backend == "cpu":
+        assert compiled <= {per_call}
+        assert [turns for part in parts[:1] for _, turns in part[:1]] == [1][:count]
+    else:
+        assert compiled <= {1, per_call}
+        assert all(turns == batches.index.shape[1] for part in parts for batches, turns in part)
 
 
-def test_a_cpus_steps_are_in_no_loop() -> None:
-    """Not even in one of a single turn, in which XLA's convolutions on a CPU take twenty times as long."""
+@pytest.mark.parametrize("turns", [None, 0, 1, 3])
+def test_so_many_steps_as_there_are_turns(turns: int | None) -> None:
+    def step(state: Any, pictures: Any, batch: Batch, teacher: Any) -> Any:
+        return state + batch.index, Counts(batch.index, state, batch.mask)
 
-    def loops(loop: bool, per_call: int) -> int:
-        def step(state: Any, pictures: Any, batch: Batch, teacher: Any) -> Any:
-            return state + batch.mask, state
+    batches = Batch(np.array([3, 5, 7]), np.zeros(3), np.ones(3))
+    traced: Any = np.int32(turns) if turns is not None else None
+    state, counts = jax.jit(partial(train_steps, step=step))(jnp.int32(100), None, batches, None, traced)
+    done = 3 if turns is None else turns
+    assert int(state) == 100 + sum([3, 5, 7][:done])
+    np.testing.assert_array_equal(counts.loss, [3, 5, 7][:done] + [0] * (3 - done))
+    np.testing.assert_array_equal(counts.correct, [100, 103, 108][:done] + [0] * (3 - done))
 
-        zeros = np.zeros(per_call, np.float32)
-        batches, pictures = Batch(zeros, zeros, zeros), Pictures(np.zeros(1), np.zeros(1))
-        steps: Any = partial(train_steps, step=step, loop=loop)
-        traced = jax.make_jaxpr(steps)(jnp.zeros(()), pictures, batches)
-        return sum(equation.primitive.name in ("scan", "while") for equation in traced.jaxpr.eqns)
 
-    assert [loops(False, per_call) for per_call in (1, 3)] == [0, 0]
-    assert loops(True, 3) == 1
+@pytest.mark.parametrize(
+    ("image_size", "batch_size", "setting", "expected"),
+    [(224, 64, 0, 1), (224, 16, 0, 3), (64, 32, 0, 8), (64, 32, 5, 5)],
+)
+def test_a_call_on_a_cpu_takes_some_seconds(image_size: int, batch_size: int, setting: int, expected: int) -> None:
+    config = default_config()
+    config.update(image_size=image_size, batch_size=batch_size, steps_per_call=setting)
+    model = ARCHITECTURES["resnet50"](num_classes=10)
+    state = abstract_train_state(model, optax.sgd(0.1))
+    assert steps_per_call(config, model, state) == expected
+    with as_if_on("gpu"):
+        assert steps_per_call(config, model, state) == (setting or 1)
