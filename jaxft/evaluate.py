@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxft import datasets, onednn
 from jaxft.backend import set_up_backend
+from jaxft.calls import batches_per_call, calls, turns
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.config import resolve
 from jaxft.distributed import compiled_by_all, run_together
@@ -26,80 +27,89 @@ from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
 from jaxft.resnet import ResNet, multiply_adds
-from jaxft.steps import Batch, Pictures, Predictions, TrainState, eval_step, features_step, replicate, statistics_step
+from jaxft.steps import (
+    Batch,
+    Pictures,
+    Predictions,
+    TrainState,
+    eval_step,
+    features_step,
+    replicate,
+    statistics_step,
+    with_each,
+)
 
-EvalStep = Callable[[TrainState, Pictures | None, Batch], Predictions]
+Steps = Callable[[TrainState, Pictures | None, Batch, Any], Any]  # the last: `with_each`'s turns
 STEPS_AHEAD = 2  # that the host runs before the devices
 
 
 def evaluate_pictures(
-    p_eval_step: EvalStep,
-    state: TrainState,
-    feed: Feed,
-    batch_size: int,
+    p_eval_steps: Steps, state: TrainState, feed: Feed, batch_size: int, per_call: int = 1
 ) -> Predictions:
     """Of each picture (N,) in the order of the data, once, on any number of devices."""
-    return _of_each(p_eval_step, state, feed, batch_size, "evaluating")
+    return _of_pictures(p_eval_steps, state, feed, batch_size, per_call, "evaluating")
 
 
 def extract_features(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int, per_call: int = 1
 ) -> Pictures:
     """The same labels with what the head sees of each picture, float32 (N, F), for a backbone that stays as it is."""
-    step = partial(features_step, model=model, preprocessing=preprocessing)
-    p_step = compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
-    return Pictures(_of_each(p_step, state, feed, batch_size, "the backbone's features"), feed.label)
+    p_steps = _pmap_steps(features_step, model, preprocessing)
+    return Pictures(_of_pictures(p_steps, state, feed, batch_size, per_call, "the backbone's features"), feed.label)
 
 
 def recalibrate(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int, per_call: int = 1
 ) -> TrainState:
     """With running statistics that are the mean of every batch's, as torch.optim.swa_utils.update_bn has them.
 
     A batch's own statistics belong to the parameters as they are now, running ones also to earlier ones.
     """
-    step = partial(statistics_step, model=model, preprocessing=preprocessing)
-    p_step = compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
-    size = len(feed.label)
-    parts: list[Any] = []
-    with Progress("recalibrating", size) as progress:
-        for batch in feed.batches(np.arange(size), batch_size):
-            parts.append(jax.device_get(p_step(state, feed.pictures, batch)))
-            progress.update(min(batch_size, size))
-    mean = replicate(jax.tree.map(lambda *a: np.mean(a, axis=0, dtype=np.float64).astype(a[0].dtype), *parts))
+    p_steps = _pmap_steps(statistics_step, model, preprocessing)
+    of_batches = _of_batches(p_steps, state, feed, batch_size, per_call, "recalibrating")
+    mean = replicate(jax.tree.map(lambda a: np.mean(a, axis=0, dtype=np.float64).astype(a.dtype), of_batches))
     if state.ema:
         return dataclasses.replace(state, ema=state.ema | {"batch_stats": mean})
     return dataclasses.replace(state, batch_stats=mean)
 
 
-def _of_each(
-    p_step: Callable[[TrainState, Pictures | None, Batch], Any],
-    state: TrainState,
-    feed: Feed,
-    batch_size: int,
-    description: str,
+def _of_pictures(
+    p_steps: Steps, state: TrainState, feed: Feed, batch_size: int, per_call: int, description: str
 ) -> Any:
     """A step's results (num_devices, B, ...) for all pictures, on the host: (N, ...)."""
-    size, devices = len(feed.label), jax.device_count()
-    batch_size = -(-batch_size // devices) * devices
-    parts: list[Any] = []
+    devices = jax.device_count()
+    of_batches = _of_batches(p_steps, state, feed, -(-batch_size // devices) * devices, per_call, description)
+    # Padding is at the end of the last batch alone.
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(feed.label)], of_batches)
+
+
+def _of_batches(p_steps: Steps, state: TrainState, feed: Feed, batch_size: int, per_call: int, description: str) -> Any:
+    """A step's results for all batches, on the host: (batches, ...)."""
+    size = len(feed.label)
+    results: list[Any] = []
+    counts: list[int] = []
     with Progress(description, size) as progress:
-        for batch in feed.batches(np.arange(size), batch_size):
-            parts.append(p_step(state, feed.pictures, batch))
-            if len(parts) > STEPS_AHEAD:
-                jax.block_until_ready(parts[-1 - STEPS_AHEAD])
-                progress.update(min(batch_size, size))
+        batches = feed.batches(np.arange(size), batch_size)
+        for call, count in calls(batches, -(-size // batch_size), per_call):
+            results.append(p_steps(state, feed.pictures, call, turns(count)))
+            counts.append(count)
+            if len(results) > STEPS_AHEAD:
+                jax.block_until_ready(results[-1 - STEPS_AHEAD])
+                progress.update(min(counts[-1 - STEPS_AHEAD] * batch_size, size))
 
         def joined(*arrays: np.ndarray) -> np.ndarray:
-            """Without padding, which is at the end of the last batch alone."""
-            return np.concatenate([array.reshape(-1, *array.shape[2:]) for array in arrays])[:size]
+            return np.concatenate([array[:count] for array, count in zip(arrays, counts, strict=True)])
 
-        return jax.tree.map(joined, *jax.device_get(parts))
+        return jax.tree.map(joined, *jax.device_get(results))
 
 
-def pmap_eval_step(model: ResNet, preprocessing: Preprocessing) -> EvalStep:
-    step = partial(eval_step, model=model, preprocessing=preprocessing)
-    return compiled_by_all(jax.pmap(step, axis_name=model.axis_name, in_axes=(None, None, 0), out_axes=None))
+def pmap_eval_steps(model: ResNet, preprocessing: Preprocessing) -> Steps:
+    return _pmap_steps(eval_step, model, preprocessing)
+
+
+def _pmap_steps(step: Callable[..., Any], model: ResNet, preprocessing: Preprocessing) -> Steps:
+    steps = partial(with_each, step=partial(step, model=model, preprocessing=preprocessing))
+    return compiled_by_all(jax.pmap(steps, axis_name=model.axis_name, in_axes=(None, None, 0, None), out_axes=None))
 
 
 class Evaluation(NamedTuple):
@@ -138,8 +148,9 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
     model = with_its_convolutions(model, state, config, info["train_size"])
-    p_eval_step = pmap_eval_step(model, Preprocessing(**info["preprocessing"]))
-    predictions = evaluate_pictures(p_eval_step, state, make_feed(dataset, data), config.batch_size)
+    p_eval_steps = pmap_eval_steps(model, Preprocessing(**info["preprocessing"]))
+    per_call = batches_per_call(config, model, state, train=False)
+    predictions = evaluate_pictures(p_eval_steps, state, make_feed(dataset, data), config.batch_size, per_call)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)
 
 

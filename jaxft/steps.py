@@ -277,16 +277,33 @@ def train_steps(
     *,
     step: TrainStep,
 ) -> tuple[TrainState, Counts]:
-    """The first `turns` of batches (K, B), or all of them, one after the other: counts (K,), 0 where no step was."""
+    """With the first `turns` of batches (K, B), or all of them, one after the other: counts (K,)."""
+    return scan_first(turns, lambda state, batch: step(state, pictures, batch, teacher), state, batches)
 
-    def turn(k: Array, carried: tuple[TrainState, Counts]) -> tuple[TrainState, Counts]:
-        state, all_counts = carried
-        state, counts = step(state, pictures, jax.tree.map(lambda array: array[k], batches), teacher)
-        return state, jax.tree.map(lambda all, one: all.at[k].set(one.astype(all.dtype)), all_counts, counts)
 
-    size = len(batches.index)
-    zeros = jnp.zeros(size, jnp.result_type(float))
-    return jax.lax.fori_loop(0, size if turns is None else turns, turn, (state, Counts(zeros, zeros, zeros)))
+def scan_first(turns: Array | None, function: Callable[..., Any], carried: Any, each: Any) -> Any:
+    """jax.lax.scan with no more than so many of `each`; the results of others are 0."""
+    if turns is None:
+        return jax.lax.scan(function, carried, each)
+    function = jax.jit(function)  # traced once
+    shapes = jax.eval_shape(function, carried, jax.tree.map(lambda array: array[0], each))[1]
+    zeros = jax.tree.map(lambda one: jnp.zeros((len(jax.tree.leaves(each)[0]), *one.shape), one.dtype), shapes)
+
+    def turn(k: Array, so_far: Any) -> Any:
+        carried, one = function(so_far[0], jax.tree.map(lambda array: array[k], each))
+        return carried, jax.tree.map(lambda all, one: all.at[k].set(one), so_far[1], one)
+
+    return jax.lax.fori_loop(0, turns, turn, (carried, zeros))
+
+
+Step = Callable[[TrainState, Pictures | None, Batch], Any]
+
+
+def with_each(
+    state: TrainState, pictures: Pictures | None, batches: Batch, turns: Array | None = None, *, step: Step
+) -> Any:
+    """What `step` gives for each of the first `turns` of batches (K, B), or for all of them: (K, ...)."""
+    return scan_first(turns, lambda _, batch: (None, step(state, pictures, batch)), None, batches)[1]
 
 
 def eval_step(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from jaxft import bucket, datasets, report
 from jaxft.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.backend import set_up_backend
 from jaxft.batch_size import largest_batch_size
+from jaxft.calls import batches_per_call, calls, turns
 from jaxft.checkpoint import (
     Checkpoints,
     NotFiniteError,
@@ -43,7 +43,7 @@ from jaxft.evaluate import (
     STEPS_AHEAD,
     evaluate_pictures,
     extract_features,
-    pmap_eval_step,
+    pmap_eval_steps,
     recalibrate,
     with_its_convolutions,
 )
@@ -55,7 +55,7 @@ from jaxft.parts import freeze, table, trains_head_alone
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 from jaxft.pretrained import load_pretrained, replace_head
 from jaxft.progress import Progress
-from jaxft.resnet import ResNet, make_model, multiply_adds
+from jaxft.resnet import ResNet, make_model
 from jaxft.steps import (
     Batch,
     Counts,
@@ -73,8 +73,6 @@ from jaxft.steps import (
 from jaxft.trackers import Trackers, check_trackers
 
 TrainSteps = Callable[[TrainState, Pictures | None, Batch, Any], tuple[TrainState, Counts]]  # the last: its `turns`
-STEPS_PER_CALL = 8  # on a CPU, at most
-WORK_PER_CALL = 6e11  # multiply-adds on a CPU, some seconds on two cores, for which Ctrl-C has to wait
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -148,14 +146,16 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
         steps, variables = compiled_by_all(mapped), teacher and teacher.variables
         return lambda state, pictures, batches, turns: steps(state, pictures, batches, variables, turns)
 
-    per_call = steps_per_call(config, model, state)
+    per_call, tests_per_call = (batches_per_call(config, model, state, train=train) for train in (True, False))
     resumed_at = int(state.step)
-    p_eval_step = pmap_eval_step(model, preprocessing)
+    p_eval_steps = pmap_eval_steps(model, preprocessing)
     mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
     train_feed, eval_feed = make_feed(train_data, config.data, partners=mixed), make_feed(eval_data, config.data)
     if first_epoch <= config.num_epochs and features_suffice(config, model):
         train_feed, eval_feed = (
-            OnDevices(replicate(extract_features(seeing, preprocessing, state, feed, config.batch_size)))
+            OnDevices(
+                replicate(extract_features(seeing, preprocessing, state, feed, config.batch_size, tests_per_call))
+            )
             for seeing, feed in ((model.clone(test_flip=False), train_feed), (model, eval_feed))
         )
     with (
@@ -182,14 +182,14 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
                         progress.update(int(counts.pictures), row["loss"])
                         checkpoints.poll()
                     if config.model.batch_norm == "recalibrate" and int(state.step) == last_step:
-                        state = recalibrate(model, preprocessing, state, train_feed, config.batch_size)
+                        state = recalibrate(model, preprocessing, state, train_feed, config.batch_size, per_call)
                     checkpoints.save(state, info)
                     if stop.received:
                         checkpoints.finish(state, info)
                         raise Interrupted(stop.received, f"the same command goes on after step {int(state.step)}")
 
             started = time.monotonic()
-            predictions = evaluate_pictures(p_eval_step, state, eval_feed, config.batch_size)
+            predictions = evaluate_pictures(p_eval_steps, state, eval_feed, config.batch_size, tests_per_call)
             counts = count_predictions(predictions)
             row = metrics_row(int(state.step), epoch, "eval", counts, time.monotonic() - started)
             metrics.write(**row)
@@ -355,36 +355,6 @@ def up_to_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
         step = min((first // every_steps + 1) * every_steps, last) if every_steps else last
         yield step - first
         first = step
-
-
-def steps_per_call(config: ConfigDict, model: ResNet, state: TrainState) -> int:
-    """On a CPU several: with each call it takes the memory of a step from the kernel, which has to clear it first."""
-    if config.steps_per_call or jax.default_backend() != "cpu":
-        return config.steps_per_call or 1
-    work = 3 * multiply_adds(model, state.variables(), config.image_size) * config.batch_size
-    return int(min(max(WORK_PER_CALL / work, 1), STEPS_PER_CALL))
-
-
-def calls(batches: Iterator[Batch], num_steps: int, steps_per_call: int, *, first: bool) -> Iterator[tuple[Batch, int]]:
-    """The next num_steps batches, several (devices, K, B) a call, and how many of these are to be trained on.
-
-    Each K is compiled: on a CPU one, of which any number may be trained on, the first one alone, which shows that the
-    run has begun; elsewhere, where loops of a known number are faster, steps_per_call or 1.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    while num_steps:
-        count = min(num_steps, steps_per_call)
-        if first if on_cpu else count < steps_per_call:
-            count = 1
-        call = list(islice(batches, count))
-        padding = [call[-1]] * (steps_per_call - count) if on_cpu else []
-        yield jax.tree.map(lambda *arrays: np.stack(arrays, 1), *call, *padding), count
-        num_steps, first = num_steps - count, False
-
-
-def turns(count: int) -> np.int32 | None:
-    """As train_steps takes them: for calls of any number of steps, or of a known one."""
-    return np.int32(count) if jax.default_backend() == "cpu" else None
 
 
 def run_steps(

@@ -12,7 +12,7 @@ import pytest
 from jaxft import datasets
 from jaxft.augment import Augmentation
 from jaxft.config import default_config
-from jaxft.evaluate import evaluate_pictures, extract_features, pmap_eval_step, recalibrate
+from jaxft.evaluate import evaluate_pictures, extract_features, pmap_eval_steps, recalibrate
 from jaxft.feed import OnDevices
 from jaxft.optimizer import make_optimizer
 from jaxft.parts import freeze
@@ -216,7 +216,8 @@ def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
     np.testing.assert_allclose(statistics["var"], expected["running_var"], rtol=1e-6)
 
 
-def test_evaluation_tells_of_each_picture_what_torch_tells() -> None:
+@pytest.mark.parametrize("per_call", [1, 2, 3])
+def test_evaluation_tells_of_each_picture_what_torch_tells(per_call: int) -> None:
     torch.manual_seed(1)
     reference = torchvision.models.resnet18(num_classes=10).eval()
     sample = datasets.load("sample:cifar10", "test")
@@ -225,8 +226,8 @@ def test_evaluation_tells_of_each_picture_what_torch_tells() -> None:
     state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
     order = np.arange(0, 1000, 13)  # 77 pictures; 27 in the last batch leave devices of 7 without any
     pictures = Pictures(sample.image[order], sample.label[order])
-    p_eval_step = pmap_eval_step(model, PREPROCESSING)
-    found = evaluate_pictures(p_eval_step, state, OnDevices(pictures), batch_size=50)
+    p_eval_steps = pmap_eval_steps(model, PREPROCESSING)
+    found = evaluate_pictures(p_eval_steps, state, OnDevices(pictures), batch_size=50, per_call=per_call)
     with torch.no_grad():
         logits = reference(torch_input(sample.image[order]).float())
     label = torch.from_numpy(sample.label[order]).long()
@@ -334,7 +335,7 @@ def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
         variables = from_torch({key: value.numpy().copy() for key, value in reference.state_dict().items()}, model)
         state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
         feed = OnDevices(pictures)
-        found = jax.device_get(recalibrate(model, PREPROCESSING, state, feed, 16))
+        found = jax.device_get(recalibrate(model, PREPROCESSING, state, feed, 16, per_call=2))
         frozen = frozenset({"bn1/scale", "bn1/bias"})
         kept = jax.device_get(
             recalibrate(model.clone(frozen=frozen), PREPROCESSING, state, OnDevices(pictures), 16)
