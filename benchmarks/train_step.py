@@ -1,12 +1,12 @@
 """jaxft's train and evaluation step beside PyTorch's on the same work, taking turns: images/s as JSON.
 
     python -m benchmarks.train_step [--arch resnet50] [--work 64x32,224x16] [--steps train,forward] \
-        [--contenders jaxft-float32,torch-float32,...] [--rounds 9] [--steps_per_turn 1]
+        [--contenders jaxft-float32,torch-float32,...] [--rounds 9] [--steps_per_turn 6]
 
 Each contender is a process of its own that keeps its compiled step; they run one after the other, round by round, so
-that whatever else the machine does hits all of them alike. In its turn each makes --steps_per_turn steps twice, of
-which the second time counts: what was idle has to warm up. It waits for the last of them alone. All have their memory
-in huge pages, as jaxft's commands do. PyTorch's threads wait for each other by spinning, so on a busy machine only
+that whatever else the machine does hits all of them alike. In its turn each makes a step that does not count, for what
+was idle has to warm up, and then --steps_per_turn steps, of which it waits for the last alone. All have their memory in
+huge pages, as jaxft's commands do. PyTorch's threads wait for each other by spinning, so on a busy machine only
 images per second of CPU time on one core compare: --cores 0. Work is pixels x batch size. A train step is forward,
 backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones, channels_last); a forward
 step is evaluation without gradients. On a CPU, jaxft's convolutions are oneDNN's but for jaxft-float32-xla;
@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,31 @@ from jaxft import huge_pages
 
 CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "jaxft-float32-xla", "torch-float32", "torch-bfloat16")
 NUM_CLASSES = 10
+Steps = Callable[[int], float]  # makes so many steps and gives a figure of the last one
 
 
-def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], Any]:
-    """A function that starts a step and gives a figure of it, which comes when it is done."""
+def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Steps:
+    """As `python -m jaxft.train` makes them: on a CPU several a call."""
     import jax
     import numpy as np
     import optax
 
     from jaxft import onednn
     from jaxft.backend import set_up_backend
+    from jaxft.calls import batches_per_call, calls, turns
+    from jaxft.config import default_config
+    from jaxft.evaluate import pmap_eval_steps
     from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-    from jaxft.resnet import ARCHITECTURES
-    from jaxft.steps import Batch, Pictures, create_train_state, eval_step, replicate, train_step
+    from jaxft.resnet import make_model
+    from jaxft.steps import Batch, Pictures, create_train_state, replicate
+    from jaxft.train import pmap_train_steps
 
     set_up_backend()
-    dtype = jax.numpy.dtype(options[0])
+    config = default_config()
+    config.update(image_size=size, batch_size=batch)
+    config.model.update(arch=arch, width=width, dtype=options[0])
     by_onednn = onednn.is_chosen("never" if "xla" in options else "always", 0)
-    model = ARCHITECTURES[arch](num_classes=NUM_CLASSES, dtype=dtype, width=width, by_onednn=by_onednn)
+    model = make_model(config.model, NUM_CLASSES).clone(by_onednn=by_onednn)
     tx = optax.sgd(0.01, momentum=0.9)
     preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
     random = np.random.default_rng(0)
@@ -68,35 +76,31 @@ def jaxft_step(arch: str, size: int, batch: int, which: str, width: int, options
             random.integers(0, NUM_CLASSES, batch, np.int32),
         )
     )
-    devices = jax.local_device_count()
-    indices = np.arange(batch, dtype=np.int32).reshape(devices, -1)
-    what = Batch(indices, indices, np.ones(indices.shape, np.float32))
+    index = np.arange(batch, dtype=np.int32).reshape(jax.local_device_count(), -1)
+    batches = repeat(Batch(index, index, np.ones(index.shape, np.float32)))
     state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
-    if which == "train":
-        p_train_step = jax.pmap(
-            partial(train_step, model=model, tx=tx, preprocessing=preprocessing),
-            axis_name=model.axis_name,
-            in_axes=(None, None, 0),
-            out_axes=None,
-            donate_argnums=0,
-        )
-
-        def train() -> Any:
-            nonlocal state
-            state, counts = p_train_step(state, pictures, what)
-            return counts.loss
-
-        return train
-    p_eval_step = jax.pmap(
-        partial(eval_step, model=model, preprocessing=preprocessing),
-        axis_name=model.axis_name,
-        in_axes=(None, None, 0),
-        out_axes=None,
+    train = which == "train"
+    per_call = batches_per_call(config, model, state, train=train)
+    p_train_steps, p_eval_steps = (
+        pmap_train_steps(config, model, tx, preprocessing),
+        pmap_eval_steps(model, preprocessing),
     )
-    return lambda: p_eval_step(state, pictures, what).loss.sum()
+
+    def steps(number: int) -> float:
+        nonlocal state
+        loss: Any = None
+        for call, count in calls(batches, number, per_call):
+            if train:
+                state, counts = p_train_steps(state, pictures, call, None, turns(count))
+                loss = counts.loss
+            else:
+                loss = p_eval_steps(state, pictures, call, turns(count)).loss
+        return float(np.sum(loss))
+
+    return steps
 
 
-def torch_step(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Callable[[], Any]:
+def torch_steps(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Steps:
     """The same in PyTorch, channels_last, autocast for bfloat16."""
     from tests.reference import torch, torchvision
 
@@ -126,7 +130,14 @@ def torch_step(arch: str, size: int, batch: int, which: str, width: int, options
             return run(image).float().sum()
 
     model.train(which == "train")
-    return train if which == "train" else forward
+    step = train if which == "train" else forward
+
+    def steps(number: int) -> float:
+        for _ in range(number - 1):
+            step()
+        return float(step())
+
+    return steps
 
 
 def peak_memory(library: str) -> float:
@@ -142,25 +153,19 @@ def peak_memory(library: str) -> float:
     return of_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
 
 
-def work(name: str, arch: str, size: int, batch: int, which: str, width: int, steps: int) -> None:
+def work(name: str, arch: str, size: int, batch: int, which: str, width: int, number: int) -> None:
     """A contender: makes its first step, then some for each line on stdin, and prints what one took as JSON."""
     library, *options = name.split("-")
     started = time.perf_counter()
-    step = {"jaxft": jaxft_step, "torch": torch_step}[library](arch, size, batch, which, width, options)
+    steps = {"jaxft": jaxft_steps, "torch": torch_steps}[library](arch, size, batch, which, width, options)
     built = time.perf_counter()
-    float(step())
+    steps(1)
     print(json.dumps({"build_seconds": built - started, "first_step_seconds": time.perf_counter() - built}), flush=True)
-
-    def turn() -> None:
-        for _ in range(steps - 1):
-            step()
-        float(step())
-
     for _ in sys.stdin:
-        turn()
+        steps(1)
         started, cpu = time.perf_counter(), time.process_time()
-        turn()
-        print(json.dumps([(time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps]), flush=True)
+        steps(number)
+        print(json.dumps([(time.perf_counter() - started) / number, (time.process_time() - cpu) / number]), flush=True)
     print(json.dumps(peak_memory(library) / 2**20))
 
 
@@ -233,7 +238,7 @@ def main() -> None:
     parser.add_argument("--steps", default="train,forward")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps_per_turn", type=int, default=1)
+    parser.add_argument("--steps_per_turn", type=int, default=6)
     parser.add_argument("--cores", default="", help="such as 0 or 0-3, to which to keep; on a busy machine one core")
     parser.add_argument("--verbose", action="store_true", help="show what the contenders write to stderr")
     args = parser.parse_args()
