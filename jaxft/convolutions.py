@@ -160,11 +160,13 @@ def _conv_in_loops_bwd(
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return _transposed_dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
-    if stride == 2 and size == 3:
-        kernel_gradient = _gradient_by_pixels(x, dy, stride, size, product).astype(kernel.dtype)
+    if x.shape[-1] <= _PICTURE:
+        kernel_gradient = _gradient_by_windows(x, dy, stride, size, product)
+    elif stride == 2 and size == 3:
+        kernel_gradient = _gradient_by_pixels(x, dy, stride, size, product)
     else:
         kernel_gradient = _plain_kernel_gradient(x, dy, stride, size)
-    return _plain_input_gradient(kernel, dy, x.shape, stride), kernel_gradient
+    return _plain_input_gradient(kernel, dy, x.shape, stride), kernel_gradient.astype(kernel.dtype)
 
 
 _conv_in_loops.defvjp(_conv_in_loops_fwd, _conv_in_loops_bwd)
