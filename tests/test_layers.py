@@ -19,9 +19,11 @@ def double_precision() -> Any:
         yield
 
 
-@pytest.fixture(params=["cpu", "gpu", "tpu"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    with as_if_on(request.param):
+@pytest.fixture(params=["cpu", "cpu, as bfloat16", "gpu", "tpu"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if "bfloat16" in request.param:
+        monkeypatch.setattr(layers, "_WIDE", 9)
+    with as_if_on(request.param[:3]):
         yield
 
 
