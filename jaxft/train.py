@@ -381,14 +381,14 @@ def run_steps(
             step += 1
             yield state, step, jax.tree.map(lambda array, i=i: array[i], counts), (started - before) / count
 
-    for batches, count in calls:
+    for batches, count in calls:  # which are read while the devices work
+        if len(waiting) > calls_ahead:
+            yield from arrived()
         if any([stop.reached(launched + i) for i in range(1, count + 1)]):  # noqa: C419, each has to be asked
             break
         state, counts = p_train_steps(state, pictures, batches, turns(count))
         launched += count
         waiting.append((counts, count))
-        if len(waiting) > calls_ahead:
-            yield from arrived()
     while waiting:
         yield from arrived()
 

@@ -1,5 +1,7 @@
 """How batches are parted and called: pure functions of the train loop."""
 
+import signal
+import threading
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 
 from jaxft.calls import batches_per_call, calls
 from jaxft.config import default_config
+from jaxft.interrupt import StopSignals
 from jaxft.resnet import ARCHITECTURES
-from jaxft.steps import Batch, Counts, abstract_train_state, train_steps, with_each
-from jaxft.train import up_to_checkpoints
+from jaxft.steps import Batch, Counts, TrainState, abstract_train_state, train_steps, with_each
+from jaxft.train import run_steps, up_to_checkpoints
 from tests.formulations import as_if_on
 
 
@@ -90,3 +93,28 @@ def test_a_loop_of_any_number_of_turns_traces_its_body_once() -> None:
     each: Any = jax.jit(partial(with_each, step=step))
     np.testing.assert_array_equal(each(jnp.int32(100), None, batches, np.int32(2)), [300, 500, 0])
     assert traced == 1
+
+
+def test_signals_are_heard_while_a_cpu_works() -> None:
+    heard, in_time = threading.Event(), []
+
+    def work(number: Any) -> Any:
+        in_time.append(heard.wait(20))
+        return number
+
+    def step(state: Any, pictures: Any, batch: Batch, teacher: Any) -> Any:
+        return state, Counts(jax.pure_callback(work, batch.mask, batch.mask), batch.mask, batch.mask)
+
+    one = np.ones((1, 1), np.float32)
+    each: Any = jax.jit(partial(train_steps, step=step))
+    steps: Any = lambda state, pictures, batches, turns: each(  # noqa: E731
+        state, pictures, jax.tree.map(lambda array: array[0], batches), None, turns
+    )
+    state = TrainState(jnp.int32(0), {}, {}, ())
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.set())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        found = list(run_steps(steps, state, None, [(Batch(one, one, one), 1)], StopSignals()))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert in_time == [True] and [step for _, step, _, _ in found] == [1]
