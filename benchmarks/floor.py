@@ -1,15 +1,20 @@
 """The least time that a picture's train step and evaluation can take on a machine, by its operations and its bytes.
 
-python -m benchmarks.floor [--arch resnet50] [--image_size 224] [--batch 256] [--teraflops 790] [--terabytes 4.3]
+python -m benchmarks.floor [--arch resnet50] [--image_size 224] [--batch 256] [--dtype bfloat16]
+    [--teraflops 790] [--terabytes 4.3] [--measure]
 
-The machine's rates are an H200's by default, measured with a bfloat16 product and a copy. Nothing runs but this
-arithmetic. A convolution takes as long as its operations or as its bytes at best, a pass over memory as long as its
-bytes. BatchNorm is reckoned twice: as passes of its own, which is how XLA has it, and within the convolutions (sums are
-taken as values are written, values are normalised as they are read), which no library does. One JSON object.
+The machine's rates are an H200's by default, measured with a bfloat16 product and a copy; --measure takes those of this
+one, by a product of matrices and a pass over memory. Nothing else runs but this arithmetic. A convolution takes as long
+as its operations or as its bytes at best, a pass over memory as long as its bytes. BatchNorm is reckoned twice: as
+passes of its own, which is how XLA has it, and within the convolutions (sums are taken as values are written, values
+are normalised as they are read), which no library does. One JSON object.
 """
 
 import argparse
 import json
+import math
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +22,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxft import onednn
 from jaxft.resnet import ARCHITECTURES, BasicBlock, Bottleneck, Conv, ResNet
 
-BYTES = 2  # of a value in bfloat16
-UPDATE_BYTES = 2 + 2 + 4 + 20  # of a parameter: read forward and backward, its gradient, SGD with momentum in float32
+UPDATE_BYTES = 4 + 20  # of a parameter: its gradient, SGD with momentum in float32
 
 
 class Convolution(NamedTuple):
@@ -78,14 +83,18 @@ def parts(network: Network, batch_norm_apart: bool) -> dict[str, list[Part]]:
     }
 
 
-def least(network: Network, batch: int, operations_per_second: float, bytes_per_second: float) -> dict[str, Any]:
-    update = sum(layer.parameters for layer in network.convolutions) * UPDATE_BYTES / batch
+def least(
+    network: Network, batch: int, operations_per_second: float, bytes_per_second: float, value: int = 2
+) -> dict[str, Any]:
+    """value: bytes of one."""
+    read_twice = 2 * value  # a parameter, forward and backward
+    update = sum(layer.parameters for layer in network.convolutions) * (read_twice + UPDATE_BYTES) / batch
     result: dict[str, Any] = {}
     for name, apart in (("batch_norm_apart", True), ("batch_norm_within", False)):
         for work, passes in parts(network, apart).items():
-            moved = BYTES * sum(values for _, values in passes) + (update if work == "train" else 0)
+            moved = value * sum(values for _, values in passes) + (update if work == "train" else 0)
             seconds = sum(
-                max(operations / operations_per_second, BYTES * values / bytes_per_second)
+                max(operations / operations_per_second, value * values / bytes_per_second)
                 for operations, values in passes
             )
             seconds += update / bytes_per_second if work == "train" else 0
@@ -93,9 +102,35 @@ def least(network: Network, batch: int, operations_per_second: float, bytes_per_
                 "gigaflop": round(sum(operations for operations, _ in passes) / 1e9, 2),
                 "megabytes": round(moved / 1e6, 1),
                 "microseconds": round(seconds * 1e6, 1),
-                "images_per_second": round(1 / seconds),
+                "images_per_second": round(1 / seconds, 1),
             }
     return result
+
+
+def rates(dtype: Any) -> tuple[float, float]:
+    """Operations and bytes a second of the machine: the best of several products and passes."""
+    on_cpu = jax.default_backend() == "cpu"
+    by_onednn = on_cpu and onednn.is_chosen("auto", math.inf)
+    multiply = jax.jit(onednn.product if by_onednn else jnp.dot)
+    matrix = jnp.ones((4096, 4096), dtype)
+
+    def best(function: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(10):
+            started = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    values = jnp.ones(2**26, jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def one_pass() -> Any:
+        nonlocal values
+        values = add(values)
+        return values
+
+    return 2 * 4096**3 / best(lambda: multiply(matrix, matrix)), 2 * values.nbytes / best(one_pass)
 
 
 def main() -> None:
@@ -105,9 +140,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="pictures that share an update of the parameters")
     parser.add_argument("--teraflops", type=float, default=790)
     parser.add_argument("--terabytes", type=float, default=4.3, help="that memory moves in a second")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--measure", action="store_true", help="this machine's rates instead")
     args = parser.parse_args()
+    dtype = jnp.dtype(args.dtype)
+    operations, moved = rates(dtype) if args.measure else (args.teraflops * 1e12, args.terabytes * 1e12)
     network = measure(ARCHITECTURES[args.arch](num_classes=10), args.image_size)
-    print(json.dumps(least(network, args.batch, args.teraflops * 1e12, args.terabytes * 1e12), indent=1))
+    machine = {"teraflops": round(operations / 1e12, 3), "terabytes": round(moved / 1e12, 4)}
+    print(json.dumps(machine | least(network, args.batch, operations, moved, dtype.itemsize), indent=1))
 
 
 if __name__ == "__main__":
