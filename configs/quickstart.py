@@ -2,13 +2,13 @@
 
 python -m jaxft.train --config configs/quickstart.py
 
-Reaches 64.6 % on the sample's 1,000 test pictures (mean of 5 seeds, python -m benchmarks.quickstart).
+Reaches 64.4 % on the sample's 1,000 test pictures (mean of 5 seeds, python -m benchmarks.quickstart).
 """
 
 from ml_collections import ConfigDict
 
 NOTE = """
-From random weights the same network reaches 43.3 % on these pictures in the same time (pretrained 64.6 %; means of 5
+From random weights the same network reaches 42.7 % on these pictures in the same time (pretrained 64.4 %; means of 5
 seeds, benchmarks/quickstart.py). 2,000 pictures are not CIFAR-10. What to try next:
   look        runs/quickstart/report.html
   evaluate    python -m jaxft.evaluate --workdir runs/quickstart
