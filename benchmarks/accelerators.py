@@ -35,7 +35,7 @@ from jaxft.optimizer import make_optimizer
 from jaxft.parts import freeze
 from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from jaxft.resnet import make_model
-from jaxft.steps import Batch, Pictures, abstract_train_state, eval_step
+from jaxft.steps import Batch, Pictures, abstract_train_state, eval_step, with_each
 from jaxft.train import pmap_train_steps
 
 CIFAR10 = (50_000, 32, 32, 3)
@@ -82,14 +82,13 @@ def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
     shapes = jax.ShapeDtypeStruct
     pictures = jax.eval_shape(Pictures.in_lines, shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32))
-    each = (len(devices), 1, share) if which == "train" else (len(devices), share)
-    index = shapes(each, jnp.int32)
-    batch = jax.eval_shape(Batch, index, index, shapes(each, jnp.float32))
+    index = shapes((len(devices), 1, share), jnp.int32)
+    batch = jax.eval_shape(Batch, index, index, shapes(index.shape, jnp.float32))
     if which == "train":
         steps = pmap_train_steps(config, model, tx, preprocessing, devices=devices)
         lowered = steps.lower(state, pictures, batch, None, None)
     else:
-        step = partial(eval_step, model=model, preprocessing=preprocessing)
+        step = partial(with_each, step=eval_step, model=model, preprocessing=preprocessing)
         in_axes = (None, None, 0)
         p_step = jax.pmap(step, axis_name=model.axis_name, in_axes=in_axes, out_axes=None, devices=devices)
         lowered = p_step.lower(state, pictures, batch)

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxft import onednn, winograd
+from jaxft import layers, onednn, winograd
 from jaxft.unfused import unfused
 
 _PICTURE = 4  # channels, at most
 _SMALL_MAP = 7  # pixels of a side, up to which padding is a good part of the work
+_WIDE = 4  # bytes of a value
 _FULL_BLOCK = 64  # features, of which XLA's CPU kernels compute so many at once
 
 
@@ -32,11 +33,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_o
     size, features = kernel.shape[0], kernel.shape[-1]
     if jax.default_backend() != "cpu" or groups > 1:
         return plain_conv(x, kernel, stride, groups)
-    by_onednn = by_onednn and x.dtype in onednn.DTYPES
-    narrow = by_onednn and x.dtype.itemsize < 4  # in which oneDNN is as fast without it
-    if size == 3 and stride == 1 and not narrow and winograd.pays(x.shape, kernel.shape):
-        return winograd.winograd_conv(x, kernel, onednn.product if by_onednn else winograd.product_by_xla)
-    if by_onednn:
+    if _is_winograds(x, kernel, stride, by_onednn):
+        return winograd.winograd_conv(x, kernel, _winograds_product(x, by_onednn))
+    if by_onednn and x.dtype in onednn.DTYPES:
         return _onednn_conv(x, kernel, stride)
     if size == 1:
         return _pointwise(x, kernel, stride)
@@ -45,6 +44,37 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_o
     if stride == 2 and channels <= _PICTURE and features < _FULL_BLOCK:
         return _conv_of_blocks(x, kernel)
     return _conv_in_loops(x, kernel, stride)
+
+
+def conv_and_add(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    shortcut: jax.Array | None,
+    relu: bool,
+    stride: int = 1,
+    groups: int = 1,
+    by_onednn: bool = False,
+) -> jax.Array:
+    """`conv`, then `bias` (F,) and `shortcut`, if any, added, and a ReLU if asked. By oneDNN it has no gradient."""
+    if jax.default_backend() == "cpu" and groups == 1:
+        wide = x.dtype.itemsize >= _WIDE  # in which a shortcut takes a pass of its own as well
+        if _is_winograds(x, kernel, stride, by_onednn):
+            if shortcut is None:
+                product = _winograds_product(x, by_onednn)
+                return winograd.winograd_conv_and_add(x, kernel, bias, relu, product)
+        elif by_onednn and x.dtype in onednn.DTYPES and (shortcut is None or not wide):
+            return _forward_by_onednn(x, kernel, stride, onednn.Then(bias, shortcut, relu))
+    return layers.add(conv(x, kernel, stride, groups, by_onednn), bias, shortcut, relu)
+
+
+def _is_winograds(x: jax.Array, kernel: jax.Array, stride: int, by_onednn: bool) -> bool:
+    narrow = by_onednn and x.dtype.itemsize < _WIDE  # in which oneDNN is as fast without it
+    return kernel.shape[0] == 3 and stride == 1 and not narrow and winograd.pays(x.shape, kernel.shape)
+
+
+def _winograds_product(x: jax.Array, by_onednn: bool) -> winograd.Product:
+    return onednn.product if by_onednn and x.dtype in onednn.DTYPES else winograd.product_by_xla
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -209,11 +239,17 @@ def _plain_kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _onednn_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`plain_conv` without groups, for float32 and bfloat16."""
-    size = kernel.shape[0]
+    return _forward_by_onednn(x, kernel, stride, onednn.Then())
+
+
+def _forward_by_onednn(x: jax.Array, kernel: jax.Array, stride: int, then: onednn.Then) -> jax.Array:
+    size, features = kernel.shape[0], kernel.shape[-1]
     if size > 1:
-        return onednn.convolution(x, kernel, stride, (size // 2, size // 2))
+        return onednn.convolution(x, kernel, stride, (size // 2, size // 2), then=then)
     x = x[:, ::stride, ::stride]
-    return onednn.product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
+    if then.shortcut is not None:
+        then = then._replace(shortcut=then.shortcut.reshape(-1, features))
+    return onednn.product(x.reshape(-1, x.shape[-1]), kernel[0, 0], then=then).reshape(*x.shape[:-1], features)
 
 
 def _onednn_conv_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

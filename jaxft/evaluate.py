@@ -31,6 +31,7 @@ from jaxft.steps import (
     Batch,
     Pictures,
     Predictions,
+    Step,
     TrainState,
     eval_step,
     features_step,
@@ -65,7 +66,7 @@ def recalibrate(
 
     A batch's own statistics belong to the parameters as they are now, running ones also to earlier ones.
     """
-    p_steps = _pmap_steps(statistics_step, model, preprocessing)
+    p_steps = _pmap_steps(statistics_step, model, preprocessing, fold=False)
     of_batches = _of_batches(p_steps, state, feed, batch_size, per_call, "recalibrating")
     mean = replicate(jax.tree.map(lambda a: np.mean(a, axis=0, dtype=np.float64).astype(a.dtype), of_batches))
     if state.ema:
@@ -107,8 +108,8 @@ def pmap_eval_steps(model: ResNet, preprocessing: Preprocessing) -> Steps:
     return _pmap_steps(eval_step, model, preprocessing)
 
 
-def _pmap_steps(step: Callable[..., Any], model: ResNet, preprocessing: Preprocessing) -> Steps:
-    steps = partial(with_each, step=partial(step, model=model, preprocessing=preprocessing))
+def _pmap_steps(step: Step, model: ResNet, preprocessing: Preprocessing, *, fold: bool = True) -> Steps:
+    steps = partial(with_each, step=step, model=model, preprocessing=preprocessing, fold=fold)
     return compiled_by_all(jax.pmap(steps, axis_name=model.axis_name, in_axes=(None, None, 0, None), out_axes=None))
 
 

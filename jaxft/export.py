@@ -28,6 +28,7 @@ from jaxft.bucket import reading_folder
 from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import evaluate_checkpoint
+from jaxft.folding import fold_norms
 from jaxft.metrics import summarise
 from jaxft.preprocessing import Preprocessing, normalize, resize_and_crop_any
 from jaxft.pretrained import Weights, to_torch, write_weights
@@ -109,12 +110,13 @@ def decompress(variables: Any) -> Any:
 def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
     """Writes a zip archive of model.stablehlo (jax.export's own format) and info.json."""
     preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
-    variables = compress(checkpoint.state.variables(), dtype)
+    model, variables = fold_norms(checkpoint.model, checkpoint.state.variables())
+    variables = compress(variables, dtype)
 
     @jax.jit
     def network(image: jax.Array) -> jax.Array:
         pixels = resize_and_crop_any(image, preprocessing.image_size)
-        logits: Any = checkpoint.model.apply(decompress(variables), normalize(pixels, preprocessing), train=False)
+        logits: Any = model.apply(decompress(variables), normalize(pixels, preprocessing), train=False)
         return jax.nn.softmax(logits)
 
     shape = (*jax.export.symbolic_shape("pictures, height, width"), 3)
@@ -139,12 +141,15 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> Non
 
 def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: str | None) -> tuple[float, float]:
     """On the split that the run was tested on: with the checkpoint's own weights, and with compressed ones."""
-    state = checkpoint.state
-    variables = decompress(compress(state.variables(), dtype))
-    smaller = checkpoint._replace(state=replicate(dataclasses.replace(state, **variables, ema={})))
+    model, variables = fold_norms(checkpoint.model, checkpoint.state.variables())
+    variables = {"batch_stats": {}} | decompress(compress(variables, dtype))
+    smaller = replicate(dataclasses.replace(checkpoint.state, **variables, ema={}))
     before, after = (
         summarise(evaluation.predictions, evaluation.class_names)["accuracy"]
-        for evaluation in (evaluate_checkpoint(checkpoint, data_dir), evaluate_checkpoint(smaller, data_dir))
+        for evaluation in (
+            evaluate_checkpoint(checkpoint, data_dir),
+            evaluate_checkpoint(checkpoint._replace(model=model, state=smaller), data_dir),
+        )
     )
     return before, after
 

@@ -198,11 +198,25 @@ def normalize(
     x: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool
 ) -> jax.Array:
     """(x - mean) * slope + bias, in at least float32; then, if asked, `shortcut` added and a ReLU."""
-    y = (x - mean) * slope + bias
-    if shortcut is not None:
-        y = y + shortcut
-    y = (jnp.maximum(y, 0) if relu else y).astype(x.dtype)
+    y = _add_and_relu((x - mean) * slope + bias, shortcut, relu).astype(x.dtype)
     return y if shortcut is None else computed_once(y)
+
+
+@partial(unfused, static_argnums=3)
+def add(x: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
+    """x + bias, in at least float32 on a CPU; then, if asked, `shortcut` added and a ReLU.
+
+    On accelerators in x's type, or a GPU's cuDNN would not do it within the convolution before it.
+    """
+    if jax.default_backend() != "cpu":
+        bias = bias.astype(x.dtype)
+    return _add_and_relu(x + bias, shortcut, relu).astype(x.dtype)
+
+
+def _add_and_relu(x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
+    if shortcut is not None:
+        x = x + shortcut
+    return jnp.maximum(x, 0) if relu else x
 
 
 def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals: tuple, cotangents: tuple) -> tuple:

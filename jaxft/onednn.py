@@ -14,7 +14,7 @@ import math
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,14 @@ def is_at_hand() -> bool:
         return False
 
 
+class Then(NamedTuple):
+    """What becomes of a result before it is written: `bias` (F,) and `shortcut`, of its shape, added, and a ReLU."""
+
+    bias: jax.Array | None = None
+    shortcut: jax.Array | None = None
+    relu: bool = False
+
+
 def convolution(
     x: jax.Array,
     kernel: jax.Array,
@@ -58,6 +66,7 @@ def convolution(
     padding: tuple[int, int],
     extra: tuple[int, int] = (0, 0),
     transposed: bool = False,
+    then: Then = Then(),  # noqa: B008, it is immutable
 ) -> jax.Array:
     """Of (N, H, W, C) with (rows, columns, C, F), or (rows, columns, F, C) where transposed.
 
@@ -80,24 +89,42 @@ def convolution(
         "feature_groups": 1,
     }
     result = jax.ShapeDtypeStruct((x.shape[0], *sides, kernel.shape[outputs]), x.dtype)
-    return _call("convolution", {"onednn_conv_config": config}, result, x, kernel)
+    return _call("convolution", "onednn_conv_config", config, result, then, x, kernel)
 
 
-def product(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+def product(
+    a: jax.Array,
+    b: jax.Array,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    then: Then = Then(),  # noqa: B008, it is immutable
+) -> jax.Array:
     """a @ b, of a's type; or a.mT @ b, in float32; or a @ b.mT. Of matrices, or each of many."""
     result = jax.ShapeDtypeStruct(
         (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]),
         jnp.float32 if transpose_a else a.dtype,
     )
     config = {"transpose_a": transpose_a, "transpose_b": transpose_b}
-    return _call("matmul", {"onednn_matmul_config": config}, result, a, b)
+    if then.bias is not None:
+        then = then._replace(bias=then.bias.reshape(*[1] * (a.ndim - 1), -1))
+    return _call("matmul", "onednn_matmul_config", config, result, then, a, b)
 
 
-def _call(name: str, config: dict[str, Any], result: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.Array:
+def _call(
+    name: str,
+    description: str,
+    config: dict[str, Any],
+    result: jax.ShapeDtypeStruct,
+    then: Then,
+    *operands: jax.Array,
+) -> jax.Array:
+    added = {"BIAS": then.bias, "BINARY_ADD": then.shortcut}
+    added = {operation: array for operation, array in added.items() if array is not None}
+    config = {description: config | {"fusions": {"ops": [*added, *["RELU"] * then.relu]}}}
     call = jax.ffi.ffi_call(
         f"__onednn${name}", result, custom_call_api_version=2, legacy_backend_config=json.dumps(config)
     )
-    return call(*operands)
+    return call(*operands, *added.values())
 
 
 def check() -> None:
@@ -116,15 +143,22 @@ def check() -> None:
         compare(product(a, c, transpose_a=True), wide_a.T @ wide_c)
         compare(product(c, b, transpose_b=True), wide_c @ wide_b.T)
         compare(product(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
+        bias, shortcut = jnp.arange(-24.0, 24), c
+        after = np.maximum(wide_a @ wide_b + np.asarray(bias) + wide_c, 0)
+        compare(product(a, b, then=Then(bias, shortcut, relu=True)), after)
         for size, stride, extra, transposed in ((3, 1, 0, False), (3, 2, 0, False), (7, 2, 0, False), (2, 1, 1, True)):
             x = jnp.asarray(random.normal(size=(2, 9, 8, 32)), dtype)
             kernel = jnp.asarray(random.normal(size=(size, size, 32, 32)), dtype)
             low = size // 2 - extra
             y = convolution(x, kernel, stride, (low, low), (extra, extra), transposed)
+            then = Then(jnp.arange(-16.0, 16), y, relu=True)
+            changed = convolution(x, kernel, stride, (low, low), (extra, extra), transposed, then)
             wide = np.pad(np.asarray(x, np.float64), ((0, 0), *[(low, low + extra)] * 2, (0, 0)))
             windows = np.lib.stride_tricks.sliding_window_view(wide, (size, size), (1, 2))[:, ::stride, ::stride]
             terms = "nyxcij,ijfc->nyxf" if transposed else "nyxcij,ijcf->nyxf"
-            compare(y, np.einsum(terms, windows, np.asarray(kernel, np.float64)))
+            expected = np.einsum(terms, windows, np.asarray(kernel, np.float64))
+            compare(y, expected)
+            compare(changed, np.maximum(expected + np.asarray(then.bias) + np.asarray(y, np.float64), 0))
 
 
 if __name__ == "__main__":

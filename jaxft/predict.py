@@ -35,6 +35,7 @@ from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
 from jaxft.config import resolve
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.evaluate import Evaluation, evaluate_checkpoint
+from jaxft.folding import fold_norms
 from jaxft.preprocessing import Preprocessing
 from jaxft.progress import Progress
 from jaxft.steps import predict_step
@@ -58,8 +59,9 @@ class Classifier:
         self.class_names: tuple[str, ...] = tuple(checkpoint.info["class_names"])
         self.preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
         self._stored_size: int = resolve(checkpoint.info["config"]).data.stored_size
-        step = partial(predict_step, model=checkpoint.model, preprocessing=self.preprocessing)
-        self._p_predict_step = jax.pmap(step, axis_name=checkpoint.model.axis_name, in_axes=(None, 0))
+        model, self._variables = fold_norms(checkpoint.model, checkpoint.state.variables())
+        step = partial(predict_step, model=model, preprocessing=self.preprocessing)
+        self._p_predict_step = jax.pmap(step, axis_name=model.axis_name, in_axes=(None, 0))
 
     def predict(self, pictures: Iterable[Picture], top_k: int = 3) -> list[Prediction]:
         """Of files, Pillow images or uint8 arrays (H, W, 3), of any size, in their order.
@@ -120,7 +122,7 @@ class Classifier:
         devices, side = jax.local_device_count(), self.preprocessing.image_size
         batch = np.zeros((devices, -(-rows // devices), side, side, 3), np.uint8)
         batch.reshape(-1, side, side, 3)[: len(images)] = np.reshape(images, (-1, side, side, 3))
-        probabilities = self._p_predict_step(self._checkpoint.state, batch)
+        probabilities = self._p_predict_step(self._variables, batch)
 
         def rows_and_errors() -> Iterator[np.ndarray | UserError]:
             found = iter(np.asarray(probabilities).reshape(-1, len(self.class_names)))

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxft import layers
 from jaxft.convolutions import conv as convolve
+from jaxft.convolutions import conv_and_add
 
 BatchNormMode = Literal["update", "frozen", "sync"]
 Stem = Literal["imagenet", "small"]
@@ -35,7 +36,7 @@ def linear_init(fan_in: int) -> Callable[..., jax.Array]:
 
 
 class Conv(nn.Module):
-    """A convolution without bias, padded by size // 2 on each side."""
+    """A convolution padded by size // 2 on each side: without bias, or with what folding.py made of its norm."""
 
     features: int
     size: int
@@ -43,12 +44,18 @@ class Conv(nn.Module):
     groups: int = 1
     dtype: Any = jnp.float32
     by_onednn: bool = False
+    folded: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, relu: bool = False, shortcut: jax.Array | None = None) -> jax.Array:
+        """relu, shortcut: what follows the norm that is folded into it."""
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", conv_kernel_init, shape, jnp.float32)
-        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups, self.by_onednn)
+        x, kernel, how = x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.groups, self.by_onednn)
+        if not self.folded:
+            return convolve(x, kernel, *how)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return conv_and_add(x, kernel, bias, shortcut, relu, *how)
 
 
 class BatchNorm(nn.Module):
@@ -107,18 +114,48 @@ def has_norm(frozen: frozenset[str], path: str) -> bool:
     return {f"{path}/scale", f"{path}/bias"} <= frozen
 
 
+def norm_of(conv: str) -> str:
+    """What torchvision calls a convolution's norm: conv1's bn1, and a downsample's 0 has 1."""
+    return "1" if conv == "0" else conv.replace("conv", "bn")
+
+
+def conv_norm(
+    name: str,
+    features: int,
+    size: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    conv: Callable[..., Conv],
+    norm: Callable[..., BatchNorm],
+) -> Callable[..., jax.Array]:
+    """A convolution and its norm, which may be folded into it."""
+    convolution, its_norm = conv(features, size, stride, groups, name=name), norm(name=norm_of(name))
+
+    def apply(
+        x: jax.Array,
+        mask: jax.Array | None,
+        train: bool,
+        relu: bool = False,
+        shortcut: jax.Array | None = None,
+    ) -> jax.Array:
+        if convolution.folded:
+            return convolution(x, relu, shortcut)
+        return its_norm(convolution(x), mask, train, relu, shortcut)
+
+    return apply
+
+
 class Downsample(nn.Module):
     """The projection of a block's shortcut: torchvision's Sequential of a 1x1 convolution and a norm."""
 
     features: int
     stride: int
-    conv: Callable[..., Conv]
-    norm: Callable[..., BatchNorm]
+    conv_norm: Callable[..., Callable[..., jax.Array]]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        x = self.conv(self.features, 1, self.stride, name="0")(x)
-        return self.norm(name="1")(x, mask, train)
+        return self.conv_norm("0", self.features, 1, self.stride)(x, mask, train)
 
 
 class BasicBlock(nn.Module):
@@ -126,17 +163,14 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
-    conv: Callable[..., Conv]
-    norm: Callable[..., BatchNorm]
+    conv_norm: Callable[..., Callable[..., jax.Array]]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        y = self.conv(self.features, 3, self.stride, name="conv1")(x)
-        y = self.norm(name="bn1")(y, mask, train, relu=True)
-        y = self.conv(self.features, 3, name="conv2")(y)
-        if x.shape != y.shape:
-            x = Downsample(y.shape[-1], self.stride, self.conv, self.norm, name="downsample")(x, mask, train)
-        return self.norm(name="bn2")(y, mask, train, relu=True, shortcut=x)
+        y = self.conv_norm("conv1", self.features, 3, self.stride)(x, mask, train, relu=True)
+        if self.stride > 1 or x.shape[-1] != self.features:
+            x = Downsample(self.features, self.stride, self.conv_norm, name="downsample")(x, mask, train)
+        return self.conv_norm("conv2", self.features, 3)(y, mask, train, relu=True, shortcut=x)
 
 
 class Bottleneck(nn.Module):
@@ -147,8 +181,7 @@ class Bottleneck(nn.Module):
 
     features: int
     stride: int
-    conv: Callable[..., Conv]
-    norm: Callable[..., BatchNorm]
+    conv_norm: Callable[..., Callable[..., jax.Array]]
     groups: int = 1
     width_per_group: int = 64
     expansion = 4
@@ -156,14 +189,12 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         inner = max(self.features * self.width_per_group // 64, 1) * self.groups
-        y = self.conv(inner, 1, name="conv1")(x)
-        y = self.norm(name="bn1")(y, mask, train, relu=True)
-        y = self.conv(inner, 3, self.stride, self.groups, name="conv2")(y)
-        y = self.norm(name="bn2")(y, mask, train, relu=True)
-        y = self.conv(self.features * self.expansion, 1, name="conv3")(y)
-        if x.shape != y.shape:
-            x = Downsample(y.shape[-1], self.stride, self.conv, self.norm, name="downsample")(x, mask, train)
-        return self.norm(name="bn3")(y, mask, train, relu=True, shortcut=x)
+        outer = self.features * self.expansion
+        y = self.conv_norm("conv1", inner, 1)(x, mask, train, relu=True)
+        y = self.conv_norm("conv2", inner, 3, self.stride, self.groups)(y, mask, train, relu=True)
+        if self.stride > 1 or x.shape[-1] != outer:
+            x = Downsample(outer, self.stride, self.conv_norm, name="downsample")(x, mask, train)
+        return self.conv_norm("conv3", outer, 1)(y, mask, train, relu=True, shortcut=x)
 
 
 class Stage(nn.Module):
@@ -196,6 +227,7 @@ class ResNet(nn.Module):
     frozen: frozenset[str] = frozenset()  # paths of parameters that do not train: 'layer1/0/bn1/scale'
     remat: bool = False  # a block's activations are not kept for the backward pass
     by_onednn: bool = False  # its convolutions, on a CPU: see jaxft/onednn.py
+    folded: bool = False  # its norms, into its convolutions, in evaluation: see jaxft/folding.py
     test_flip: bool = False  # see the mean of a picture and its mirror image, but in training
     axis_name: str = "batch"
     dtype: Any = jnp.float32
@@ -214,6 +246,7 @@ class ResNet(nn.Module):
         The features are what the head sees, (N, F); features_only returns them instead.
         mask: (N,), 0 for padding, which then stays out of the batch statistics in training.
         """
+        assert not (train and self.folded), "without norms"
         with jax.default_matmul_precision(self.precision):
             if image.ndim == 2:
                 x = image
@@ -236,14 +269,14 @@ class ResNet(nn.Module):
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
-        conv = partial(Conv, dtype=self.dtype, by_onednn=self.by_onednn)
+        conv = partial(Conv, dtype=self.dtype, by_onednn=self.by_onednn, folded=self.folded)
+        layer = partial(conv_norm, conv=conv, norm=norm)
         size, stride = STEMS[self.stem]
-        x = conv(self.width, size, stride, name="conv1")(image)
-        x = norm(name="bn1")(x, mask, train, relu=True)
+        x = layer("conv1", self.width, size, stride)(image, mask, train, relu=True)
         if self.stem == "imagenet":
             x = layers.max_pool(x)
         for i, depth in enumerate(self.stage_depths):
-            block = partial(self.block, features=self.width * 2**i, conv=conv, norm=norm)
+            block = partial(self.block, features=self.width * 2**i, conv_norm=layer)
             x = Stage(block, depth, 1 if i == 0 else 2, self.remat, name=f"layer{i + 1}")(x, mask, train)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 

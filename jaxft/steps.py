@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.augment import NO_AUGMENTATION, Augmentation, augment, mix, picture_keys
 from jaxft.distill import Distillation, distillation_loss
+from jaxft.folding import fold_norms
 from jaxft.layers import sum_over_devices
 from jaxft.parts import carry_over, map_with_path, merge, split_frozen
 from jaxft.preprocessing import Preprocessing, preprocess
@@ -296,52 +297,63 @@ def scan_first(turns: Array | None, function: Callable[..., Any], carried: Any, 
     return jax.lax.fori_loop(0, turns, turn, (carried, zeros))
 
 
-Step = Callable[[TrainState, Pictures | None, Batch], Any]
+Step = Callable[..., Any]  # of variables, pictures and a batch, of a model and its preprocessing
 
 
 def with_each(
-    state: TrainState, pictures: Pictures | None, batches: Batch, turns: Array | None = None, *, step: Step
+    state: TrainState,
+    pictures: Pictures | None,
+    batches: Batch,
+    turns: Array | None = None,
+    *,
+    step: Step,
+    model: ResNet,
+    preprocessing: Preprocessing,
+    fold: bool = True,
 ) -> Any:
     """What `step` gives for each of the first `turns` of batches (K, B), or for all of them: (K, ...)."""
-    return scan_first(turns, lambda _, batch: (None, step(state, pictures, batch)), None, batches)[1]
+    variables: Any = state.variables()
+    if fold:
+        model, variables = fold_norms(model, variables)
+    step = partial(step, variables, pictures, model=model, preprocessing=preprocessing)
+    return scan_first(turns, lambda _, batch: (None, step(batch)), None, batches)[1]
 
 
 def eval_step(
-    state: TrainState, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+    variables: Any, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
 ) -> Predictions:
     """Of each picture of the batch (num_devices, B), padding too; with running statistics."""
     pictures = pictures_of(pictures, batch)
     image = pictures.seen(batch.index)
     if image.ndim == 4:
         image = preprocess(image, preprocessing)
-    logits: Any = model.apply(state.variables(), image, train=False)
+    logits: Any = model.apply(variables, image, train=False)
     return jax.lax.all_gather(_predictions(logits, pictures.label[batch.index]), model.axis_name)
 
 
 def features_step(
-    state: TrainState, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+    variables: Any, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
 ) -> jax.Array:
     """What the head sees of each picture of the batch: (num_devices, B, F), padding too."""
     pictures = pictures_of(pictures, batch)
     image = preprocess(pictures.seen(batch.index), preprocessing)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     return jax.lax.all_gather(model.apply(variables, image, train=False, features_only=True), model.axis_name)
 
 
 def statistics_step(
-    state: TrainState, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+    variables: Any, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
 ) -> Any:
-    """The batch_stats that the batch would leave alone, over all devices, with the parameters that are tested."""
+    """The batch_stats that the batch would leave alone, over all devices."""
     pictures = pictures_of(pictures, batch)
     image = preprocess(pictures.seen(batch.index), preprocessing)
     model = model.clone(batch_norm="sync", norm_momentum=1.0)
-    _, updates = model.apply(state.variables(), image, batch.mask, train=True, mutable=["batch_stats"])
+    _, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
     return updates["batch_stats"]
 
 
-def predict_step(state: TrainState, image: Array, *, model: ResNet, preprocessing: Preprocessing) -> jax.Array:
+def predict_step(variables: Any, image: Array, *, model: ResNet, preprocessing: Preprocessing) -> jax.Array:
     """Probabilities (B, num_classes) of uint8 pictures (B, H, W, 3)."""
-    logits: Any = model.apply(state.variables(), preprocess(image, preprocessing), train=False)
+    logits: Any = model.apply(variables, preprocess(image, preprocessing), train=False)
     return jax.nn.softmax(logits)
 
 

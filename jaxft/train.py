@@ -48,6 +48,7 @@ from jaxft.evaluate import (
     with_its_convolutions,
 )
 from jaxft.feed import OnDevices, make_feed
+from jaxft.folding import fold_norms
 from jaxft.interrupt import StopSignals
 from jaxft.metrics import MetricsFile
 from jaxft.optimizer import learning_rate_schedule, make_optimizer
@@ -278,7 +279,8 @@ def load_teacher(workdir: str, class_names: tuple[str, ...], which: str) -> Teac
     step, info, model, state = load_checkpoint(workdir, which)
     if tuple(info["class_names"]) != class_names:
         raise UserError(f"distill.teacher {workdir} knows other classes than the data: {info['class_names']}")
-    return Teacher(model, Preprocessing(**info["preprocessing"]), replicate(state.variables()), step)
+    model, variables = fold_norms(model, replicate(state.variables()))
+    return Teacher(model, Preprocessing(**info["preprocessing"]), variables, step)
 
 
 def run_info(

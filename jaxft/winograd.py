@@ -60,6 +60,12 @@ def winograd_conv(x: jax.Array, kernel: jax.Array, product: Product) -> jax.Arra
     return _join(product(_split(x), _of_kernel(kernel)), x.shape).astype(x.dtype)
 
 
+def winograd_conv_and_add(x: jax.Array, kernel: jax.Array, bias: jax.Array, relu: bool, product: Product) -> jax.Array:
+    """Then `bias` (F,) added, and a ReLU if asked."""
+    rows = _join_rows(_tiles(product(_split(x), _of_kernel(kernel)), x.shape))
+    return _pixels(_join_columns_and_add(rows, bias, relu), x.shape).astype(x.dtype)
+
+
 def _fwd(x: jax.Array, kernel: jax.Array, product: Product) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return winograd_conv(x, kernel, product), (x, kernel)
 
@@ -148,6 +154,12 @@ def _join_rows(products: jax.Array) -> jax.Array:
 def _join_columns(rows: jax.Array) -> jax.Array:
     """(N, rows, 4, columns, 4, F)"""
     return _combine(A.T, list(jnp.moveaxis(rows, 0, 3)), 4)
+
+
+@partial(unfused, static_argnums=2)
+def _join_columns_and_add(rows: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
+    y = _combine(A.T, list(jnp.moveaxis(rows, 0, 3)), 4) + bias
+    return jnp.maximum(y, 0) if relu else y
 
 
 @unfused

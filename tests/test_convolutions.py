@@ -1,17 +1,19 @@
 """Each formulation against the plain one: in float64, and in what oneDNN computes in."""
 
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxft import convolutions, onednn
-from jaxft.convolutions import conv, plain_conv
+from jaxft.convolutions import conv, conv_and_add, plain_conv
 from jaxft.errors import UserError
-from tests.formulations import on_x86, onednn_in_double_precision, random, same
+from tests.formulations import as_if_on, on_x86, onednn_in_double_precision, random, same
 
 SHAPES = [(1, 1, 5), (2, 2, 5), (1, 3, 5), (4, 3, 5), (8, 9, 3), (7, 16, 1), (6, 6, 5), (11, 12, 5)]
 
@@ -40,8 +42,7 @@ def test_gradients_are_convolutions_as_a_loop_needs_them(shape: tuple[int, int, 
     assert len(orders) >= 2 and set(orders) == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
-@pytest.mark.parametrize("small_map", [0, 7])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "small_map"), [(1, 0), (1, 7), (2, 7)])
 @pytest.mark.parametrize(("size", "shape"), [(1, (4, 3, 5)), *((3, shape) for shape in SHAPES), (7, (8, 9, 3))])
 def test_formulations_for_onednn(
     shape: tuple[int, int, int], size: int, stride: int, small_map: int, monkeypatch: pytest.MonkeyPatch
@@ -61,6 +62,40 @@ def test_onednn(shape: tuple[int, int, int], size: int, stride: int, dtype: Any)
     by_onednn = partial(conv, stride=stride, by_onednn=True)
     tolerance = 1e-6 if dtype == jnp.float32 else 0.01
     same(by_onednn, partial(plain_conv, stride=stride), x, kernel, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        ("xla", jnp.float32),
+        pytest.param("onednn", jnp.float32, marks=on_x86),
+        pytest.param("onednn", jnp.bfloat16, marks=on_x86),
+        ("gpu", jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize(
+    ("size", "channels", "stride", "groups"), [(1, 16, 1, 1), (1, 16, 2, 1), (3, 64, 1, 1), (3, 16, 2, 4), (7, 3, 2, 1)]
+)
+def test_convolutions_that_add(
+    size: int, channels: int, stride: int, groups: int, dtype: Any, how: str, whole: bool
+) -> None:
+    """A bias, and as a whole a shortcut and a ReLU too, within and after all formulations; beside NumPy's."""
+    arguments = [
+        jnp.asarray(array, dtype) for array in (random(8, 8, 12, channels), random(size, size, channels // groups, 64))
+    ]
+    x, kernel = (array.astype(jnp.float32) for array in arguments)
+    y = np.asarray(plain_conv(x, kernel, stride, groups))
+    bias, shortcut = 20 * random(64), jnp.asarray(20 * random(*y.shape), dtype)
+    expected = y + bias
+    if whole:
+        expected = np.maximum(expected + np.asarray(shortcut, np.float64), 0)
+    function = partial(conv_and_add, relu=whole, stride=stride, groups=groups, by_onednn=how == "onednn")
+    with as_if_on("gpu") if how == "gpu" else nullcontext():
+        found = jax.jit(function)(*arguments, jnp.asarray(bias, jnp.float32), shortcut if whole else None)
+    assert found.dtype == dtype
+    tolerance = 3e-6 if dtype == jnp.float32 else 0.01
+    assert np.linalg.norm(np.asarray(found, np.float64) - expected) <= tolerance * np.linalg.norm(expected)
 
 
 @on_x86

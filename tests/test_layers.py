@@ -47,7 +47,7 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equals() -> None:
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("mask", [None, (1, 1, 1, 1), (1, 0, 1, 1), (0, 1, 0, 0)])
+@pytest.mark.parametrize("mask", [None, (1, 0, 1, 1), (0, 1, 0, 0)])
 def test_batch_norm(mask: tuple[int, ...] | None, relu: bool, shortcut: bool) -> None:
     weights = None if mask is None else jnp.array(mask, float)
 

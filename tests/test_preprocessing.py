@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxft import datasets
-from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size, preprocess, resize
+from jaxft import datasets, preprocessing
+from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size, preprocess
 from tests.reference import torchvision
+
+resize = jax.jit(preprocessing.resize, static_argnums=(1, 2))
 
 
 def pillow_resize(images: np.ndarray, size: int) -> np.ndarray:
@@ -35,9 +37,7 @@ def test_resize_of_any_rectangle_is_pillows_within_a_level(height: int, width: i
 @pytest.mark.parametrize("size", [224, 97, 16])
 def test_resize_of_real_pictures_is_pillows(size: int) -> None:
     images = datasets.load("sample:cifar10", "test").image[::50]
-    np.testing.assert_array_equal(
-        jax.jit(resize, static_argnums=(1, 2))(images, size, size), pillow_resize(images, size)
-    )
+    np.testing.assert_array_equal(resize(images, size, size), pillow_resize(images, size))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from jaxft.calls import batches_per_call, calls
 from jaxft.config import default_config
 from jaxft.interrupt import StopSignals
 from jaxft.resnet import ARCHITECTURES
-from jaxft.steps import Batch, Counts, TrainState, abstract_train_state, train_steps, with_each
+from jaxft.steps import Batch, Counts, TrainState, abstract_train_state, scan_first, train_steps
 from jaxft.train import run_steps, up_to_checkpoints
 from tests.formulations import as_if_on
 
@@ -84,15 +84,15 @@ def test_a_loop_of_any_number_of_turns_traces_its_body_once() -> None:
     """A ResNet-50's takes a second or two."""
     traced = 0
 
-    def step(state: Any, pictures: Any, batch: Batch) -> Any:
+    def step(total: Any, number: Any) -> Any:
         nonlocal traced
         traced += 1
-        return state * batch.index
+        return total + number, 100 * number
 
-    batches = Batch(np.array([3, 5, 7]), np.zeros(3), np.ones(3))
-    each: Any = jax.jit(partial(with_each, step=step))
-    np.testing.assert_array_equal(each(jnp.int32(100), None, batches, np.int32(2)), [300, 500, 0])
-    assert traced == 1
+    first = jax.jit(lambda turns: scan_first(turns, step, jnp.int32(0), jnp.array([3, 5, 7], jnp.int32)))
+    total, each = first(np.int32(2))
+    assert total == 8 and traced == 1
+    np.testing.assert_array_equal(each, [300, 500, 0])
 
 
 def test_signals_are_heard_while_a_cpu_works() -> None:

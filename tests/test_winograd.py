@@ -17,7 +17,7 @@ from tests.formulations import on_x86, random, same
 PRODUCTS = [product_by_xla, pytest.param(onednn.product, marks=on_x86)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.tuples(*(st.integers(1, 14) for _ in range(2)), st.integers(1, 3)))
 def test_is_a_convolution(shape: tuple[int, int, int]) -> None:
     with jax.enable_x64(True):
