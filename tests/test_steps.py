@@ -122,7 +122,8 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
 
 
 @pytest.mark.parametrize(
-    ("batch_norm", "backend"), [("sync", "cpu"), ("sync", "tpu"), pytest.param("frozen", "cpu", marks=pytest.mark.slow)]
+    ("batch_norm", "backend"),
+    [("sync", "cpu"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sync", "tpu"), ("frozen", "cpu")))],
 )
 def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, backend: str) -> None:
     """In float64, with a last batch that leaves one device no picture and another fewer than the rest."""
