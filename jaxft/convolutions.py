@@ -3,6 +3,7 @@
 What helps only a CPU is chosen in `conv`, by shape. Arrays are NHWC, kernels HWIO.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -304,8 +305,11 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         """Summed over all pixels: (C, F) of (..., C) and (..., F)."""
-        a, b = (lax.bitcast_convert_type(array.reshape(-1, array.shape[-1]), dtype) for array in (a, b))
-        return onednn.product(a, b, transpose_a=True)
+        pixels = a.size // a.shape[-1]
+        few = dtype.itemsize < _WIDE and a.shape[-1] * b.shape[-1] <= 2 * pixels
+        parts = math.gcd(pixels, 2) if few else 1  # of many pixels for few results, which takes longer at once
+        a, b = (lax.bitcast_convert_type(array.reshape(parts, -1, array.shape[-1]), dtype) for array in (a, b))
+        return onednn.product(a, b, transpose_a=True).sum(0)
 
     if size > 1 and x.shape[-1] <= _PICTURE:
         return _gradient_by_windows(x, dy, stride, size, product)
