@@ -67,9 +67,11 @@ def main() -> None:
     image = jax.ShapeDtypeStruct((args.batch_size, args.image_size, args.image_size, 3), jnp.float32)
     steps: dict[str, Any] = {}
     found: dict[str, dict[str, float]] = {}
-    for name, parts in [*FROZEN.items(), ("nothing, remat", "")]:
+    for name, parts in [*FROZEN.items(), ("statistics", ""), ("nothing, remat", "")]:
         config = default_config()
         config.optimizer.freeze = parts
+        if name == "statistics":
+            config.model.batch_norm = "frozen"
         config.model.remat = name.endswith("remat")
         model = freeze(make_model(config.model, 10), config.optimizer, 1)
         tx = optax.sgd(0.001, momentum=0.9)

@@ -10,7 +10,7 @@ huge pages, as jaxft's commands do. PyTorch's threads wait for each other by spi
 images per second of CPU time on one core compare: --cores 0. Work is pixels x batch size. A train step is forward,
 backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones, channels_last); a forward
 step is evaluation without gradients. On a CPU, jaxft's convolutions are oneDNN's but for jaxft-float32-xla;
-torch-float32-compile takes minutes to compile.
+torch-float32-compile takes minutes to compile. With -frozen (jaxft-bfloat16-frozen) norms keep their statistics.
 
 Runs on whatever device JAX and PyTorch find; on a GPU, where PyTorch's optimizer is fused, for instance:
 
@@ -65,6 +65,8 @@ def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, option
     config = default_config()
     config.update(image_size=size, batch_size=batch)
     config.model.update(arch=arch, width=width, dtype=options[0])
+    if "frozen" in options:
+        config.model.batch_norm = "frozen"
     by_onednn = onednn.is_chosen("never" if "xla" in options else "always", 0)
     model = make_model(config.model, NUM_CLASSES).clone(by_onednn=by_onednn)
     tx = optax.sgd(0.01, momentum=0.9)
@@ -130,6 +132,9 @@ def torch_steps(arch: str, size: int, batch: int, which: str, width: int, option
             return run(image).float().sum()
 
     model.train(which == "train")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and "frozen" in options:
+            module.eval()
     step = train if which == "train" else forward
 
     def steps(number: int) -> float:

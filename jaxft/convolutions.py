@@ -47,6 +47,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1, by_o
     return _conv_in_loops(x, kernel, stride)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def conv_and_add(
     x: jax.Array,
     kernel: jax.Array,
@@ -57,7 +58,7 @@ def conv_and_add(
     groups: int = 1,
     by_onednn: bool = False,
 ) -> jax.Array:
-    """`conv`, then `bias` (F,) and `shortcut`, if any, added, and a ReLU if asked. By oneDNN it has no gradient."""
+    """`conv`, then `bias` (F,) and `shortcut`, if any, added, and a ReLU if asked; the result alone is kept."""
     if jax.default_backend() == "cpu" and groups == 1:
         wide = x.dtype.itemsize >= _WIDE  # in which a shortcut takes a pass of its own as well
         if _is_winograds(x, kernel, stride, by_onednn):
@@ -67,6 +68,33 @@ def conv_and_add(
         elif by_onednn and x.dtype in onednn.DTYPES and (shortcut is None or not wide):
             return _forward_by_onednn(x, kernel, stride, onednn.Then(bias, shortcut, relu))
     return layers.add(conv(x, kernel, stride, groups, by_onednn), bias, shortcut, relu)
+
+
+def _conv_and_add_fwd(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    shortcut: jax.Array | None,
+    relu: bool,
+    stride: int,
+    groups: int,
+    by_onednn: bool,
+) -> tuple[jax.Array, tuple]:
+    y = conv_and_add(x, kernel, bias, shortcut, relu, stride, groups, by_onednn)
+    return y, (x, kernel, bias, shortcut is None, y if relu else None)
+
+
+def _conv_and_add_bwd(
+    relu: bool, stride: int, groups: int, by_onednn: bool, residuals: tuple, dy: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    x, kernel, bias, alone, y = residuals
+    if relu:
+        dy = layers.where_positive(y, dy)
+    _, pull_back = jax.vjp(lambda x, kernel: conv(x, kernel, stride, groups, by_onednn), x, kernel)
+    return *pull_back(dy), layers.sum_of_pixels(dy).astype(bias.dtype), None if alone else dy
+
+
+conv_and_add.defvjp(_conv_and_add_fwd, _conv_and_add_bwd)
 
 
 def _is_winograds(x: jax.Array, kernel: jax.Array, stride: int, by_onednn: bool) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxft.resnet import BatchNorm, ResNet, norm_of
+from jaxft.resnet import ResNet, fold, norm_of
 
 
 def fold_norms(model: ResNet, variables: Any) -> tuple[ResNet, dict[str, Any]]:
@@ -22,7 +22,8 @@ def _fold(params: Any, batch_stats: Any) -> dict[str, Any]:
         if name != "kernel" or conv == "fc":
             continue
         norm = (*block, norm_of(conv))
-        slope = flat.pop((*norm, "scale")) * jax.lax.rsqrt(statistics[*norm, "var"] + BatchNorm.epsilon)
-        flat[*block, conv, "kernel"] *= slope
-        flat[*block, conv, "bias"] = flat.pop((*norm, "bias")) - statistics[*norm, "mean"] * slope
+        scale, bias = (flat.pop((*norm, name)) for name in ("scale", "bias"))
+        mean, var = (statistics[*norm, name] for name in ("mean", "var"))
+        kernel, bias = fold(flat[*block, conv, "kernel"], scale, bias, mean, var)
+        flat |= {(*block, conv, "kernel"): kernel, (*block, conv, "bias"): bias}
     return unflatten_dict(flat)

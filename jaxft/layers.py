@@ -149,7 +149,7 @@ def _statistics(
         sums = _sum_of_pictures(far, weights), _sum_of_pictures(jnp.square(far), weights)
         mean, square = (total / divisor for total in sum_over_devices(sums, axis_name))
         return near + mean, jnp.maximum(square - jnp.square(mean), 0), count
-    mean = sum_over_devices(_sum(x, weights), axis_name) / divisor
+    mean = sum_over_devices(sum_of_pixels(x, weights), axis_name) / divisor
     in_parts = x.dtype.itemsize >= _WIDE
     squares = _sum_of_parts(_squares_in_parts(x, mean, weights)) if in_parts else _sum_of_squares(x, mean, weights)
     return mean, sum_over_devices(squares, axis_name) / divisor, count
@@ -157,7 +157,7 @@ def _statistics(
 
 # Apart, or XLA on a CPU keeps a bfloat16 x as float32 too.
 @unfused
-def _sum(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+def sum_of_pixels(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     return _sum_of_pictures(x.astype(jnp.promote_types(x.dtype, jnp.float32)), weights)
 
 
@@ -224,7 +224,7 @@ def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals
     dy = cotangents[0]
     slope = scale * inverse
     if y is not None:
-        dy = _where_positive(y, dy)
+        dy = where_positive(y, dy)
     relu = relu and y is None
     if jax.default_backend() != "cpu":
         dbias, dslope = _affine_gradients(x, dy, mean, slope, bias, relu)
@@ -233,7 +233,7 @@ def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals
         dbias, dslope = sums[0], sums[1]
     else:
         dy, relu = _behind_relu_once(x, dy, mean, slope, bias) if relu else dy, False
-        dbias, dslope = _sum(dy, None), _sum_of_products(x, dy, mean)
+        dbias, dslope = sum_of_pixels(dy, None), _sum_of_products(x, dy, mean)
     mean, dbias = computed_once((mean, dbias))  # or what the ReLU let through is kept for both uses
     divisor = jnp.maximum(count, 1)
     sums = sum_over_devices((dbias, dslope), axis_name)
@@ -243,7 +243,7 @@ def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals
 
 
 @unfused
-def _where_positive(y: jax.Array, dy: jax.Array) -> jax.Array:
+def where_positive(y: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.where(y > 0, dy, 0)
 
 
@@ -304,6 +304,30 @@ def _normalize_gradient(
     if weights is not None:
         common *= weights.astype(common.dtype)[:, None, None, None]
     return (slope * (dy - common)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def with_slope(kernel: jax.Array, slope: jax.Array) -> jax.Array:
+    """(height, width, C, F) by (F,)"""
+    return kernel * slope
+
+
+def _with_slope_fwd(kernel: jax.Array, slope: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return kernel * slope, (kernel, slope)
+
+
+def _with_slope_bwd(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kernel, slope = residuals
+    return gradient * slope, _product(gradient, kernel).sum((0, 1, 2))
+
+
+with_slope.defvjp(_with_slope_fwd, _with_slope_bwd)
+
+
+# Apart, or XLA on a CPU leaves product and sum to YNNPACK, which takes a hundred times as long.
+@unfused
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return a * b
 
 
 def sum_over_devices(tree: Any, axis_name: str | None) -> Any:

@@ -25,6 +25,8 @@ STEMS: dict[Stem, tuple[int, int]] = {  # conv1's size and stride
     "small": (3, 1),  # alone: for pictures of about 32 pixels (He et al. 2015, section 4.2)
 }
 
+EPSILON = 1e-5  # of BatchNorm
+
 # torch: kaiming_normal_(mode="fan_out", nonlinearity="relu")
 conv_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -36,7 +38,7 @@ def linear_init(fan_in: int) -> Callable[..., jax.Array]:
 
 
 class Conv(nn.Module):
-    """A convolution padded by size // 2 on each side: without bias, or with what folding.py made of its norm."""
+    """A convolution padded by size // 2 on each side: without bias, or with what its norm has become."""
 
     features: int
     size: int
@@ -44,17 +46,23 @@ class Conv(nn.Module):
     groups: int = 1
     dtype: Any = jnp.float32
     by_onednn: bool = False
-    folded: bool = False
+    folded: bool = False  # its norm is in its parameters: see folding.py
 
     @nn.compact
-    def __call__(self, x: jax.Array, relu: bool = False, shortcut: jax.Array | None = None) -> jax.Array:
-        """relu, shortcut: what follows the norm that is folded into it."""
+    def __call__(
+        self, x: jax.Array, norm: "BatchNorm | None" = None, relu: bool = False, shortcut: jax.Array | None = None
+    ) -> jax.Array:
+        """norm: to be folded into it, with the `shortcut` and the ReLU that follow."""
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", conv_kernel_init, shape, jnp.float32)
+        bias = None
+        if self.folded:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        elif norm:
+            kernel, bias = norm.folded_into(kernel)
         x, kernel, how = x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.groups, self.by_onednn)
-        if not self.folded:
+        if bias is None:
             return convolve(x, kernel, *how)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return conv_and_add(x, kernel, bias, shortcut, relu, *how)
 
 
@@ -66,47 +74,52 @@ class BatchNorm(nn.Module):
     of both its parameters.
     """
 
+    features: int
     mode: BatchNormMode = "update"
     frozen: frozenset[str] = frozenset()
     axis_name: str = "batch"
     dtype: Any = jnp.float32
     momentum: float = 0.1  # the weight of the new value, as torch counts it
-    epsilon: float = 1e-5
 
-    @nn.compact
+    def setup(self) -> None:
+        shape = (self.features,)
+        self.scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        self.bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        self.running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+
+    def is_frozen(self) -> bool:
+        return self.mode == "frozen" or has_norm(self.frozen, "/".join(self.path))
+
+    def folded_into(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """With the running statistics: the kernel and the bias of a convolution that is normalised already."""
+        return fold(kernel, self.scale, self.bias, self.running_mean.value, self.running_var.value)
+
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None,
-        train: bool,
-        relu: bool = False,
-        shortcut: jax.Array | None = None,
+        self, x: jax.Array, mask: jax.Array | None, relu: bool = False, shortcut: jax.Array | None = None
     ) -> jax.Array:
-        """x, then `shortcut` added and a ReLU if asked: (N, H, W, C).
+        """x by its own statistics, which move the running ones; then `shortcut` added, and a ReLU if asked.
 
-        mask: (N,), 1 for a picture that counts and 0 for padding; used in training only.
+        mask: (N,), 1 for a picture that counts and 0 for padding.
         """
-        features = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
-
-        frozen = self.mode == "frozen" or has_norm(self.frozen, "/".join(self.path))
-        if train and not frozen and not self.is_initializing():
-            axis_name = self.axis_name if self.mode == "sync" else None
-            y, (mean, var, count) = layers.batch_norm(
-                x, shortcut, scale, bias, running_mean.value, mask, self.epsilon, relu, axis_name
-            )
-            unbiased = var * (count / jnp.maximum(count - 1, 1))
-            # A device whose share is all padding has nothing to add.
-            weight = self.momentum * (count > 0)
-            running_mean.value += weight * (mean - running_mean.value)
-            running_var.value += weight * (unbiased - running_var.value)
-        else:
-            slope = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-            y = layers.normalize(x, running_mean.value, slope, bias, shortcut, relu)
+        axis_name = self.axis_name if self.mode == "sync" else None
+        y, (mean, var, count) = layers.batch_norm(
+            x, shortcut, self.scale, self.bias, self.running_mean.value, mask, EPSILON, relu, axis_name
+        )
+        unbiased = var * (count / jnp.maximum(count - 1, 1))
+        # A device whose share is all padding has nothing to add.
+        weight = 0 if self.is_initializing() else self.momentum * (count > 0)
+        self.running_mean.value += weight * (mean - self.running_mean.value)
+        self.running_var.value += weight * (unbiased - self.running_var.value)
         return y.astype(self.dtype)
+
+
+def fold(
+    kernel: jax.Array, scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A convolution's kernel with the slope of its norm, and the bias that is left of that."""
+    slope = scale * jax.lax.rsqrt(var + EPSILON)
+    return layers.with_slope(kernel, slope), bias - mean * slope
 
 
 def has_norm(frozen: frozenset[str], path: str) -> bool:
@@ -129,8 +142,8 @@ def conv_norm(
     conv: Callable[..., Conv],
     norm: Callable[..., BatchNorm],
 ) -> Callable[..., jax.Array]:
-    """A convolution and its norm, which may be folded into it."""
-    convolution, its_norm = conv(features, size, stride, groups, name=name), norm(name=norm_of(name))
+    """A convolution and its norm, which is folded into it where it has fixed statistics."""
+    convolution, its_norm = conv(features, size, stride, groups, name=name), norm(features, name=norm_of(name))
 
     def apply(
         x: jax.Array,
@@ -139,9 +152,9 @@ def conv_norm(
         relu: bool = False,
         shortcut: jax.Array | None = None,
     ) -> jax.Array:
-        if convolution.folded:
-            return convolution(x, relu, shortcut)
-        return its_norm(convolution(x), mask, train, relu, shortcut)
+        if train and not its_norm.is_frozen():
+            return its_norm(convolution(x), mask, relu, shortcut)
+        return convolution(x, its_norm, relu, shortcut)
 
     return apply
 

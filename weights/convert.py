@@ -22,8 +22,8 @@ from jaxft.pretrained import Weights, load_pretrained, to_torch, torchvision_key
 from jaxft.resnet import ARCHITECTURES
 from jaxft.torch_files import read_tensors, write_tensors
 
-# torchvision's module -> ours; our bn1 computes the ReLU too
-STAGES = {"conv1": "conv1", "relu": "bn1"} | {name: name for name in ("layer1", "layer2", "layer3", "layer4", "fc")}
+# torchvision's module -> ours; our conv1 has its norm and its ReLU inside
+STAGES = {"relu": "conv1"} | {name: name for name in ("layer1", "layer2", "layer3", "layer4", "fc")}
 VERIFIED_IN_FLOAT64 = 1e-9  # relative; a wrong padding, epsilon or order of channels is off by far more
 
 
