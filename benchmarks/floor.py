@@ -6,8 +6,8 @@ python -m benchmarks.floor [--arch resnet50] [--image_size 224] [--batch 256] [-
 The machine's rates are an H200's by default, measured with a bfloat16 product and a copy; --measure takes those of this
 one, by a product of matrices and a pass over memory. Nothing else runs but this arithmetic. A convolution takes as long
 as its operations or as its bytes at best, a pass over memory as long as its bytes. BatchNorm is reckoned twice: as
-passes of its own, which is how XLA has it, and within the convolutions (sums are taken as values are written, values
-are normalised as they are read), which no library does. One JSON object.
+passes of its own, which is how XLA has it in training, and within the convolutions, which is how jaxft evaluates (in
+training sums would be taken as values are written, which no library does). One JSON object.
 """
 
 import argparse
