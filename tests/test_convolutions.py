@@ -93,6 +93,7 @@ def test_convolutions_that_add(
         y = plain_conv(x, kernel, stride, groups) + bias
         return (jax.nn.relu(y + shortcut) if whole else y).astype(dtype)
 
+    # Rounded to bfloat16, some values fall on the other side of the ReLU, with their gradients.
     with as_if_on("gpu") if how == "gpu" else nullcontext():
         same(ours, plain, *arguments, tolerance=5e-6 if dtype == jnp.float32 else 0.1)
 
