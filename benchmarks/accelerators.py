@@ -30,13 +30,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxft.config import load_config, parse_overrides
+from jaxft.data.batches import Batch, Pictures
 from jaxft.errors import ArgumentParser, UserError, run_command
-from jaxft.optimizer import make_optimizer
-from jaxft.parts import freeze
-from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from jaxft.resnet import make_model
-from jaxft.steps import Batch, Pictures, abstract_train_state, eval_step, with_each
-from jaxft.train import pmap_train_steps
+from jaxft.models.partition import freeze
+from jaxft.models.resnet import make_model
+from jaxft.training.loop import pmap_train_steps
+from jaxft.training.optimizer import make_optimizer
+from jaxft.training.state import abstract_train_state
+from jaxft.training.steps import eval_step, with_each
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 CIFAR10 = (50_000, 32, 32, 3)
 HERTZ = {  # by the makers' figures: products of bfloat16 a second, of 128x128 (v6e: 256x256) units

@@ -21,12 +21,12 @@ import jax.export
 import numpy as np
 import optax
 
-from jaxft.checkpoint import LoadedCheckpoint
 from jaxft.config import load_config
 from jaxft.export import DTYPES, export_stablehlo
-from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from jaxft.resnet import make_model
-from jaxft.steps import create_train_state
+from jaxft.models.resnet import make_model
+from jaxft.training.restore import LoadedCheckpoint
+from jaxft.training.state import create_train_state
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 def main() -> None:

@@ -22,12 +22,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxft.checkpoint import Checkpoints, DamagedCheckpointError
 from jaxft.config import default_config
-from jaxft.metrics import MetricsFile
-from jaxft.optimizer import make_optimizer
-from jaxft.resnet import make_model
-from jaxft.steps import TrainState, abstract_train_state, create_train_state, replicate
+from jaxft.data.batches import replicate
+from jaxft.models.resnet import make_model
+from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
+from jaxft.run.metrics_file import MetricsFile
+from jaxft.training.optimizer import make_optimizer
+from jaxft.training.state import TrainState, abstract_train_state, create_train_state
 
 STEP = 100
 

@@ -26,7 +26,7 @@ def torch_epoch(folder: Path, image_size: int) -> None:
     """The usual script."""
     from typing import Any
 
-    from tests.reference import torch, torchvision
+    from tests.helpers.reference import torch, torchvision
 
     transforms = torchvision.transforms
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

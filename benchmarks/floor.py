@@ -22,8 +22,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft import onednn
-from jaxft.resnet import ARCHITECTURES, BasicBlock, Bottleneck, Conv, ResNet
+from jaxft.models.resnet import ARCHITECTURES, BasicBlock, Bottleneck, Conv, ResNet
+from jaxft.ops import onednn
 
 UPDATE_BYTES = 4 + 20  # of a parameter: its gradient, SGD with momentum in float32
 

@@ -22,10 +22,12 @@ import numpy as np
 import optax
 
 from jaxft.config import default_config
-from jaxft.parts import freeze, merge, split_frozen
-from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from jaxft.resnet import ResNet, make_model
-from jaxft.steps import Batch, Pictures, create_train_state, train_step
+from jaxft.data.batches import Batch, Pictures
+from jaxft.models.partition import freeze, merge, split_frozen
+from jaxft.models.resnet import ResNet, make_model
+from jaxft.training.state import create_train_state
+from jaxft.training.steps import train_step
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 FROZEN = {
     "nothing": "",

@@ -25,8 +25,8 @@ import numpy as np
 import safetensors.torch
 
 from jaxft.errors import UserError
-from jaxft.torch_files import read_tensors
-from tests.reference import torch
+from jaxft.pretrained.torch_files import read_tensors
+from tests.helpers.reference import torch
 
 ALLOWED_GROWTH = 10  # times the file's size, above what any file takes
 BASE_BYTES = 2_000_000

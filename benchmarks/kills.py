@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.checkpoint import load_checkpoint
+from jaxft.training.restore import load_checkpoint
 
 COMMAND = (
     *(sys.executable, "-m", "jaxft.train", "--config=configs/quickstart.py", "--config.data.train_split=test"),

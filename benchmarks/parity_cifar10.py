@@ -19,13 +19,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxft import datasets
 from jaxft.config import load_config
-from jaxft.optimizer import make_optimizer
-from jaxft.resnet import make_model
-from jaxft.torch_files import read_tensors
-from jaxft.train import initial_state, train_and_evaluate
-from tests.reference import torch, torchvision
+from jaxft.data import datasets
+from jaxft.data.batches import epoch_order
+from jaxft.models.resnet import make_model
+from jaxft.pretrained.torch_files import read_tensors
+from jaxft.train import train_and_evaluate
+from jaxft.training.optimizer import make_optimizer
+from jaxft.training.start import initial_state
+from tests.helpers.reference import torch, torchvision
 
 
 def torch_model(weights: str, head: dict[str, np.ndarray]) -> torch.nn.Module:
@@ -58,7 +60,7 @@ def train_torch(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     for epoch in range(1, config.num_epochs + 1):
         model.train()
-        order = datasets.epoch_order(config.seed, epoch, size)
+        order = epoch_order(config.seed, epoch, size)
         for start in range(0, size, 64):
             started = time.monotonic()
             image, label = torch_batch(train, order[start : start + 64])

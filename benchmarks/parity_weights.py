@@ -18,12 +18,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxft import datasets
-from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
-from jaxft.pretrained import load_pretrained, to_torch
-from jaxft.resnet import ARCHITECTURES
-from jaxft.torch_files import write_tensors
-from tests.reference import torch, torchvision
+from jaxft.data import datasets
+from jaxft.models.resnet import ARCHITECTURES
+from jaxft.pretrained.convert import load_pretrained, to_torch
+from jaxft.pretrained.torch_files import write_tensors
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
+from tests.helpers.reference import torch, torchvision
 
 BATCH = 50
 

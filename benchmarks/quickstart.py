@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jaxft.config import load_config
-from jaxft.metrics import read_lines
+from jaxft.run.metrics_file import read_lines
 from jaxft.train import train_and_evaluate
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxft import datasets
 from jaxft.config import load_config
-from jaxft.metrics import read_lines
+from jaxft.data import datasets
+from jaxft.run.metrics_file import read_lines
 from jaxft.train import train_and_evaluate
 
 ORIGINAL = {"batch_size": "50", "optimizer.schedule": "cosine"}

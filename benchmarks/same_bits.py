@@ -4,7 +4,7 @@
 
 Copies both trees into a temporary folder and trains, evaluates and predicts with each in processes of their own, on
 the CPU and with separate caches. There are three short runs of a small pretrained ResNet-18 with a new head: "plain"
-SGD on the sample of CIFAR-10; "augmented" with every augmentation, EMA, gradient accumulation and a stage that is
+SGD on the sample of CIFAR-10; "augmented" with all random augmentation, EMA, gradient accumulation and a stage that is
 unfrozen later; "streamed" with AdamW, recalibrated BatchNorm and oneDNN's convolutions. The last two read a folder of
 images of several sizes, with more in some classes than in others, made from the sample.
 

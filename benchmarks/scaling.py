@@ -33,10 +33,11 @@ def measure(devices: int) -> None:
     import numpy as np
     import optax
 
-    from jaxft.datasets import batches
-    from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-    from jaxft.resnet import BasicBlock, ResNet
-    from jaxft.steps import Pictures, create_train_state, replicate, train_step
+    from jaxft.data.batches import Pictures, make_batches, replicate
+    from jaxft.models.resnet import BasicBlock, ResNet
+    from jaxft.training.state import create_train_state
+    from jaxft.training.steps import train_step
+    from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
     rng = np.random.default_rng(0)
     pictures = Pictures(rng.integers(0, 256, (1024, 32, 32, 3), np.uint8), rng.integers(0, 10, 1024).astype(np.int32))
@@ -47,7 +48,7 @@ def measure(devices: int) -> None:
     state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
     pictures = replicate(pictures)
     times = []
-    for batch in list(batches(np.arange(1024).repeat(2), 64, devices))[:STEPS]:
+    for batch in list(make_batches(np.arange(1024).repeat(2), 64, devices))[:STEPS]:
         started = time.monotonic()
         state, counts = p_step(state, pictures, batch)
         jax.block_until_ready(counts)

@@ -31,9 +31,9 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxft import datasets
-from jaxft.feed import make_feed
-from tests.reference import torchvision
+from jaxft.data import datasets
+from jaxft.data.loader import make_feed
+from tests.helpers.reference import torchvision
 
 BATCH_SIZE = 64
 SIDE = 224

@@ -38,7 +38,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from jaxft import huge_pages
+from jaxft import process
 
 CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "jaxft-float32-xla", "torch-float32", "torch-bfloat16")
 NUM_CLASSES = 10
@@ -51,15 +51,16 @@ def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, option
     import numpy as np
     import optax
 
-    from jaxft import onednn
-    from jaxft.backend import set_up_backend
-    from jaxft.calls import batches_per_call, calls, turns
     from jaxft.config import default_config
-    from jaxft.evaluate import pmap_eval_steps
-    from jaxft.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-    from jaxft.resnet import make_model
-    from jaxft.steps import Batch, Pictures, create_train_state, replicate
-    from jaxft.train import pmap_train_steps
+    from jaxft.data.batches import Batch, Pictures, replicate
+    from jaxft.models.resnet import make_model
+    from jaxft.ops import onednn
+    from jaxft.process import set_up_backend
+    from jaxft.training.evaluation import pmap_eval_steps
+    from jaxft.training.loop import pmap_train_steps
+    from jaxft.training.state import create_train_state
+    from jaxft.training.steps_per_call import batches_per_call, calls, turns
+    from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
     set_up_backend()
     config = default_config()
@@ -104,7 +105,7 @@ def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, option
 
 def torch_steps(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Steps:
     """The same in PyTorch, channels_last, autocast for bfloat16."""
-    from tests.reference import torch, torchvision
+    from tests.helpers.reference import torch, torchvision
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -187,7 +188,7 @@ def compare(arch: str, size: int, batch: int, which: str, width: int, args: argp
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=huge_pages.environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # a GPU's memory is shared
+            env=process.environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # a GPU's memory is shared
             text=True,
         )
         assert child.stdout

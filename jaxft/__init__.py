@@ -14,24 +14,25 @@ Each function is imported, and JAX with it, when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jaxft import huge_pages
+from jaxft import process
 
 if TYPE_CHECKING:
+    from jaxft.classifier import load
     from jaxft.config import default_config, load_config
     from jaxft.errors import UserError
-    from jaxft.predict import load
-    from jaxft.pretrained import load_pretrained, replace_head
+    from jaxft.pretrained.convert import load_pretrained
+    from jaxft.targets.classification import replace_head
     from jaxft.train import train_and_evaluate
 
-huge_pages.ask_for_them()
+process.ask_for_them()
 
 _MODULES = {
     "UserError": "errors",
     "default_config": "config",
-    "load": "predict",
+    "load": "classifier",
     "load_config": "config",
-    "load_pretrained": "pretrained",
-    "replace_head": "pretrained",
+    "load_pretrained": "pretrained.convert",
+    "replace_head": "targets.classification",
     "train_and_evaluate": "train",
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
-from jaxft.resnet import ARCHITECTURES
+from jaxft.models.resnet import ARCHITECTURES
 
 
 def default_config() -> ConfigDict:
@@ -119,6 +119,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("constant", "cosine", "linear", "step"),
     "checkpoint.on_damage": ("refuse", "newest_good"),
 }
+
+
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "num_epochs": (1, 2**31 - 1),
@@ -154,6 +156,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_latest": (1, 2**31 - 1),
     "checkpoint.keep_best": (0, 2**31 - 1),
 }
+
+
 # What an interrupted run may go on with another value of: the results are the same.
 MAY_CHANGE = {
     "note",

@@ -23,24 +23,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxft.backend import set_up_backend
-from jaxft.bucket import reading_folder
-from jaxft.checkpoint import LoadedCheckpoint, load_checkpoint
+from jaxft.data.batches import replicate
 from jaxft.errors import ArgumentParser, UserError, run_command
-from jaxft.evaluate import evaluate_checkpoint
-from jaxft.folding import fold_norms
-from jaxft.metrics import summarise
-from jaxft.preprocessing import Preprocessing, normalize, resize_and_crop_any
-from jaxft.pretrained import Weights, to_torch, write_weights
-from jaxft.steps import replicate
-from jaxft.torch_files import write_tensors
+from jaxft.models.fold import fold_norms
+from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.torch_files import write_tensors
+from jaxft.pretrained.weights_file import Weights, write_weights
+from jaxft.process import set_up_backend
+from jaxft.run.remote_workdir import reading_folder
+from jaxft.targets.classification import summarise
+from jaxft.training.evaluation import evaluate_checkpoint
+from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
+from jaxft.transforms.preprocessing import Preprocessing, normalize, resize_and_crop_any
 
 SUFFIXES = {"torchvision": (".pth", ".safetensors"), "flax": (".safetensors",), "stablehlo": (".zip",)}
+
+
 DTYPES = {
     "torchvision": ("float32",),
     "flax": ("float32", "float16"),
     "stablehlo": ("float32", "bfloat16", "float16", "int8"),
 }
+
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

@@ -8,7 +8,7 @@ from tests.conftest import Run
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from jaxft.backend import set_up_backend
+from jaxft.process import set_up_backend
 
 set_up_backend()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a program as small as this is kept too

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from docs.hooks import config_table
-from jaxft import datasets, evaluate, predict, train
+from jaxft import evaluate, predict, train
 from jaxft.config import default_config, flatten, load_config, parse_overrides
+from jaxft.data import datasets
 from jaxft.errors import run_command
 from tests.conftest import ROOT, environment
 

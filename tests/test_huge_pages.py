@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.huge_pages import environment
+from jaxft.process import environment
 from tests.conftest import ROOT, Run
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import named_weights
 from jaxft.errors import ArgumentParser, UserError, run_command
-from jaxft.pretrained import Weights, load_pretrained, to_torch, torchvision_keys, write_weights
-from jaxft.resnet import ARCHITECTURES
-from jaxft.torch_files import read_tensors, write_tensors
+from jaxft.models.resnet import ARCHITECTURES
+from jaxft.pretrained import catalog
+from jaxft.pretrained.convert import load_pretrained, to_torch, torchvision_keys
+from jaxft.pretrained.torch_files import read_tensors, write_tensors
+from jaxft.pretrained.weights_file import Weights, write_weights
 
 # torchvision's module -> ours; our conv1 has its norm and its ReLU inside
 STAGES = {"relu": "conv1"} | {name: name for name in ("layer1", "layer2", "layer3", "layer4", "fc")}
@@ -75,8 +76,8 @@ def largest_differences(source: str, weights: Weights, dtype: Any) -> dict[str, 
 
 
 def _source_tensors(source: str) -> dict[str, np.ndarray]:
-    named = named_weights.find(source)
-    return torchvision_keys(read_tensors(named_weights.weights_file(named) if named else source))
+    named = catalog.find(source)
+    return torchvision_keys(read_tensors(catalog.weights_file(named) if named else source))
 
 
 def verify(source: str, weights: Weights) -> Weights:
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # it has float64, and an accelerator may be another process's
     if args.list:
-        print(named_weights.table())
+        print(catalog.table())
         return
     if args.source is None or args.out is None:
         raise UserError("SOURCE and OUT are needed; see weights/convert.py --help")

@@ -1,0 +1,1 @@
+"""Reads labelled images and brings them to the devices."""

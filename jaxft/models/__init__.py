@@ -1,0 +1,1 @@
+"""Networks, and which of their parameters train."""

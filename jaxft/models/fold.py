@@ -1,0 +1,29 @@
+"""A network that is only used, with its norms within its convolutions: one pass over memory for both."""
+
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxft.models.resnet import ResNet, fold, norm_of
+
+
+def fold_norms(model: ResNet, variables: Any) -> tuple[ResNet, dict[str, Any]]:
+    """The same network in evaluation: of each norm the slope in its convolution's kernel, the rest in a bias."""
+    if model.folded:
+        return model, variables
+    return model.clone(folded=True), {"params": _fold(variables["params"], variables["batch_stats"])}
+
+
+@jax.jit
+def _fold(params: Any, batch_stats: Any) -> dict[str, Any]:
+    flat, statistics = flatten_dict(params), flatten_dict(batch_stats)
+    for *block, conv, name in list(flat):
+        if name != "kernel" or conv == "fc":
+            continue
+        norm = (*block, norm_of(conv))
+        scale, bias = (flat.pop((*norm, name)) for name in ("scale", "bias"))
+        mean, var = (statistics[*norm, name] for name in ("mean", "var"))
+        kernel, bias = fold(flat[*block, conv, "kernel"], scale, bias, mean, var)
+        flat |= {(*block, conv, "kernel"): kernel, (*block, conv, "bias"): bias}
+    return unflatten_dict(flat)

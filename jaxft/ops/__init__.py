@@ -1,0 +1,1 @@
+"""Formulations of convolution, normalisation and pooling for each platform."""

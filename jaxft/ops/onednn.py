@@ -1,0 +1,167 @@
+"""Convolutions by oneDNN, which jaxlib holds for x86 CPUs and uses nowhere by itself; see benchmarks/NOTES.md.
+
+They are XLA's own custom calls (openxla/xla: xla/backends/cpu/runtime/onednn), described as in its
+xla/service/cpu/onednn_config.proto: no public interface, so `is_at_hand` tries them in another process first. XLA can
+neither export a program that has them nor keep it in its compilation cache.
+
+    python -m jaxft.ops.onednn
+
+fails where they do not work.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.errors import UserError
+
+_WORTHWHILE = 5e12  # multiply-adds, a minute or two on two cores, of which oneDNN saves more than compiling anew costs
+
+
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+def is_chosen(setting: str, multiply_adds: float) -> bool:
+    """Whether a program with so many to do is to have its convolutions from oneDNN, by config.model.onednn.
+
+    If so, no program that this process compiles from now on is kept. Raises UserError where it is to, but cannot.
+    """
+    if setting == "never" or (setting == "auto" and multiply_adds < _WORTHWHILE) or jax.default_backend() != "cpu":
+        return False
+    if not is_at_hand():
+        if setting == "always":
+            raise UserError("oneDNN does not work with this jaxlib on this machine; set --config.model.onednn=auto")
+        return False
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    return True
+
+
+def is_at_hand() -> bool:
+    """Whether oneDNN gives the right results on this machine."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-m", "jaxft.ops.onednn"]
+    try:
+        return not subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode
+    except subprocess.TimeoutExpired:
+        return False
+
+
+class Then(NamedTuple):
+    """What becomes of a result before it is written: `bias` (F,) and `shortcut`, of its shape, added, and a ReLU."""
+
+    bias: jax.Array | None = None
+    shortcut: jax.Array | None = None
+    relu: bool = False
+
+
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: int,
+    padding: tuple[int, int],
+    extra: tuple[int, int] = (0, 0),
+    transposed: bool = False,
+    then: Then = Then(),  # noqa: B008, it is immutable
+) -> jax.Array:
+    """Of (N, H, W, C) with (rows, columns, C, F), or (rows, columns, F, C) where transposed.
+
+    padding: pixels above and below, and left and right; extra: pixels more below and on the right.
+    """
+    before, after = padding, [sum(pads) for pads in zip(padding, extra, strict=True)]
+    sides = [
+        (side + low + high - size) // stride + 1
+        for side, low, high, size in zip(x.shape[1:3], before, after, kernel.shape[:2], strict=True)
+    ]
+    pictures = {"dims": 4, "data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+    inputs, outputs = (3, 2) if transposed else (2, 3)
+    kernels = {"input_feature_dim": inputs, "output_feature_dim": outputs, "spatial_dims": [0, 1]}
+    config = {
+        "dims": 4,
+        "input": pictures,
+        "kernel": {"dims": 4, "filter": kernels},
+        "output": pictures,
+        "window": {"strides": [stride] * 2, "pad_left": before, "pad_right": after, "window_dilations": [1, 1]},
+        "feature_groups": 1,
+    }
+    result = jax.ShapeDtypeStruct((x.shape[0], *sides, kernel.shape[outputs]), x.dtype)
+    return _call("convolution", "onednn_conv_config", config, result, then, x, kernel)
+
+
+def product(
+    a: jax.Array,
+    b: jax.Array,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    then: Then = Then(),  # noqa: B008, it is immutable
+) -> jax.Array:
+    """a @ b, of a's type; or a.mT @ b, in float32; or a @ b.mT. Of matrices, or each of many."""
+    result = jax.ShapeDtypeStruct(
+        (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]),
+        jnp.float32 if transpose_a else a.dtype,
+    )
+    config = {"transpose_a": transpose_a, "transpose_b": transpose_b}
+    if then.bias is not None:
+        then = then._replace(bias=then.bias.reshape(*[1] * (a.ndim - 1), -1))
+    return _call("matmul", "onednn_matmul_config", config, result, then, a, b)
+
+
+def _call(
+    name: str,
+    description: str,
+    config: dict[str, Any],
+    result: jax.ShapeDtypeStruct,
+    then: Then,
+    *operands: jax.Array,
+) -> jax.Array:
+    added = {"BIAS": then.bias, "BINARY_ADD": then.shortcut}
+    added = {operation: array for operation, array in added.items() if array is not None}
+    config = {description: config | {"fusions": {"ops": [*added, *["RELU"] * then.relu]}}}
+    call = jax.ffi.ffi_call(
+        f"__onednn${name}", result, custom_call_api_version=2, legacy_backend_config=json.dumps(config)
+    )
+    return call(*operands, *added.values())
+
+
+def check() -> None:
+    """Raises AssertionError where products and convolutions are not those that NumPy computes."""
+    random = np.random.default_rng(0)
+
+    def compare(ours: jax.Array, theirs: np.ndarray) -> None:
+        tolerance = 1e-5 if ours.dtype == jnp.float32 else 1e-2
+        difference = np.abs(np.asarray(ours, np.float64) - theirs).max()
+        assert ours.shape == theirs.shape and difference <= tolerance * np.abs(theirs).max(), difference
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        a, b, c = (jnp.asarray(random.normal(size=shape), dtype) for shape in ((40, 32), (32, 48), (40, 48)))
+        wide_a, wide_b, wide_c = (np.asarray(array, np.float64) for array in (a, b, c))
+        compare(product(a, b), wide_a @ wide_b)
+        compare(product(a, c, transpose_a=True), wide_a.T @ wide_c)
+        compare(product(c, b, transpose_b=True), wide_c @ wide_b.T)
+        compare(product(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
+        bias, shortcut = jnp.arange(-24.0, 24), c
+        after = np.maximum(wide_a @ wide_b + np.asarray(bias) + wide_c, 0)
+        compare(product(a, b, then=Then(bias, shortcut, relu=True)), after)
+        for size, stride, extra, transposed in ((3, 1, 0, False), (3, 2, 0, False), (7, 2, 0, False), (2, 1, 1, True)):
+            x = jnp.asarray(random.normal(size=(2, 9, 8, 32)), dtype)
+            kernel = jnp.asarray(random.normal(size=(size, size, 32, 32)), dtype)
+            low = size // 2 - extra
+            y = convolution(x, kernel, stride, (low, low), (extra, extra), transposed)
+            then = Then(jnp.arange(-16.0, 16), y, relu=True)
+            changed = convolution(x, kernel, stride, (low, low), (extra, extra), transposed, then)
+            wide = np.pad(np.asarray(x, np.float64), ((0, 0), *[(low, low + extra)] * 2, (0, 0)))
+            windows = np.lib.stride_tricks.sliding_window_view(wide, (size, size), (1, 2))[:, ::stride, ::stride]
+            terms = "nyxcij,ijfc->nyxf" if transposed else "nyxcij,ijcf->nyxf"
+            expected = np.einsum(terms, windows, np.asarray(kernel, np.float64))
+            compare(y, expected)
+            compare(changed, np.maximum(expected + np.asarray(then.bias) + np.asarray(y, np.float64), 0))
+
+
+if __name__ == "__main__":
+    check()

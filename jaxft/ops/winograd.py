@@ -1,0 +1,206 @@
+"""3x3 convolutions of stride 1 with a quarter of the products: F(4x4, 3x3) of Lavin and Gray 2015 (arXiv:1509.09308).
+
+Y = A^T [(G g G^T) * (B^T d B)] A, in their names: g is the kernel, d 6x6 pixels of x, Y the 4x4 pixels of the result
+that see them. The 36 products * are summed over channels: matrix products. The gradients are this formula's own: of
+d, B ((G g G^T) * (A dY A^T)) B^T, summed where tiles overlap; of g, G^T ((B^T d B) * (A dY A^T)) G. Narrow types become
+float32 inside.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxft.ops.fusion import unfused
+
+_POINTS = np.array([0, -(0.5**0.5), 0.5**0.5, -(2**0.5), 2**0.5])  # and infinity; theirs, 1 and 2, err more
+
+
+_OTHERS = [np.delete(_POINTS, i) for i in range(5)]  # for each point
+
+
+def _powers(degrees: int) -> np.ndarray:
+    """Of the points: (6, degrees)."""
+    return np.vstack([np.vander(_POINTS, degrees, increasing=True), np.eye(degrees)[-1]])
+
+
+def _polynomial(roots: np.ndarray) -> np.ndarray:
+    """Its six coefficients, from the lowest; the smallest that are not 0 are above 0.1."""
+    return np.pad(np.round(np.poly(roots)[::-1], 15), (0, 5 - len(roots)))
+
+
+A = _powers(4)
+
+
+B_T = np.stack([_polynomial(roots) for roots in (*_OTHERS, _POINTS)])
+
+
+G = _powers(3) / np.array([*(np.prod(p - others) for p, others in zip(_POINTS, _OTHERS, strict=True)), 1])[:, None]
+
+
+# For a tile's four middle pixels; the first is also the last of the tile before, the fourth the first of the next.
+B = np.hstack([B_T.T[1:5], np.eye(4)[:, [0, 3]]])
+
+
+class Product(Protocol):
+    def __call__(self, a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+        """Of (36, ., .) and (36, ., .), each matrix by its counterpart."""
+
+
+def product_by_xla(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+    return lax.dot_general(a, b, (([1 if transpose_a else 2], [2 if transpose_b else 1]), ([0], [0])))
+
+
+def pays(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
+    """Whether tiles are filled, many, and of channels enough, as trying showed; not where any batch is to fit."""
+    batch, height, width, channels = shape
+    tiles = -(-height // 4) * -(-width // 4)
+    filled = height * width / (16 * tiles)
+    return isinstance(batch, int) and batch * tiles >= 32 and filled > 0.6 and min(channels, kernel_shape[-1]) >= 64
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def winograd_conv(x: jax.Array, kernel: jax.Array, product: Product) -> jax.Array:
+    """(N, H, W, C) by (3, 3, C, F), padded by a pixel on each side, to (N, H, W, F)."""
+    return _join(product(_split(x), _of_kernel(kernel)), x.shape).astype(x.dtype)
+
+
+def winograd_conv_and_add(x: jax.Array, kernel: jax.Array, bias: jax.Array, relu: bool, product: Product) -> jax.Array:
+    """Then `bias` (F,) added, and a ReLU if asked."""
+    rows = _join_rows(_tiles(product(_split(x), _of_kernel(kernel)), x.shape))
+    return _pixels(_join_columns_and_add(rows, bias, relu), x.shape).astype(x.dtype)
+
+
+def _fwd(x: jax.Array, kernel: jax.Array, product: Product) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return winograd_conv(x, kernel, product), (x, kernel)
+
+
+def _bwd(product: Product, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    split_dy = _split_gradient(dy)
+    dx = _join_gradient(product(split_dy, _of_kernel(kernel), transpose_b=True), x.shape).astype(x.dtype)
+    gradients = product(_split(x), split_dy, transpose_a=True)  # (36, C, F)
+    kernel_gradient = jnp.asarray(np.kron(G, G).T, gradients.dtype) @ gradients.reshape(36, -1)
+    return dx, kernel_gradient.reshape(kernel.shape).astype(kernel.dtype)
+
+
+winograd_conv.defvjp(_fwd, _bwd)
+
+
+def _of_kernel(kernel: jax.Array) -> jax.Array:
+    """G g G^T: (36, C, F)."""
+    kernel = _widened(kernel)
+    return (jnp.asarray(np.kron(G, G), kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+
+
+def _split(x: jax.Array) -> jax.Array:
+    """B^T d B of each tile: (36, tiles, C)."""
+    return _split_columns(_split_rows(x)).reshape(36, -1, x.shape[-1])
+
+
+def _split_gradient(dy: jax.Array) -> jax.Array:
+    """A dY A^T of each tile: (36, tiles, F)."""
+    return _split_gradient_columns(_split_gradient_rows(dy)).reshape(36, -1, dy.shape[-1])
+
+
+def _join(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A^T products A of each tile: (N, H, W, F)."""
+    return _pixels(_join_columns(_join_rows(_tiles(products, shape))), shape)
+
+
+def _join_gradient(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """B products B^T of each tile, summed where they overlap: (N, H, W, C)."""
+    return _pixels(_join_gradient_columns(_join_gradient_rows(_tiles(products, shape))), shape)
+
+
+def _tiles(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    batch, height, width, _ = shape
+    return products.reshape(6, 6, batch, -(-height // 4), -(-width // 4), -1)
+
+
+def _pixels(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Of (N, rows, 4, columns, 4, F)."""
+    batch, rows, _, columns, _, features = tiles.shape
+    return tiles.reshape(batch, 4 * rows, 4 * columns, features)[:, : shape[1], : shape[2]]
+
+
+# Each apart, one pass over memory.
+@unfused
+def _split_rows(x: jax.Array) -> jax.Array:
+    """(6, N, rows of tiles, W and padding, C)"""
+    x = jnp.pad(x, ((0, 0), *((1, 1 + -side % 4) for side in x.shape[1:3]), (0, 0)))
+    return _combine(B_T, [x[:, i : x.shape[1] - 5 + i : 4] for i in range(6)], 0)
+
+
+@unfused
+def _split_columns(rows: jax.Array) -> jax.Array:
+    """(6, 6, N, rows of tiles, columns of tiles, C)"""
+    return _combine(B_T, [rows[:, :, :, j : rows.shape[3] - 5 + j : 4] for j in range(6)], 1)
+
+
+@unfused
+def _split_gradient_rows(dy: jax.Array) -> jax.Array:
+    dy = jnp.pad(dy, ((0, 0), *((0, -side % 4) for side in dy.shape[1:3]), (0, 0)))
+    return _combine(A, [dy[:, i::4] for i in range(4)], 0)
+
+
+@unfused
+def _split_gradient_columns(rows: jax.Array) -> jax.Array:
+    return _combine(A, [rows[:, :, :, j::4] for j in range(4)], 1)
+
+
+@unfused
+def _join_rows(products: jax.Array) -> jax.Array:
+    """(4, 6, N, rows, columns, F)"""
+    return _combine(A.T, list(products), 0)
+
+
+@unfused
+def _join_columns(rows: jax.Array) -> jax.Array:
+    """(N, rows, 4, columns, 4, F)"""
+    return _combine(A.T, list(jnp.moveaxis(rows, 0, 3)), 4)
+
+
+@partial(unfused, static_argnums=2)
+def _join_columns_and_add(rows: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
+    y = _combine(A.T, list(jnp.moveaxis(rows, 0, 3)), 4) + bias
+    return jnp.maximum(y, 0) if relu else y
+
+
+@unfused
+def _join_gradient_rows(products: jax.Array) -> jax.Array:
+    return _combine(B, _with_neighbours(products, 2), 0)
+
+
+@unfused
+def _join_gradient_columns(rows: jax.Array) -> jax.Array:
+    return _combine(B, _with_neighbours(jnp.moveaxis(rows, 0, 3), 3), 4)
+
+
+def _with_neighbours(products: jax.Array, axis: int) -> list[jax.Array]:
+    """The six of each tile, then the last of the tile before and the first of the next, along that axis."""
+
+    def shifted(part: jax.Array, by: int) -> jax.Array:
+        pads = [(0, 0, 0)] * part.ndim
+        pads[axis] = (by, -by, 0)
+        return lax.pad(part, jnp.zeros((), part.dtype), pads)
+
+    return [*products, shifted(products[5], 1), shifted(products[0], -1)]
+
+
+def _combine(matrix: np.ndarray, parts: list[jax.Array], axis: int) -> jax.Array:
+    """The matrix's sums of the parts, along a new axis. Its zeros count too: branches would not be vectorised."""
+    shape = [1] * (parts[0].ndim + 1)
+    shape[axis] = len(matrix)
+    wide = [_widened(jnp.expand_dims(part, axis)) for part in parts]
+    terms = [
+        jnp.asarray(column.reshape(shape), wide[0].dtype) * part for column, part in zip(matrix.T, wide, strict=True)
+    ]
+    return sum(terms[1:], terms[0])
+
+
+def _widened(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -1,0 +1,7 @@
+"""Pretrained weights: names, files, layouts and downloads."""
+
+from jaxft.pretrained.convert import load_pretrained, read_weights
+from jaxft.pretrained.weights_file import Weights, write_weights
+from jaxft.targets.classification import replace_head
+
+__all__ = ["Weights", "load_pretrained", "read_weights", "replace_head", "write_weights"]

@@ -1,0 +1,92 @@
+"""jaxft's own weights files: safetensors with the provenance in the metadata."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from jaxft.errors import UserError
+from jaxft.models.partition import abstract_variables
+from jaxft.models.resnet import ARCHITECTURES, ResNet
+
+FORMAT = "jaxft 1"  # in the metadata of a weights file
+
+
+class Weights(NamedTuple):
+    variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, of the file's own types
+    provenance: dict[str, Any]  # arch, width, stem, num_classes, source (file name), source_sha256, mean, std, ...
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError with all keys that are missing, extra or mis-shaped."""
+    reshaped = [
+        f"{key} {found[key]} instead of {expected[key]}"
+        for key in expected
+        if key in found and found[key] != expected[key]
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "extra": sorted(found.keys() - expected.keys()),
+        "of another shape": reshaped,
+    }
+    told = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    if told:
+        raise UserError("; ".join(told))
+
+
+def model_of(provenance: Mapping[str, Any]) -> ResNet:
+    """The network, computing in float32, whose weights these are."""
+    keys = ("num_classes", "width", "stem")
+    return ARCHITECTURES[provenance["arch"]](**{key: provenance[key] for key in keys if key in provenance})
+
+
+def _jaxft_metadata(path: Path) -> dict[str, Any] | None:
+    """None for a .safetensors file that jaxft did not write, or that cannot be read."""
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None  # read_tensors tells why
+    if metadata.get("format") != FORMAT:
+        return None
+    try:
+        provenance = json.loads(metadata["jaxft"])
+        model_of(provenance)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or of a newer jaxft: its metadata is wrong at {error}") from None
+    return provenance
+
+
+def _read_jaxft(path: Path, provenance: dict[str, Any], arch: str | None) -> Weights:
+    if arch not in (None, provenance["arch"]):
+        raise UserError(f"{path} holds a {provenance['arch']}, not a {arch}")
+    tensors = safetensors.numpy.load_file(path)
+    expected = {
+        "/".join(key): array.shape for key, array in flatten_dict(abstract_variables(model_of(provenance))).items()
+    }
+    try:
+        _check_shapes({key: array.shape for key, array in tensors.items()}, expected)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return Weights(unflatten_dict(tensors, sep="/"), provenance)
+
+
+def write_weights(path: str | Path, weights: Weights) -> None:
+    """A jaxft file: safetensors named 'params/layer1/0/conv1/kernel', the provenance as JSON in the metadata."""
+    path = Path(path)
+    tensors = {key: np.asarray(array, order="C") for key, array in flatten_dict(weights.variables, sep="/").items()}
+    metadata = {"format": FORMAT, "jaxft": json.dumps(weights.provenance)}
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        safetensors.numpy.save_file(tensors, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

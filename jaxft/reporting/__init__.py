@@ -1,0 +1,1 @@
+"""Shows a run: the report, charts, the augmentation sheet and the web page."""

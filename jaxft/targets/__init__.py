@@ -1,0 +1,1 @@
+"""What a network predicts: its head, loss, counts, scores and display."""

@@ -1,0 +1,1 @@
+"""Trains and evaluates: state, steps, optimizer and loop."""

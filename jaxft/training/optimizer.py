@@ -1,0 +1,75 @@
+"""Optimizers in torch's conventions, learning rate schedules, and what differs by part of the network."""
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from jaxft.models.partition import PARTS, map_with_path, part_of
+
+# optimizer.name -> what it makes of the gradients, before weight decay and learning rate
+SCALERS = {
+    "adamw": optax.scale_by_adam,
+    "adabelief": optax.scale_by_belief,
+    "lamb": optax.scale_by_adam,  # the trust ratio follows the weight decay
+    "lion": optax.scale_by_lion,
+}
+
+
+def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
+    """Update -> learning rate: linear warm-up from 0, then constant, a half cosine or a line to 0, or steps down.
+
+    With optimizer.accumulate_steps > 1 an update is so many steps of the data.
+    """
+    updates_per_epoch = steps_per_epoch / config.accumulate_steps
+    warmup = int(config.warmup_epochs * updates_per_epoch)
+    decay = max(int(num_epochs * updates_per_epoch) - warmup, 1)
+    step = max(round(config.step_epochs * updates_per_epoch), 1)  # torch's StepLR
+    schedule = {
+        "constant": lambda: optax.constant_schedule(config.learning_rate),
+        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, decay),
+        "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, decay),
+        "step": lambda: optax.exponential_decay(config.learning_rate, step, config.step_factor, staircase=True),
+    }[config.schedule]()
+    if not warmup:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), schedule], [warmup])
+
+
+def learning_rate_factor(config: ConfigDict, path: str) -> float:
+    """Of the parameter at 'layer4/0/conv1/kernel': layer_decay for each part after it, head_factor for the head."""
+    part = part_of(path)
+    after = len(PARTS) - 1 - list(PARTS).index(part)
+    return config.layer_decay**after * (config.head_factor if part == "head" else 1.0)
+
+
+def make_optimizer(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.GradientTransformation:
+    """Of the config's `optimizer` section; it takes trees of parameters as dicts by the network's names.
+
+    sgd is torch.optim.SGD: g += weight_decay * p; m = momentum * m + g; p -= learning_rate * m, and with Nesterov
+    p -= learning_rate * (g + momentum * m). The others decouple the decay, as torch.optim.AdamW does.
+    """
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda array: config.decay_all or array.ndim > 1, params)
+
+    decay = optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity()
+    if config.name == "sgd":
+        trace = optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
+        direction = [decay, trace]
+    else:
+        trust = [optax.scale_by_trust_ratio()] if config.name == "lamb" else []
+        direction = [SCALERS[config.name](), decay, *trust]
+    if config.layer_decay != 1 or config.head_factor != 1:
+        direction.append(
+            optax.stateless(
+                lambda updates, _: map_with_path(lambda path, u: u * learning_rate_factor(config, path), updates)
+            )
+        )
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    schedule = learning_rate_schedule(config, steps_per_epoch, num_epochs)
+    tx = optax.chain(*clip, *direction, optax.scale_by_learning_rate(schedule))
+    if config.accumulate_steps == 1:
+        return tx
+    return optax.MultiSteps(tx, config.accumulate_steps).gradient_transformation()

@@ -1,0 +1,1 @@
+"""Turns uint8 images into network inputs: pure functions that run on the device."""

@@ -1,0 +1,167 @@
+"""Random changes of the training pictures: pure functions of a key, on the device, inside the step."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from ml_collections import ConfigDict
+
+from jaxft.transforms.preprocessing import Preprocessing, normalize, preprocess
+from jaxft.transforms.trivial_augment import trivial_augment
+
+
+class Augmentation(NamedTuple):
+    """What is changed by chance; see the config's `augment` section."""
+
+    flip: bool = False
+    shift: float = 0.0
+    crop_area: float = 1.0
+    crop_ratio: float = 1.0
+    trivial: bool = False
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+
+NO_AUGMENTATION = Augmentation()
+
+
+def make_augmentation(config: ConfigDict) -> Augmentation:
+    """Of the config's `augment` section."""
+    return Augmentation(**{name: config[name] for name in Augmentation._fields})
+
+
+class Boxes(NamedTuple):
+    """Of each picture the part that is seen, in fractions of its sides; left > right shows it mirrored."""
+
+    top: jax.Array  # (N,)
+    bottom: jax.Array
+    left: jax.Array
+    right: jax.Array
+
+
+def picture_keys(seed: int, step: ArrayLike, index: ArrayLike) -> jax.Array:
+    """A key for each picture of a step, whichever device it is on: (N,) from its number in the data set, (N,)."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))
+
+
+def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width: int) -> Boxes:
+    """For each picture the central square, or a random part of it, shifted and mirrored by chance.
+
+    The part's area is at least `crop_area` of the square's, its sides' ratio at most `crop_ratio` (Szegedy et al.
+    2015, as torchvision's RandomResizedCrop).
+    """
+
+    def box(key: jax.Array) -> Boxes:
+        chance = jax.random.uniform(key, (7,))  # each further draw takes a fifth of a second to compile
+        area = augmentation.crop_area + (1 - augmentation.crop_area) * chance[0]
+        ratio = augmentation.crop_ratio ** (2 * chance[1] - 1)  # width to height
+        size = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), 1.0)
+        corner = (1 - size) * chance[2:4] + augmentation.shift * (2 * chance[4:6] - 1)
+        # from the central square to the whole picture
+        shorter = min(height, width)
+        scale = jnp.array([shorter / height, shorter / width])
+        corner, size = (1 - scale) / 2 + corner * scale, size * scale
+        (top, left), (bottom, right) = corner, corner + size
+        flip = augmentation.flip & (chance[6] < 0.5)
+        return Boxes(top, bottom, jnp.where(flip, right, left), jnp.where(flip, left, right))
+
+    return jax.vmap(box)(keys)
+
+
+def sampling_weights(start: jax.Array, end: jax.Array, size_in: int, size_out: int) -> jax.Array:
+    """Pillow's bilinear filter for the part of a side from `start` to `end`: (size_out, size_in).
+
+    start, end: fractions of the side; mirrored where start > end. Rows sum to 1, and to 0 beyond the side's ends.
+    """
+    scale = (end - start) * size_in / size_out
+    support = jnp.maximum(jnp.abs(scale), 1.0)
+    centre = (start * size_in + (jnp.arange(size_out) + 0.5) * scale)[:, None]
+    weights = jnp.maximum(0.0, 1 - jnp.abs(jnp.arange(size_in) + 0.5 - centre) / support)
+    inside = (centre >= 0) & (centre <= size_in)
+    return jnp.where(inside, weights / weights.sum(1, keepdims=True), 0.0)
+
+
+def crop_and_resize(images: jax.Array, boxes: Boxes, size: int, fill: ArrayLike) -> jax.Array:
+    """uint8 (N, H, W, 3) to float32 (N, size, size, 3) in 0..255: each picture's box, `fill` (3,) outside of it."""
+    _, height, width, _ = images.shape
+    vertical = jax.vmap(lambda a, b: sampling_weights(a, b, height, size))(boxes.top, boxes.bottom)
+    horizontal = jax.vmap(lambda a, b: sampling_weights(a, b, width, size))(boxes.left, boxes.right)
+    pixels = images.astype(jnp.float32) - jnp.asarray(fill)
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # a TPU would round pixels to bfloat16
+    pixels = product("nvw,nhwc->nhvc", horizontal, pixels)
+    return product("nuh,nhvc->nuvc", vertical, pixels) + jnp.asarray(fill)
+
+
+def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
+    """By chance a rectangle of 2 to 33 % of the area, sides in a ratio of up to 3.3, becomes the mean colour.
+
+    Zhong et al. 2017, with torchvision's bounds. images: normalised (N, H, W, 3).
+    """
+
+    def mask(key: jax.Array) -> jax.Array:
+        chance = jax.random.uniform(key, (5,))
+        area = 0.02 + 0.31 * chance[0]
+        ratio = 3.3 ** (2 * chance[1] - 1)
+        size = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), 1.0)
+        inside = _rectangle((1 - size) * chance[2:4], size, *images.shape[1:3])
+        return inside & (chance[4] < probability)
+
+    return jnp.where(jax.vmap(mask)(keys)[..., None], 0.0, images)
+
+
+def _rectangle(corner: jax.Array, size: jax.Array, height: int, width: int) -> jax.Array:
+    """bool (height, width): the pixels inside. corner, size: (2,), vertical and horizontal, fractions of the sides."""
+    rows, columns = (
+        (start <= places) & (places < start + extent)
+        for start, extent, places in zip(
+            corner, size, ((jnp.arange(n) + 0.5) / n for n in (height, width)), strict=True
+        )
+    )
+    return rows[:, None] & columns[None, :]
+
+
+def mix(
+    images: jax.Array, partners: jax.Array, keys: jax.Array, augmentation: Augmentation
+) -> tuple[jax.Array, jax.Array]:
+    """Pictures mixed with their partners, and the share (N,) of each that is its own.
+
+    mixup (Zhang et al. 2017) adds both up, cutmix (Yun et al. 2019) shows a rectangle of the partner; the share is
+    drawn from Beta(alpha, alpha) for each picture. With both alphas above 0, either half of the time.
+    """
+
+    def blend(image: jax.Array, partner: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chance_key, share_key = jax.random.split(key)
+        chance = jax.random.uniform(chance_key, (3,))
+        both = augmentation.mixup > 0 and augmentation.cutmix > 0
+        cut = chance[0] < 0.5 if both else jnp.bool_(augmentation.cutmix > 0)
+        alpha = jnp.where(cut, augmentation.cutmix, augmentation.mixup)
+        added = jax.random.beta(share_key, alpha, alpha)
+        side = jnp.sqrt(1 - added)
+        corner = (1 - side) * chance[1:]
+        foreign = _rectangle(corner, jnp.stack([side, side]), *image.shape[:2])
+        own = jnp.where(cut, 1 - foreign.mean(), added)
+        weight = jnp.where(cut, 1.0 - foreign, added)[..., None]
+        return image * weight + partner * (1 - weight), own
+
+    return jax.vmap(blend)(images, partners, keys)
+
+
+def augment(images: ArrayLike, keys: jax.Array, augmentation: Augmentation, preprocessing: Preprocessing) -> jax.Array:
+    """uint8 (N, H, W, 3) to normalised float32 (N, size, size, 3), as preprocess(), with what the keys pick (N,)."""
+    if augmentation._replace(mixup=0.0, cutmix=0.0) == NO_AUGMENTATION:
+        return preprocess(images, preprocessing)
+    images = jnp.asarray(images)
+    boxes = random_boxes(keys, augmentation, *images.shape[1:3])
+    fill = 255 * jnp.array(preprocessing.mean)
+    further_keys = jax.vmap(jax.random.fold_in, (0, None))
+    images = crop_and_resize(images, boxes, preprocessing.image_size, fill)
+    if augmentation.trivial:
+        images = trivial_augment(images, further_keys(keys, 3), fill)
+    images = normalize(images, preprocessing)
+    if augmentation.erase:
+        images = erase(images, further_keys(keys, 1), augmentation.erase)
+    return images

@@ -1,0 +1,136 @@
+"""The exported file, run without jaxft, against the checkpoint that it was made of."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxft
+from jaxft.classifier import Classifier
+from jaxft.data import datasets
+from jaxft.data.batches import replicate
+from jaxft.data.image_file import shrink
+from jaxft.errors import UserError
+from jaxft.export import compress, decompress, export_stablehlo, main
+from jaxft.models.fold import fold_norms
+from jaxft.training.restore import load_checkpoint
+from jaxft.transforms.preprocessing import resize_and_crop_any
+from tests.conftest import ROOT, Run
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(32, 32, 32), (45, 30, 32), (30, 45, 33), (97, 61, 32), (300, 200, 64), (1, 7, 32), (31, 64, 33), (17, 19, 7)],
+)
+def test_resizing_to_any_shape_is_pillows(height: int, width: int, size: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+    expected = np.stack([shrink(image, size) for image in images])
+    np.testing.assert_array_equal(jax.jit(resize_and_crop_any, static_argnums=1)(images, size), expected)
+
+
+@pytest.fixture(scope="module")
+def exported(run: Run, small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "model.zip"
+    result = run("-m", "jaxft.export", "--workdir", small_run, "--to=stablehlo", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "for cpu, cuda, tpu" in result.stdout
+    assert list(out.parent.iterdir()) == [out]
+    return out
+
+
+def call(path: Path) -> Callable[[np.ndarray], jax.Array]:
+    with zipfile.ZipFile(path) as archive:
+        exported = jax.export.deserialize(bytearray(archive.read("model.stablehlo")))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    return jax.jit(exported.call)
+
+
+def test_any_number_of_pictures_of_any_size(small_run: Path, exported: Path) -> None:
+    classifier = jaxft.load(small_run)
+    images = datasets.load("sample:cifar10", "test").image[:7]
+    wide = np.stack([np.asarray(Image.fromarray(image).resize((61, 43))) for image in images[:2]])
+    for batch in (images, images[:1], wide):
+        np.testing.assert_allclose(call(exported)(batch), classifier.probabilities(batch), rtol=1e-4, atol=1e-6)
+
+
+def test_mirror_images_are_seen_by_what_is_exported_too(small_run: Path, exported: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(small_run, "best")
+    flipped = checkpoint._replace(model=checkpoint.model.clone(test_flip=True))
+    export_stablehlo(flipped, tmp_path / "flipped.zip", "float32")
+    images = datasets.load("sample:cifar10", "test").image[:9]
+    found = np.asarray(call(tmp_path / "flipped.zip")(images))
+    one, other = (np.log(np.asarray(call(exported)(pictures))) for pictures in (images, images[:, :, ::-1]))
+    expected = np.exp((one + other) / 2)
+    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), rtol=1e-3, atol=1e-6)
+
+
+def test_ten_lines_without_jaxft_run_it(small_run: Path, exported: Path, tmp_path: Path) -> None:
+    Image.fromarray(datasets.load("sample:cifar10", "test").image[3]).resize((70, 50)).save(tmp_path / "a.png")
+    without_jaxft = "import runpy, sys; sys.modules['jaxft'] = None; runpy.run_path(sys.argv.pop(1))"
+    arguments = [ROOT / "examples" / "run_exported.py", exported, tmp_path / "a.png"]
+    command = [sys.executable, "-c", without_jaxft, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (prediction,) = jaxft.load(small_run).predict([tmp_path / "a.png"])
+    assert result.stdout == f"{tmp_path / 'a.png'} {prediction.label} {prediction.probability:.1%}\n"
+
+
+@pytest.mark.parametrize(("kind", "factor", "error"), [("float16", 2, 2**-11), ("int8", 4, None)])
+def test_smaller_weights(small_run: Path, exported: Path, tmp_path: Path, kind: str, factor: int, error: float) -> None:
+    """Close to the originals, as small as they say, and what the file computes with."""
+    checkpoint = load_checkpoint(small_run, "best")
+    model, variables = fold_norms(checkpoint.model, checkpoint.state.variables())
+    kernel = np.asarray(variables["params"]["layer4"]["1"]["conv2"]["kernel"])
+    params = decompress(compress(variables, kind))["params"]
+    found = np.asarray(params["layer4"]["1"]["conv2"]["kernel"])
+    bound = np.abs(kernel).max((0, 1, 2)) / 127 * 0.501 if error is None else np.abs(kernel) * error + 2**-24
+    assert (np.abs(found - kernel) <= bound).all()
+    assert len(np.unique(found[..., 0])) <= 255 or kind != "int8"
+    np.testing.assert_array_equal(params["conv1"]["bias"], variables["params"]["conv1"]["bias"])
+
+    export_stablehlo(checkpoint, tmp_path / "small.zip", kind)
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(checkpoint.state.params) if leaf.ndim > 1)
+    saved = exported.stat().st_size - (tmp_path / "small.zip").stat().st_size
+    assert saved == pytest.approx(kernels * 4 * (1 - 1 / factor), rel=0.05)
+    images = datasets.load("sample:cifar10", "test").image[:50]
+    state = replicate(dataclasses.replace(checkpoint.state, params=params, batch_stats={}, ema={}))
+    smaller = Classifier(checkpoint._replace(model=model, state=state))
+    found = np.asarray(call(tmp_path / "small.zip")(images))
+    np.testing.assert_allclose(found, smaller.probabilities(images), rtol=1e-3, atol=1e-5)
+
+
+def test_the_accuracy_of_smaller_weights_is_told(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--workdir", str(small_run), "--to=stablehlo", "--dtype=int8", "--out", str(tmp_path / "model.zip")])
+    predictions = jaxft.load(small_run).evaluate().predictions
+    before, after = re.findall(r"(\d+\.\d+)%", capsys.readouterr().out)
+    assert before == f"{np.mean(predictions.rank == 0):.2%}"[:-1]
+    assert abs(float(before) - float(after)) < 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("--to=stablehlo --out=model.bin", "must end in .zip"),
+        ("--to=torchvision --out=model.zip", "must end in .pth"),
+        ("--to=stablehlo --out=nowhere/model.zip", "cannot be written"),
+        ("--to=torchvision --dtype=int8 --out=model.pth", "takes --dtype float32, not int8"),
+        ("--to=onnx --out=model.onnx", "invalid choice"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, part: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=part):
+        main(["--workdir", str(small_run), *arguments.split()])
+    assert list(tmp_path.iterdir()) == []

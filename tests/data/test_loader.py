@@ -1,0 +1,281 @@
+"""Streamed pictures beside those that are on the devices: the same, in the same order, whatever reads them."""
+
+import pickle
+import re
+import shutil
+import signal
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from PIL import Image
+
+from jaxft.data import budget, datasets, lazy_images
+from jaxft.data.batches import make_batches
+from jaxft.data.dataset import Dataset
+from jaxft.data.lazy_images import MappedPictures, StoredPictures
+from jaxft.data.loader import BatchReader, OnDevices, make_feed
+from jaxft.errors import UserError
+from jaxft.files import SAMPLES_DIR
+from tests.commands.test_train import metrics, without_times
+from tests.conftest import ROOT, Run
+from tests.run.test_survival import TINY, started, wait_for_steps
+
+DATA = ROOT / "tests" / "fixtures"
+STREAMED = "--config.data.stream=always"
+MIXED = "--config.augment.cutmix=1"
+
+
+@given(
+    size=st.integers(1, 40),
+    share=st.integers(1, 5),
+    devices=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    partners=st.booleans(),
+)
+def test_a_batch_brings_the_pictures_that_it_names(
+    size: int, share: int, devices: int, seed: int, partners: bool
+) -> None:
+    numbers = np.arange(size)
+    data = Dataset(numbers.astype(np.uint8).reshape(-1, 1, 1, 1) + np.zeros(3, np.uint8), numbers.astype(np.int32), ())
+    order = np.random.default_rng(seed).permutation(size)
+    named = list(make_batches(order, share * devices, devices))
+    brought = BatchReader(data, named, partners)
+    assert len(brought) == len(named)
+    for i, batch in enumerate(named):
+        own = brought[i]
+        assert own.pictures is not None
+        assert own.pictures.image.shape == (devices, share + partners, 3)  # one shape, one program
+        for ours, theirs in [(own.index, batch.index), (own.partner, batch.partner)][: 1 + partners]:
+            for array in (own.pictures.number, own.pictures.label, own.pictures.image[..., 0]):
+                found = np.take_along_axis(np.asarray(array), np.asarray(ours), 1)
+                np.testing.assert_array_equal(found[batch.mask > 0], theirs[batch.mask > 0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample's test pictures as files, one in ten of another size."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with tarfile.open(SAMPLES_DIR / "cifar10.tar.xz") as tar:
+        tar.extractall(folder, [member for member in tar if member.name.startswith("test")], filter="data")
+    for path in sorted((folder / "test").rglob("*.jpg"))[::10]:
+        Image.open(path).resize((50, 41)).save(path)
+    return folder
+
+
+def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
+    arrays, files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
+    assert isinstance(files.image, StoredPictures)
+    assert files.image.shape == arrays.image.shape
+    assert files.image.nbytes == arrays.image.nbytes
+    np.testing.assert_array_equal(files.label, arrays.label)
+    for index in (7, np.int64(7), [3, 999, 3], np.arange(20).reshape(4, 5), np.array([], int)):
+        np.testing.assert_array_equal(files.image[index], arrays.image[index])
+
+
+def test_pictures_are_kept_decoded_where_the_disk_has_twice_their_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "not" / "yet"))
+    needed = 1000 * 24 * 24 * 3
+    free = 2 * needed - 2
+
+    def disk_usage(path: Path) -> Any:
+        assert path.is_dir()
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(budget.shutil, "disk_usage", disk_usage)
+    records = ("tiny_pictures", "train", str(DATA / "array_record"))
+    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, StoredPictures)
+    assert isinstance(datasets.load(*records, side=2000).image, np.ndarray)
+    free = 2 * needed
+    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
+    free = 0
+    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "other"))
+    assert isinstance(datasets.load(*records, side=2000).image, StoredPictures)
+
+
+@pytest.mark.parametrize("stream", ["auto", "never"])
+def test_pictures_that_fit_are_read_once_where_the_disk_keeps_none(folder: Path, stream: str) -> None:
+    kept, in_files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
+    feed = make_feed(in_files, ConfigDict({"stream": stream, "workers": 0}))
+    assert isinstance(feed, OnDevices)
+    np.testing.assert_array_equal(feed.pictures.seen(np.arange(len(kept.label))), kept.image)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full stands for a full disk")
+@pytest.mark.parametrize("cache", ["always", "never"])
+def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    opened = Path.open
+
+    def open_full(path: Path, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+        return opened(Path("/dev/full") if "w" in mode else path, mode, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(UserError, match=rf"cannot be kept in {tmp_path} \(No space left on device\).*data.cache=never"):
+        datasets.load(f"folder:{folder}", "test", side=24, cache=cache)
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+def test_worker_processes_get_the_name_of_an_array_not_a_copy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    kept = datasets.load(f"folder:{folder}", "test", side=24, cache="always").image
+    pickled = pickle.dumps(MappedPictures.of(kept))
+    assert len(pickled) < 1000
+    index = np.array([[3, 999], [3, 0]])
+    np.testing.assert_array_equal(pickle.loads(pickled)[index], kept[index])
+    path = Path(kept.filename)
+    (tmp_path / "another").write_bytes(bytes(path.stat().st_size))
+    (tmp_path / "another").replace(path)
+    lazy_images._mapped.cache_clear()  # as in a new process
+    with pytest.raises(UserError, match=r"image\.bin has changed since the run began"):
+        pickle.loads(pickled)[3]
+
+
+@pytest.mark.parametrize("side", [32, 20])
+def test_records_are_indexed_as_arrays_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    where = ("tiny_pictures", "train[10%:]", str(DATA / "array_record"))
+    records = datasets.load(*where, side=side, cache="never")
+    again = datasets.load(*where, side=side, cache="never")
+    arrays = datasets.load(*where, side=side)
+    for data in (records, again):
+        assert isinstance(data.image, StoredPictures)
+        assert data.image.shape == arrays.image.shape
+        assert data.class_names == arrays.class_names
+        np.testing.assert_array_equal(data.label, arrays.label)
+        for index in (7, np.arange(20).reshape(4, 5)):
+            np.testing.assert_array_equal(data.image[index], arrays.image[index])
+
+
+def test_records_that_vanish_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(DATA / "array_record", tmp_path / "data")
+    where = ("tiny_pictures", "train", str(tmp_path / "data"))
+    records = datasets.load(*where, cache="never")
+    for path in tmp_path.rglob("*.array_record*"):
+        path.write_bytes(b"no records")
+    with pytest.raises(UserError, match=r"picture 3 of .*tiny_pictures.* cannot be read: "):
+        records.image[3]
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(UserError, match=r"neither TFDS nor .* has a data set 'tiny_pictures'"):
+        datasets.load(*where, cache="never")
+
+
+def test_pictures_of_one_small_size_are_streamed_as_they_are(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name / "0.png")
+    data = datasets.load(f"folder:{tmp_path}", "train", side=24, holdout=0, cache="never")
+    np.testing.assert_array_equal(data.image[[1]], np.broadcast_to(np.array([255, 0, 0], np.uint8), (1, 6, 8, 3)))
+
+
+def test_unreadable_files_are_found_before_the_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    broken = sorted((mine / "test" / "cat").iterdir())[3]
+    broken.write_bytes(broken.read_bytes()[:300])  # the header is whole
+    with pytest.raises(UserError, match=rf"1 of 1000 files cannot be used: {broken}.*data.unreadable=skip"):
+        datasets.load(f"folder:{mine}", "test", cache="never")
+    for _ in range(2):  # the second time by what the first found
+        data = datasets.load(f"folder:{mine}", "test", cache="never", unreadable="skip")
+        assert len(data.label) == 999
+        assert broken not in data.image.read.paths
+    assert capsys.readouterr().err.count(f"skipped: {broken}") == 1
+    for path in mine.rglob("*.jpg"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"folder:{mine} has no pictures"):
+        datasets.load(f"folder:{mine}", "test", cache="never", unreadable="skip")
+
+
+@pytest.fixture(scope="module")
+def from_memory(run: Run, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "from_memory"
+    result = run(*TINY, MIXED, f"--config.data.name=folder:{folder}", "--workdir", workdir)
+    assert result.returncode == 0, result.stderr
+    assert "streamed" not in result.stdout
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "cache"), [(0, "never"), (2, "never"), (0, "auto"), (2, "auto")])
+def test_a_streamed_run_is_the_run_from_memory_killed_or_not(
+    run: Run, folder: Path, from_memory: Path, tmp_path: Path, workers: int, cache: str
+) -> None:
+    command = (
+        *TINY,
+        MIXED,
+        STREAMED,
+        f"--config.data.name=folder:{folder}",
+        f"--config.data.workers={workers}",
+        f"--config.data.cache={cache}",
+        "--workdir",
+        tmp_path / "run",
+    )
+    with started(*command) as process:
+        wait_for_steps(process, tmp_path / "run", 6)
+        readers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(readers) >= workers
+    assert not psutil.wait_procs(readers, timeout=60)[1]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "; streamed" in result.stdout
+    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(from_memory))
+    again = run("-m", "jaxft.evaluate", "--workdir", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_devices_and_streams_draw_the_same(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Across devices pictures are mixed with those of the next one."""
+    lines = []
+    for stream in ("always", "never"):
+        command = (*TINY, MIXED, f"--config.data.name=folder:{folder}", f"--config.data.stream={stream}")
+        result = run(*command, "--config.num_epochs=1", "--workdir", tmp_path / stream, devices=4)
+        assert result.returncode == 0, result.stderr
+        lines.append(without_times(metrics(tmp_path / stream)))
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_that_read(folder: Path, tmp_path: Path) -> None:
+    command = (*TINY, STREAMED, f"--config.data.name=folder:{folder}", "--config.data.workers=2")
+    with started(*command, "--workdir", tmp_path / "run") as process:
+        wait_for_steps(process, tmp_path / "run", 6)
+        readers = psutil.Process(process.pid).children(recursive=True)
+        for one in [*readers, process]:  # as a terminal sends it
+            one.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert not psutil.wait_procs(readers, timeout=60)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_ends_the_run_in_one_line(folder: Path, tmp_path: Path, workers: int) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    settings = (f"--config.data.name=folder:{mine}", f"--config.data.workers={workers}", "--config.data.cache=never")
+    command = (*TINY, STREAMED, *settings)
+    with started(*command, "--workdir", tmp_path / "run") as process:
+        wait_for_steps(process, tmp_path / "run", 15)
+        shutil.rmtree(mine / "test" / "cat")
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert re.search(r"^error: there is no picture .*/cat/.*\.jpg$", error, re.MULTILINE)
+    assert "Traceback" not in error

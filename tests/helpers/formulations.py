@@ -1,0 +1,83 @@
+"""How a formulation is compared with the plain one."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxft.ops import onednn
+
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="jaxlib has oneDNN for x86 alone")
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def same(ours: Any, plain: Any, *arguments: Any, tolerance: float = 1e-12) -> None:
+    """The results, and the gradients of all arguments for a random gradient of the result."""
+
+    @partial(jax.jit, static_argnums=0)
+    def result_and_gradients(function: Any, arguments: Any, gradient: Any) -> Any:
+        result, pull_back = jax.vjp(function, *arguments)
+        return result, *pull_back(gradient)
+
+    shape = jax.eval_shape(plain, *arguments)
+    gradient = random(*shape.shape, seed=1).astype(shape.dtype)
+    for a, b in zip(*(result_and_gradients(function, arguments, gradient) for function in (ours, plain)), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+@contextmanager
+def as_if_on(backend: str) -> Iterator[None]:
+    """Traces the formulations that are chosen for "gpu" or "tpu", to run them where the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: backend)
+        yield
+
+
+@contextmanager
+def onednn_in_double_precision() -> Iterator[None]:
+    """oneDNN's operations by XLA's, so that what is made of them can be compared in float64, which oneDNN lacks."""
+
+    def convolution(
+        x: jax.Array,
+        kernel: jax.Array,
+        stride: int,
+        padding: tuple[int, int],
+        extra: tuple[int, int] = (0, 0),
+        transposed: bool = False,
+        then: onednn.Then = onednn.Then(),  # noqa: B008, it is immutable
+    ) -> jax.Array:
+        pads = [(before, before + more) for before, more in zip(padding, extra, strict=True)]
+        kernel = kernel.swapaxes(2, 3) if transposed else kernel
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return after(lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=numbers), then)
+
+    def product(
+        a: jax.Array,
+        b: jax.Array,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        then: onednn.Then = onednn.Then(),  # noqa: B008, it is immutable
+    ) -> jax.Array:
+        return after((a.mT if transpose_a else a) @ (b.mT if transpose_b else b), then)
+
+    def after(y: jax.Array, then: onednn.Then) -> jax.Array:
+        y = y if then.bias is None else y + then.bias
+        y = y if then.shortcut is None else y + then.shortcut
+        return jax.nn.relu(y) if then.relu else y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "convolution", convolution)
+        patch.setattr(onednn, "product", product)
+        patch.setattr(onednn, "DTYPES", (jnp.float64,))
+        yield

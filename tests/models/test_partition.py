@@ -1,0 +1,202 @@
+"""Which parameters are meant, and that frozen ones stay as they are to the bit."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from jaxft.config import default_config
+from jaxft.data import datasets
+from jaxft.data.batches import Batch, Pictures, epoch_order, make_batches
+from jaxft.errors import UserError
+from jaxft.models import partition
+from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet
+from jaxft.training.optimizer import learning_rate_factor, make_optimizer
+from jaxft.training.state import TrainState, create_train_state
+from jaxft.training.steps import train_step
+from jaxft.transforms.preprocessing import Preprocessing
+from tests.helpers.reference import torch, torchvision
+
+PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+MODEL = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, width=8)
+PATHS = sorted(flatten_dict(partition.abstract_variables(MODEL)["params"], sep="/"))
+
+
+def optimizer_config(**values: Any) -> Any:
+    config = default_config().optimizer
+    config.update(**values)
+    return config
+
+
+def test_parts_are_torchvisions_modules() -> None:
+    """Every parameter is in one part, as many in each as torchvision's network has there."""
+    paths = list(
+        flatten_dict(partition.abstract_variables(ARCHITECTURES["resnet18"](num_classes=10))["params"], sep="/")
+    )
+    modules = {"stem": ("conv1", "bn1"), "head": ("fc",)} | {f"stage{i}": (f"layer{i}",) for i in range(1, 5)}
+    reference = torchvision.models.resnet18(num_classes=10)
+    assert sum(len(partition.select(paths, name)) for name in modules) == len(paths)
+    for name, children in modules.items():
+        count = sum(1 for child in children for _ in getattr(reference, child).parameters())
+        assert len(partition.select(paths, name)) == count
+    assert partition.select(PATHS, "backbone") == set(PATHS) - partition.select(PATHS, "head")
+    assert partition.select(PATHS, "stem, bias$") == partition.select(PATHS, "stem") | {
+        p for p in PATHS if p.endswith("bias")
+    }
+    assert partition.select(PATHS, "") == set()
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"freeze": "stage5"}, "'stage5' is no part of the network"),
+        ({"freeze": "stem,("}, "'(' is no pattern"),
+        ({"freeze": "."}, "leaves nothing to train"),
+        ({"freeze": "stem", "unfreeze": "stem"}, "as in '3: stage4, 5: stage3'"),
+        ({"freeze": "stem", "unfreeze": "2: stage1"}, "names 'stage1', which is not frozen then"),
+    ],
+)
+def test_wrong_names_are_told(values: dict[str, str], part: str) -> None:
+    with pytest.raises(UserError) as error:
+        partition.freeze(MODEL, optimizer_config(**values), 1)
+    assert part in str(error.value)
+
+
+def test_parts_thaw_at_their_epochs() -> None:
+    config = optimizer_config(freeze="backbone", unfreeze="2: stage4, 4: backbone")
+    assert partition.freeze(MODEL, config, 1).frozen == partition.select(PATHS, "backbone")
+    for epoch in (2, 3):
+        assert partition.freeze(MODEL, config, epoch).frozen == partition.select(PATHS, "stem,stage1,stage2,stage3")
+    assert partition.freeze(MODEL, config, 4).frozen == set()
+
+
+def train(model: ResNet, config: Any, state: TrainState, steps: int, devices: int = 2) -> TrainState:
+    sample = datasets.load("sample:cifar10", "train")
+    tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
+    step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
+    p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+    pictures = Pictures(sample.image, sample.label)
+    for batch in list(make_batches(epoch_order(0, 1, 2000), 32, devices))[:steps]:
+        state, _ = p_step(state, pictures, batch)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("names", "batch_norm"),
+    [
+        pytest.param("stem,stage1,stage2", "update", marks=pytest.mark.slow),
+        ("backbone", "sync"),
+        pytest.param("stage3", "update", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(names: str, batch_norm: Any) -> None:
+    """Parameters and statistics, with weight decay and on devices that see other pictures."""
+    config = optimizer_config(freeze=names, weight_decay=0.1, learning_rate=0.05)
+    model = partition.freeze(MODEL.clone(batch_norm=batch_norm), config, 1)
+    tx = make_optimizer(config, 10, 1)
+    state = create_train_state(model, tx, jax.random.key(0))
+    after = train(model, config, state, 3)
+    for before_tree, after_tree in ((state.params, after.params), (state.batch_stats, after.batch_stats)):
+        before, moved = flatten_dict(before_tree, sep="/"), flatten_dict(after_tree, sep="/")
+        for path, array in before.items():
+            frozen = partition.part_of(path) in names.split(",") or (
+                names == "backbone" and partition.part_of(path) != "head"
+            )
+            assert (np.asarray(array).tobytes() == np.asarray(moved[path]).tobytes()) == frozen, path
+    momentum = {
+        part
+        for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        for part in [jax.tree_util.keystr(path)]
+        if ".trace" in part
+    }
+    assert len(momentum) == len(PATHS) - len(model.frozen)
+
+
+def products(jaxpr: Any) -> int:
+    """Convolutions and matrix products in a traced function, in all that it calls."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name in ("conv_general_dilated", "dot_general")
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            count += products(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+def test_nothing_is_propagated_back_through_a_frozen_prefix() -> None:
+    """With only the head to train a step has the forward pass's products and one more: the head's gradient."""
+    image = jnp.zeros((4, 32, 32, 3), jnp.uint8)
+    pictures, batch = Pictures(image, jnp.zeros(4, jnp.int32)), Batch(jnp.arange(4), jnp.arange(4), jnp.ones(4))
+
+    def in_a_step(names: str) -> int:
+        config = optimizer_config(freeze=names)
+        model = partition.freeze(MODEL, config, 1)
+        tx = make_optimizer(config, 10, 1)
+        state = jax.eval_shape(partial(create_train_state, model, tx), jax.random.key(0))
+        step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
+        return products(jax.make_jaxpr(step, axis_env=[("batch", 1)])(state, pictures, batch).jaxpr)
+
+    variables = partition.abstract_variables(MODEL)
+    forward = jax.make_jaxpr(partial(MODEL.apply, train=False))(variables, jnp.zeros((4, 32, 32, 3)))
+    assert in_a_step("backbone") == products(forward.jaxpr) + 1
+    assert in_a_step("backbone") < in_a_step("stem,stage1,stage2") < in_a_step("stem") < in_a_step("")
+
+
+def test_a_part_that_thaws_begins_with_no_momentum_and_the_rest_goes_on() -> None:
+    """Against torch: two steps with conv1 frozen, then two with everything, towards a target."""
+    config = optimizer_config(weight_decay=1e-2, learning_rate=2**-5)
+    rng = np.random.default_rng(0)
+    start, target = ({"conv1": {"kernel": rng.normal(size=5)}, "fc": {"kernel": rng.normal(size=5)}} for _ in range(2))
+    with jax.enable_x64(True):
+        tx = make_optimizer(config, 2, 2)
+        params: Any = jax.tree.map(jnp.asarray, start)
+        opt_state = tx.init(params)
+        for frozen in ({"conv1/kernel"}, {"conv1/kernel"}, set(), set()):
+            trainable, kept = partition.split_frozen(params, frozenset(frozen))
+            grads = jax.tree.map(lambda a, b: a - b, trainable, partition.split_frozen(target, frozenset(frozen))[0])
+            now = partition.carry_over(opt_state, jax.eval_shape(tx.init, trainable))
+            updates, now = tx.update(grads, now, trainable)
+            params = partition.merge(optax.apply_updates(trainable, updates), kept)
+            opt_state = partition.carry_over(now, opt_state)
+    for name, steps in (("conv1", 2), ("fc", 4)):
+        array = torch.nn.Parameter(torch.from_numpy(start[name]["kernel"].copy()))
+        sgd = torch.optim.SGD([array], 2**-5, momentum=0.9, weight_decay=1e-2)
+        for _ in range(steps):
+            sgd.zero_grad()
+            ((array - torch.from_numpy(target[name]["kernel"])) ** 2 / 2).sum().backward()
+            sgd.step()
+        np.testing.assert_allclose(params[name]["kernel"], array.detach().numpy(), rtol=1e-10)
+
+
+def test_learning_rates_by_part() -> None:
+    config = optimizer_config(layer_decay=0.5, head_factor=10)
+    factors = [learning_rate_factor(config, path) for path in ("conv1/kernel", "layer1/0/bn1/bias", "layer4/1/x/y")]
+    assert factors == [0.5**5, 0.5**4, 0.5]
+    assert learning_rate_factor(config, "fc/bias") == 10
+
+    def moved(**values: Any) -> dict[str, Any]:
+        config = optimizer_config(learning_rate=0.01, **values)
+        tx = make_optimizer(config, 10, 1)
+        params = {"conv1": {"kernel": jnp.zeros(1)}, "fc": {"bias": jnp.zeros(1)}}
+        return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
+
+    plain, scaled = moved(), moved(layer_decay=0.5, head_factor=10)
+    np.testing.assert_allclose(scaled["fc"]["bias"], 10 * plain["fc"]["bias"])
+    np.testing.assert_allclose(scaled["conv1"]["kernel"], 0.5**5 * plain["conv1"]["kernel"])
+
+
+def test_the_table_tells_what_trains() -> None:
+    config = optimizer_config(freeze="stem,stage1")
+    lines = partition.table(partition.freeze(MODEL, config, 1)).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert rows["stem"][1:] == ["0", "stay"]
+    assert rows["stage1"][1:] == ["0", "stay"]
+    assert rows["stage2"][0] == rows["stage2"][1]
+    assert rows["stage2"][2] == "move"
+    reference = sum(p.numel() for p in torch.nn.Sequential(torch.nn.Linear(64, 10)).parameters())
+    assert rows["head"] == [f"{reference:,}", f"{reference:,}"]

@@ -1,0 +1,85 @@
+"""The table of named weights, held against torchvision's own."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxft.files import cache_dir
+from jaxft.models.resnet import ARCHITECTURES
+from jaxft.pretrained import download
+from jaxft.pretrained.catalog import WEIGHTS, NamedWeights, find, near, table, weights_file
+from tests.helpers.reference import torchvision
+
+MODELS = torchvision.models
+TORCHVISION = [
+    (f"{arch}.tv_in1k_{enum.name.removeprefix('IMAGENET1K_').lower()}", enum)
+    for arch in ARCHITECTURES
+    for enum in MODELS.get_model_weights(arch)
+]
+
+
+@pytest.mark.parametrize(("name", "enum"), TORCHVISION)
+def test_torchvisions_rows_are_what_torchvision_says(name: str, enum: Any) -> None:
+    weights = find(name)
+    assert weights
+    transforms = enum.transforms()
+    assert weights.url == enum.url
+    assert weights.top1 == enum.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    assert [weights.crop_size] == transforms.crop_size
+    assert [weights.resize_size] == transforms.resize_size
+    assert weights.interpolation == transforms.interpolation.value
+    assert list(weights.mean) == transforms.mean
+    assert list(weights.std) == transforms.std
+
+
+def test_torchvision_has_no_more_and_no_fewer() -> None:
+    assert {w.name for w in WEIGHTS if w.source == "torchvision"} == {name for name, _ in TORCHVISION}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda weights: weights.name)
+def test_every_row_holds_together(weights: NamedWeights) -> None:
+    assert re.fullmatch("[0-9a-f]{8}", weights.sha256_prefix)
+    assert weights.url.startswith("https://")
+    assert weights.url.endswith((f"-{weights.sha256_prefix}.pth", f"-{weights.sha256_prefix}.safetensors"))
+    assert weights.name.startswith(f"{weights.arch}.")
+    assert weights.arch in ARCHITECTURES
+    assert weights.interpolation in ("bilinear", "bicubic")
+    assert 160 <= weights.crop_size <= weights.resize_size <= 320
+    assert 69 < weights.top1 < 84
+    assert weights.license
+
+
+def test_names_addresses_and_checksums_are_unique() -> None:
+    for column in ("name", "url", "sha256_prefix"):
+        assert len({getattr(weights, column) for weights in WEIGHTS}) == len(WEIGHTS)
+
+
+def test_the_table_lists_all_in_narrow_lines() -> None:
+    head, *lines = table().splitlines()
+    assert head.startswith("name")
+    assert [line.split()[0] for line in lines] == [weights.name for weights in WEIGHTS]
+    assert [float(line.split()[1]) for line in lines] == [weights.top1 for weights in WEIGHTS]
+    assert max(map(len, (head, *lines))) <= 100
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
+    assert find("resnet50.tv_v2") is None
+    assert near("resnet50.tv_v2")[0] == "resnet50.tv_in1k_v2"
+    assert near("ResNet50.A1_in1k")[0] == "resnet50.a1_in1k"
+    assert near("resnet50")[:2] == ["resnet50.tv_in1k_v1", "resnet50.tv_in1k_v2"]
+    assert near("efficientnet_v2") == []
+
+
+def test_files_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(download, "urlopen", None)  # a file that is there needs no network
+    data = b"weights"
+    weights = WEIGHTS[0]._replace(sha256_prefix=hashlib.sha256(data).hexdigest()[:8])
+    path = tmp_path / "weights" / "resnet18-f37072fd.pth"
+    path.parent.mkdir()
+    path.write_bytes(data)
+    assert weights_file(weights) == path
+    assert cache_dir() == tmp_path

@@ -1,0 +1,202 @@
+"""Files written by torch.save, and files that nobody should load."""
+
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxft.errors import UserError
+from jaxft.pretrained.torch_files import read_tensors, write_tensors
+from tests.helpers.reference import torch
+
+DTYPES = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.bfloat16: ml_dtypes.bfloat16,
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.uint8: np.uint8,
+    torch.bool: np.bool_,
+}
+
+
+def save(state: Any, path: Path, kind: str) -> Path:
+    path = path.with_suffix(".safetensors" if kind == "safetensors" else ".pth")
+    if kind == "safetensors":
+        safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=4),
+    dtype=st.sampled_from(list(DTYPES)),
+    transposed=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_tensor_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, shape: list[int], dtype: Any, transposed: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensor = (torch.rand(shape, generator=generator) * 300 - 100).to(dtype)
+    if transposed:
+        tensor = tensor.permute(list(reversed(range(tensor.ndim))))
+    path = save({"a.weight": tensor}, tmp_path_factory.mktemp("files") / "file", kind)
+    array = read_tensors(path)["a.weight"]
+    assert (array.dtype, array.shape) == (DTYPES[dtype], tensor.shape)
+    assert array.flags.c_contiguous
+    np.testing.assert_array_equal(array.astype(np.float64), tensor.double().numpy())
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_views_of_one_storage(tmp_path: Path, kind: str) -> None:
+    base = torch.arange(24.0)
+    views = {"whole": base.view(4, 6), "part": base[6:12], "every_third": base[1::3], "column": base.view(4, 6)[:, 2]}
+    arrays = read_tensors(save(views, tmp_path / "file", kind))
+    for key, view in views.items():
+        np.testing.assert_array_equal(arrays[key], view.numpy())
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_a_wrapped_state_dict(tmp_path: Path, kind: str, wrapper: str) -> None:
+    state = OrderedDict({"module.fc.bias": torch.nn.Parameter(torch.ones(2))})
+    path = save({wrapper: state, "epoch": 3, "arch": "resnet50"}, tmp_path / "file", kind)
+    np.testing.assert_array_equal(read_tensors(path)["fc.bias"], [1, 1])
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_code_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    content = {"fc.bias": Hostile(tmp_path / "ran")}
+    path = tmp_path / "file.pth"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        save(content, path, kind)
+    with pytest.raises(UserError, match=r"it asks for posix\.system,"):
+        read_tensors(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_truncated_file_is_named(tmp_path: Path, kind: str) -> None:
+    path = save({"a": torch.rand(50), "b": torch.rand(50)}, tmp_path / "file", kind)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 29):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=path.name):
+            read_tensors(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_damaged_file_gives_tensors_or_a_user_error(tmp_path: Path, kind: str) -> None:
+    path = save({"a": torch.rand(20), "b": torch.rand(3, 3)}, tmp_path / "file", kind)
+    whole = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            read_tensors(path)
+        except UserError as error:
+            assert path.name in str(error)
+
+
+def test_a_zip_notices_flipped_bytes_of_a_tensor(tmp_path: Path) -> None:
+    path = save({"a": torch.ones(100)}, tmp_path / "file", "zip")
+    whole = path.read_bytes()
+    data = np.ones(100, np.float32).tobytes()
+    path.write_bytes(whole.replace(data, data[:200] + b"\0\0\0\0" + data[204:]))
+    with pytest.raises(UserError, match="CRC"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.ones(2), "not a state_dict"),
+        ([1, 2], "holds a list"),
+        ({"a": 1}, "'a' is no tensor"),
+        ({1: torch.ones(1)}, "entry 1"),
+    ],
+)
+def test_other_content_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_tensors(save(content, tmp_path / "file", "zip"))
+
+
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+    """A forged size must not read other memory or make much of little."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(3, 5)}, buffer)
+    path = tmp_path / "file.pth"
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                assert b"K\x03K\x05\x86" in content  # the pickled tuple (3, 5)
+                content = content.replace(b"K\x03K\x05\x86", b"K\x03K\xff\x86")
+            new.writestr(name, content)
+    with pytest.raises(UserError, match="over and over"):
+        read_tensors(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    for name in ("none.pth", "none.safetensors"):
+        with pytest.raises(UserError, match=f"no weights file .*{name}"):
+            read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@settings(deadline=None, max_examples=30)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=3),
+    dtype=st.sampled_from(list(DTYPES)),
+    seed=st.integers(0, 2**16),
+)
+def test_torch_loads_what_is_written(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, shapes: list[list[int]], dtype: Any, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    arrays = {f"layer.{i}": (rng.random(shape) * 200).astype(DTYPES[dtype]).T for i, shape in enumerate(shapes)}
+    path = tmp_path_factory.mktemp("files") / f"file{suffix}"
+    write_tensors(path, arrays)
+    load = safetensors.torch.load_file if suffix == ".safetensors" else torch.load  # weights_only, by default
+    loaded = load(path)
+    assert loaded.keys() == arrays.keys()
+    for key, array in arrays.items():
+        assert (loaded[key].dtype, tuple(loaded[key].shape)) == (dtype, array.shape)
+        np.testing.assert_array_equal(loaded[key].double().numpy(), array.astype(np.float64))
+
+
+def test_keras_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """An HDF5 file by its signature (HDF5's format specification), a .keras file by what is zipped in it."""
+    (tmp_path / "resnet50.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with zipfile.ZipFile(tmp_path / "resnet50.keras", "w") as archive:
+        archive.writestr("model.weights.h5", b"")
+    for name in ("resnet50.h5", "resnet50.keras"):
+        with pytest.raises(UserError, match="the stride in the first 1x1"):
+            read_tensors(tmp_path / name)

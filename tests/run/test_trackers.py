@@ -1,0 +1,85 @@
+"""What TensorBoard finds in its event files, read as it reads them, beside metrics.jsonl."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from jaxft.config import default_config
+from jaxft.errors import UserError
+from jaxft.run import trackers
+from jaxft.run.trackers import Trackers, check_trackers
+from tests.commands.test_train import metrics
+from tests.conftest import Run
+from tests.run.test_survival import TINY, started, wait_for_steps
+
+
+def events(folder: Path) -> Iterator[Event]:
+    """The records of all files: a length and its checksum, an Event and its checksum (TFRecord)."""
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """By tag and step; a restart voids what lies at its step and beyond."""
+    found: dict[tuple[str, int], float] = {}
+    for event in events(folder):
+        if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+            found = {(tag, step): value for (tag, step), value in found.items() if step < event.step}
+        for value in event.summary.value:
+            assert (value.tag, event.step) not in found
+            found[value.tag, event.step] = value.simple_value
+    return found
+
+
+@pytest.mark.slow
+def test_tensorboard_has_each_line_once_after_a_kill(run: Run, tmp_path: Path) -> None:
+    command = (*TINY, "--config.log.tensorboard=True", "--workdir", tmp_path / "run")
+    with started(*command) as process:
+        wait_for_steps(process, tmp_path / "run", 18)
+        process.kill()
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    rows = metrics(tmp_path / "run")
+    found = scalars(tmp_path / "run" / "tensorboard")
+    keys = ("loss", "accuracy", "images_per_second")
+    assert set(found) == {(f"{row['split']}/{key}", row["step"]) for row in rows for key in keys}
+    for row in rows:
+        assert found[f"{row['split']}/loss", row["step"]] == pytest.approx(row["loss"], rel=1e-6)
+
+
+def test_tensorboard_has_what_is_written(tmp_path: Path) -> None:
+    config = default_config()
+    config.log.tensorboard = True
+    rows: list[dict[str, Any]] = []
+    for first in (1, 3):  # again from step 3 on
+        rows = rows[: first - 1]
+        board = Trackers(config, tmp_path, rows)
+        for step in range(first, 5):
+            row = {"loss": step / 2, "accuracy": first / 8, "images_per_second": 9.0}
+            rows.append(row | {"step": step, "split": "train", "epoch": 1})
+            board.write(rows[-1])
+        board.close()
+    found = scalars(tmp_path / "tensorboard")
+    assert [found["train/loss", step] for step in range(1, 5)] == [0.5, 1, 1.5, 2]
+    assert [found["train/accuracy", step] for step in range(1, 5)] == [1 / 8, 1 / 8, 3 / 8, 3 / 8]
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = default_config()
+    check_trackers(config.log)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    check_trackers(config.log)
+    config.log.wandb = "flowers"
+    with pytest.raises(UserError, match=r"log\.wandb needs wandb: pip install wandb"):
+        check_trackers(config.log)
+    config.log.tensorboard = True
+    with pytest.raises(UserError, match=r"log\.tensorboard needs tensorboardX: pip install 'jaxft\[tensorboard\]'"):
+        check_trackers(config.log)
