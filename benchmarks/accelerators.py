@@ -30,14 +30,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxft.config import load_config, parse_overrides
-from jaxft.data.batches import Batch, Pictures
+from jaxft.data.batches import Batch, Examples
 from jaxft.errors import ArgumentParser, UserError, run_command
 from jaxft.models.partition import freeze
 from jaxft.models.resnet import make_model
 from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import abstract_train_state
-from jaxft.training.steps import eval_step, with_each
+from jaxft.training.steps import eval_step, map_batches
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 CIFAR10 = (50_000, 32, 32, 3)
@@ -83,14 +83,14 @@ def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any
     state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
     shapes = jax.ShapeDtypeStruct
-    pictures = jax.eval_shape(Pictures.in_lines, shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32))
+    pictures = jax.eval_shape(Examples.packed, shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32))
     index = shapes((len(devices), 1, share), jnp.int32)
     batch = jax.eval_shape(Batch, index, index, shapes(index.shape, jnp.float32))
     if which == "train":
         steps = pmap_train_steps(config, model, tx, preprocessing, devices=devices)
         lowered = steps.lower(state, pictures, batch, None, None)
     else:
-        step = partial(with_each, step=eval_step, model=model, preprocessing=preprocessing)
+        step = partial(map_batches, step=eval_step, model=model, preprocessing=preprocessing)
         in_axes = (None, None, 0)
         p_step = jax.pmap(step, axis_name=model.axis_name, in_axes=in_axes, out_axes=None, devices=devices)
         lowered = p_step.lower(state, pictures, batch)

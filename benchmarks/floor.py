@@ -111,7 +111,7 @@ def rates(dtype: Any) -> tuple[float, float]:
     """Operations and bytes a second of the machine: the best of several products and passes."""
     on_cpu = jax.default_backend() == "cpu"
     by_onednn = on_cpu and onednn.is_chosen("auto", math.inf)
-    multiply = jax.jit(onednn.product if by_onednn else jnp.dot)
+    multiply = jax.jit(onednn.matmul if by_onednn else jnp.dot)
     matrix = jnp.ones((4096, 4096), dtype)
 
     def best(function: Callable[[], Any]) -> float:

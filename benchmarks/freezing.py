@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from jaxft.config import default_config
-from jaxft.data.batches import Batch, Pictures
+from jaxft.data.batches import Batch, Examples
 from jaxft.models.partition import freeze, merge, split_frozen
 from jaxft.models.resnet import ResNet, make_model
 from jaxft.training.state import create_train_state
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    pictures = Pictures(rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8), np.zeros(args.batch_size, int))
+    pictures = Examples(rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8), np.zeros(args.batch_size, int))
     index = np.arange(args.batch_size, dtype=np.int32)[None]
     batch = Batch(index, index, np.ones(index.shape, np.float32))
     image = jax.ShapeDtypeStruct((args.batch_size, args.image_size, args.image_size, 3), jnp.float32)

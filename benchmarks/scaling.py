@@ -33,14 +33,14 @@ def measure(devices: int) -> None:
     import numpy as np
     import optax
 
-    from jaxft.data.batches import Pictures, make_batches, replicate
+    from jaxft.data.batches import Examples, make_batches, replicate
     from jaxft.models.resnet import BasicBlock, ResNet
     from jaxft.training.state import create_train_state
     from jaxft.training.steps import train_step
     from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
     rng = np.random.default_rng(0)
-    pictures = Pictures(rng.integers(0, 256, (1024, 32, 32, 3), np.uint8), rng.integers(0, 10, 1024).astype(np.int32))
+    pictures = Examples(rng.integers(0, 256, (1024, 32, 32, 3), np.uint8), rng.integers(0, 10, 1024).astype(np.int32))
     model = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=10, width=8, stem="small", batch_norm="sync")
     tx = optax.sgd(0.1, momentum=0.9)
     step = partial(train_step, model=model, tx=tx, preprocessing=Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD))

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxft.data import datasets
-from jaxft.data.loader import make_feed
+from jaxft.data.loader import make_loader
 from tests.helpers.reference import torchvision
 
 BATCH_SIZE = 64
@@ -65,8 +65,8 @@ def decode_alone(paths: list[Path]) -> None:
 
 def stream(data: datasets.Dataset, workers: int) -> None:
     seen = 0
-    feed = make_feed(data, ConfigDict({"stream": "always", "workers": workers}))
-    for batch in feed.batches(np.arange(len(data.label)), BATCH_SIZE):
+    loader = make_loader(data, ConfigDict({"stream": "always", "workers": workers}))
+    for batch in loader.batches(np.arange(len(data.label)), BATCH_SIZE):
         seen += int(batch.mask.sum())
     assert seen == len(data.label)
 

@@ -52,14 +52,14 @@ def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, option
     import optax
 
     from jaxft.config import default_config
-    from jaxft.data.batches import Batch, Pictures, replicate
+    from jaxft.data.batches import Batch, Examples, replicate
     from jaxft.models.resnet import make_model
     from jaxft.ops import onednn
     from jaxft.process import set_up_backend
     from jaxft.training.evaluation import pmap_eval_steps
     from jaxft.training.loop import pmap_train_steps
     from jaxft.training.state import create_train_state
-    from jaxft.training.steps_per_call import batches_per_call, calls, turns
+    from jaxft.training.steps_per_call import batches_per_call, scan_length, stack_batches
     from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
     set_up_backend()
@@ -74,7 +74,7 @@ def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, option
     preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
     random = np.random.default_rng(0)
     pictures = replicate(
-        Pictures.in_lines(
+        Examples.packed(
             random.integers(0, 256, (batch, size, size, 3), np.uint8),
             random.integers(0, NUM_CLASSES, batch, np.int32),
         )
@@ -92,12 +92,12 @@ def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, option
     def steps(number: int) -> float:
         nonlocal state
         loss: Any = None
-        for call, count in calls(batches, number, per_call):
+        for call, count in stack_batches(batches, number, per_call):
             if train:
-                state, counts = p_train_steps(state, pictures, call, None, turns(count))
+                state, counts = p_train_steps(state, pictures, call, None, scan_length(count))
                 loss = counts.loss
             else:
-                loss = p_eval_steps(state, pictures, call, turns(count)).loss
+                loss = p_eval_steps(state, pictures, call, scan_length(count)).loss
         return float(np.sum(loss))
 
     return steps

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxft.targets.classification import replace_head
     from jaxft.train import train_and_evaluate
 
-process.ask_for_them()
+process.reexec_with_huge_pages()
 
 _MODULES = {
     "UserError": "errors",

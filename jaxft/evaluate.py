@@ -9,7 +9,7 @@ import sys
 from jaxft.errors import ArgumentParser
 from jaxft.process import set_up_backend
 from jaxft.run.processes import run_together
-from jaxft.targets.classification import summarise
+from jaxft.targets.classification import evaluation_summary
 from jaxft.training.evaluation import evaluate
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     set_up_backend()
     step, split, class_names, predictions = evaluate(args.workdir, args.checkpoint, args.data_dir, flip=args.flip)
-    scores = summarise(predictions, class_names)
+    scores = evaluation_summary(predictions, class_names)
     if args.json:
         print(json.dumps({"checkpoint": step, "split": split} | scores))
         return

@@ -31,7 +31,7 @@ from jaxft.pretrained.torch_files import write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.process import set_up_backend
 from jaxft.run.remote_workdir import reading_folder
-from jaxft.targets.classification import summarise
+from jaxft.targets.classification import evaluation_summary
 from jaxft.training.evaluation import evaluate_checkpoint
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
 from jaxft.transforms.preprocessing import Preprocessing, normalize, resize_and_crop_any
@@ -150,7 +150,7 @@ def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: st
     variables = {"batch_stats": {}} | decompress(compress(variables, dtype))
     smaller = replicate(dataclasses.replace(checkpoint.state, **variables, ema={}))
     before, after = (
-        summarise(evaluation.predictions, evaluation.class_names)["accuracy"]
+        evaluation_summary(evaluation.predictions, evaluation.class_names)["accuracy"]
         for evaluation in (
             evaluate_checkpoint(checkpoint, data_dir),
             evaluate_checkpoint(checkpoint._replace(model=model, state=smaller), data_dir),

@@ -136,8 +136,8 @@ def main(argv: list[str]) -> None:
             progress.update(1)
     if unreadable:
         more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-        told = _printable("; ".join(map(str, unreadable[:5]))) + more
-        raise UserError(f"{len(unreadable)} of {len(files)} files are not predicted: {told}")
+        text = _printable("; ".join(map(str, unreadable[:5]))) + more
+        raise UserError(f"{len(unreadable)} of {len(files)} files are not predicted: {text}")
 
 
 if __name__ == "__main__":

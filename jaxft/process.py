@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
     return os.environ | {_TUNABLES: ":".join([*others, _HUGE_PAGES]), _ASKED: "yes"}
 
 
-def ask_for_them() -> None:
+def reexec_with_huge_pages() -> None:
     """Starts `python -m jaxft.COMMAND` again, in the same process: glibc reads its environment when a program starts.
 
     To be called while the package is imported, when nothing has happened yet. A user's own choice stays.

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     runs = [load_run(folder) for folder in folders]
     path = folders[0] / ("compare.html" if args.compare else "report.html")
     _write(path, render_comparison(runs) if args.compare else render(runs[0]))
-    remote_workdir.put_back(args.workdir, path)
+    remote_workdir.upload(args.workdir, path)
     print(path)
 
 

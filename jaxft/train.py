@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
 from jaxft.data import datasets
 from jaxft.data.batches import epoch_order, replicate
-from jaxft.data.loader import OnDevices, make_feed
+from jaxft.data.loader import ResidentLoader, make_loader
 from jaxft.errors import ArgumentParser, Interrupted
 from jaxft.models.partition import freeze
 from jaxft.models.resnet import ResNet, make_model
@@ -28,32 +28,32 @@ from jaxft.reporting import page
 from jaxft.run import remote_workdir
 from jaxft.run.checkpoints import Checkpoints
 from jaxft.run.metrics_file import MetricsFile
-from jaxft.run.processes import compiled_by_all, on_all, run_together
+from jaxft.run.processes import broadcast_bool, run_together, with_compile_barrier
 from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers, check_trackers
 from jaxft.run.workdir import check_workdir, has_checkpoint, workdir_lock, write_config
 from jaxft.targets.classification import balanced_class_weights, count_predictions
 from jaxft.training.evaluation import (
+    choose_formulation,
     evaluate_pictures,
     extract_features,
     pmap_eval_steps,
     recalibrate,
-    with_its_convolutions,
 )
 from jaxft.training.loop import (
     TrainSteps,
-    divergence_told,
     epochs_evaluated,
     metrics_row,
     pmap_train_steps,
+    report_divergence,
     run_steps,
-    up_to_checkpoints,
+    steps_between_checkpoints,
 )
 from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxft.training.start import (
+    can_cache_features,
     check_batch_size,
     check_data,
-    features_suffice,
     find_batch_size,
     initial_state,
     load_teacher,
@@ -61,7 +61,7 @@ from jaxft.training.start import (
     run_info,
 )
 from jaxft.training.state import TrainState, abstract_train_state
-from jaxft.training.steps_per_call import batches_per_call, calls
+from jaxft.training.steps_per_call import batches_per_call, stack_batches
 from jaxft.transforms.preprocessing import Preprocessing, epoch_image_size
 
 
@@ -72,7 +72,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     is written; Interrupted for SIGTERM and Ctrl-C.
     """
     folder = remote_workdir.training_folder(workdir)
-    with workdir_lock(folder), remote_workdir.kept_like(workdir, folder):
+    with workdir_lock(folder), remote_workdir.synced(workdir, folder):
         return _train_and_evaluate(config, folder)
 
 
@@ -99,7 +99,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
 
     # weights and state
     metrics = MetricsFile(workdir / "metrics.jsonl")
-    if on_all(has_checkpoint(workdir)):
+    if broadcast_bool(has_checkpoint(workdir)):
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         abstract_state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
         info, state = checkpoints.restore_latest(abstract_state, config.checkpoint.on_damage)
@@ -112,7 +112,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
         write_config(config, workdir)
         checkpoints = Checkpoints(workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best)
         state = replicate(state)
-    model = with_its_convolutions(model, state, config, train_size)
+    model = choose_formulation(model, state, config, train_size)
     teacher = teacher and teacher._replace(model=teacher.model.clone(by_onednn=model.by_onednn))
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
@@ -133,53 +133,58 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
     @cache
     def compiled(model: ResNet, size: int) -> TrainSteps:
         mapped = pmap_train_steps(config, model, tx, preprocessing._replace(image_size=size), class_weights, teacher)
-        steps, variables = compiled_by_all(mapped), teacher and teacher.variables
-        return lambda state, pictures, batches, turns: steps(state, pictures, batches, variables, turns)
+        steps, variables = with_compile_barrier(mapped), teacher and teacher.variables
+        return lambda state, examples, batches, num_steps: steps(state, examples, batches, variables, num_steps)
 
     per_call, tests_per_call = (batches_per_call(config, model, state, train=train) for train in (True, False))
     resumed_at = int(state.step)
     p_eval_steps = pmap_eval_steps(model, preprocessing)
     mixed = config.augment.mixup > 0 or config.augment.cutmix > 0
-    train_feed, eval_feed = make_feed(train_data, config.data, partners=mixed), make_feed(eval_data, config.data)
-    if first_epoch <= config.num_epochs and features_suffice(config, model):
-        train_feed, eval_feed = (
-            OnDevices(
-                replicate(extract_features(seeing, preprocessing, state, feed, config.batch_size, tests_per_call))
+    train_loader, eval_loader = (
+        make_loader(train_data, config.data, partners=mixed),
+        make_loader(eval_data, config.data),
+    )
+    if first_epoch <= config.num_epochs and can_cache_features(config, model):
+        train_loader, eval_loader = (
+            ResidentLoader(
+                replicate(extract_features(seeing, preprocessing, state, loader, config.batch_size, tests_per_call))
             )
-            for seeing, feed in ((model.clone(test_flip=False), train_feed), (model, eval_feed))
+            for seeing, loader in ((model.clone(test_flip=False), train_loader), (model, eval_loader))
         )
     with (
         StopSignals() as stop,
         closing(metrics),
         closing(trackers),
         closing(checkpoints),
-        divergence_told(checkpoints, learning_rate),
+        report_divergence(checkpoints, learning_rate),
     ):
         for epoch in range(first_epoch, config.num_epochs + 1):
             order = epoch_order(config.seed, epoch, train_size)
             order = order[(int(state.step) - (epoch - 1) * steps_per_epoch) * config.batch_size :]  # what is to come
-            batches = train_feed.batches(order, config.batch_size)
+            batches = train_loader.batches(order, config.batch_size)
             p_train_steps = compiled(freeze(model, config.optimizer, epoch), image_size(epoch))
             with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
-                parts = up_to_checkpoints(int(state.step), epoch * steps_per_epoch, config.checkpoint.every_steps)
+                parts = steps_between_checkpoints(
+                    int(state.step), epoch * steps_per_epoch, config.checkpoint.every_steps
+                )
                 for num_steps in parts:
-                    part = calls(batches, num_steps, per_call, first=int(state.step) == resumed_at)
-                    steps = run_steps(p_train_steps, state, train_feed.pictures, part, stop)
+                    part = stack_batches(batches, num_steps, per_call, first=int(state.step) == resumed_at)
+                    steps = run_steps(p_train_steps, state, train_loader.examples, part, stop)
                     for state, step, counts, seconds in steps:  # noqa: B007, the last one's state is the part's
                         row = metrics_row(step, epoch, "train", counts, seconds)
                         metrics.write(**row)
                         trackers.write(row)
-                        progress.update(int(counts.pictures), row["loss"])
+                        progress.update(int(counts.num_images), row["loss"])
                         checkpoints.poll()
                     if config.model.batch_norm == "recalibrate" and int(state.step) == last_step:
-                        state = recalibrate(model, preprocessing, state, train_feed, config.batch_size, per_call)
+                        state = recalibrate(model, preprocessing, state, train_loader, config.batch_size, per_call)
                     checkpoints.save(state, info)
                     if stop.received:
                         checkpoints.finish(state, info)
                         raise Interrupted(stop.received, f"the same command goes on after step {int(state.step)}")
 
             started = time.monotonic()
-            predictions = evaluate_pictures(p_eval_steps, state, eval_feed, config.batch_size, tests_per_call)
+            predictions = evaluate_pictures(p_eval_steps, state, eval_loader, config.batch_size, tests_per_call)
             counts = count_predictions(predictions)
             row = metrics_row(int(state.step), epoch, "eval", counts, time.monotonic() - started)
             metrics.write(**row)
@@ -188,7 +193,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path) -> TrainState:
             if jax.process_index() == 0:
                 page.update(workdir, info, eval_data, predictions)
         checkpoints.finish(state, info)
-    again = f"python -m jaxft.evaluate --workdir {remote_workdir.shown_as(workdir)}"
+    again = f"python -m jaxft.evaluate --workdir {remote_workdir.display_name(workdir)}"
     print(f"done; look at {workdir / 'report.html'}, and test again by: {again}")
     if config.note:
         print(config.note)

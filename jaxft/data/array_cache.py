@@ -76,6 +76,6 @@ def write_arrays(
         shutil.rmtree(partial_dir, ignore_errors=True)
 
 
-def _arrays_dir(name: str, split: str, *more: str) -> Path:
+def cached_arrays_dir(name: str, split: str, *more: str) -> Path:
     key = hashlib.sha256(json.dumps([name, split, *more]).encode()).hexdigest()[:16]
     return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"

@@ -17,25 +17,25 @@ _LINE = 128  # bytes
 
 
 @struct.dataclass
-class Pictures:
+class Examples:
     """Of a whole data set on every device, or of a batch alone."""
 
-    image: Array  # uint8 (N, H, W, 3), or `in_lines`; or float32 (N, F): the features that a frozen backbone gives
+    image: Array  # uint8 (N, H, W, 3), or `packed`; or float32 (N, F): the features that a frozen backbone gives
     label: Array  # int32 (N,)
-    number: Array | None = None  # int32 (N,), in the data set; None: 0 to N - 1
+    dataset_index: Array | None = None  # int32 (N,), in the data set; None: 0 to N - 1
     shape: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)  # of a picture that is in lines
 
     @classmethod
-    def in_lines(cls, image: Array, label: Array, number: Array | None = None) -> "Pictures":
+    def packed(cls, image: Array, label: Array, dataset_index: Array | None = None) -> "Examples":
         """Of (..., H, W, 3): each picture's bytes in lines of 128, as a TPU keeps them.
 
         Of (N, H, W, 3) it would copy the whole data set in every step, to have each picture's bytes together.
         """
         shape = image.shape[-3:]
         lines = (-1, _LINE) if math.prod(shape) % _LINE == 0 else (-1,)
-        return cls(image.reshape(*image.shape[:-3], *lines), label, number, shape)
+        return cls(image.reshape(*image.shape[:-3], *lines), label, dataset_index, shape)
 
-    def seen(self, index: Array) -> jax.Array:
+    def gather(self, index: Array) -> jax.Array:
         """(B, H, W, 3), or features (B, F)."""
         image = jnp.asarray(self.image)[index]
         return image if self.shape is None else image.reshape(*index.shape, *self.shape)
@@ -48,12 +48,12 @@ class Batch:
     index: Array  # int32 (B,), among the pictures
     partner: Array  # int32 (B,): the next picture of the whole batch, to be mixed with
     mask: Array  # float32 (B,), 0 for padding
-    pictures: Pictures | None = None  # where the batch brings its own
+    examples: Examples | None = None  # where the batch brings its own
 
 
-def pictures_of(pictures: Pictures | None, batch: Batch) -> Pictures:
+def examples_for(examples: Examples | None, batch: Batch) -> Examples:
     """The batch's own, or else those that are there for all batches."""
-    found = batch.pictures if pictures is None else pictures
+    found = batch.examples if examples is None else examples
     assert found is not None, "a batch without pictures"
     return found
 
@@ -86,7 +86,7 @@ def make_batches(order: np.ndarray, batch_size: int, num_devices: int) -> Iterat
         )
 
 
-def own_parts(batches: Iterable[Batch]) -> Iterator[Batch]:
+def local_shard(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Of batches (devices of all processes, B): the rows of this process's devices."""
     rows = [row for row, device in enumerate(jax.devices()) if device.process_index == jax.process_index()]
     for batch in batches:

@@ -6,6 +6,6 @@ import numpy as np
 
 
 class Dataset(NamedTuple):
-    image: Any  # uint8 (N, H, W, 3): an array, or stored.StoredPictures
+    image: Any  # uint8 (N, H, W, 3): an array, or stored.LazyImages
     label: np.ndarray  # int32 (N,)
     class_names: tuple[str, ...]

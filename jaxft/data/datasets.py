@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 from jaxft.data import image_folder
 from jaxft.data.budget import is_streamed
 from jaxft.data.dataset import Dataset
-from jaxft.data.image_folder import _load_folder
-from jaxft.data.lazy_images import StoredPictures
-from jaxft.data.sample import _load_sample
-from jaxft.data.tfds import _load_tfds
+from jaxft.data.image_folder import load_folder
+from jaxft.data.lazy_images import LazyImages
+from jaxft.data.sample import load_sample
+from jaxft.data.tfds import load_tfds
 
 COMPARED_BYTES = 1 << 30
 
@@ -35,11 +35,11 @@ def load(
     key data.cache; pictures that are not kept stay in their files, as they can unless TFDS prepared them as tfrecord.
     """
     if name.startswith("sample:"):
-        return _load_sample(name.removeprefix("sample:"), split)
+        return load_sample(name.removeprefix("sample:"), split)
     if name.startswith("folder:"):
         files = image_folder.find_files(Path(name.removeprefix("folder:")).expanduser(), split, holdout, class_names)
-        return _load_folder(files, name, split, side, unreadable, cache)
-    return _load_tfds(name, split, data_dir, side, cache)
+        return load_folder(files, name, split, side, unreadable, cache)
+    return load_tfds(name, split, data_dir, side, cache)
 
 
 def load_config_data(
@@ -74,7 +74,7 @@ def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:
         text += f"; {absent} of them not in the test set"
     if is_streamed(train, stream):
         text += f"; streamed from {_place(train.image)}"
-    in_files = any(isinstance(data.image, StoredPictures) for data in (train, test))
+    in_files = any(isinstance(data.image, LazyImages) for data in (train, test))
     if not in_files and train.image.nbytes + test.image.nbytes <= COMPARED_BYTES:
         trained_on = {hash(image.tobytes()) for image in train.image}
         if both := sum(hash(image.tobytes()) in trained_on for image in test.image):
@@ -85,4 +85,4 @@ def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:
 def _place(image: Any) -> str:
     if isinstance(image, np.memmap):
         return str(Path(str(image.filename)).parent)
-    return "their files" if isinstance(image, StoredPictures) else "memory"
+    return "their files" if isinstance(image, LazyImages) else "memory"

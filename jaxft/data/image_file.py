@@ -20,7 +20,7 @@ Image.init()
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
-class PictureError(UserError):
+class ImageError(UserError):
     """A file that is no picture, or not one to be read."""
 
 
@@ -30,25 +30,25 @@ def decode(
     """uint8 (H, W, 3) of anything that Pillow reads: turned as EXIF says, transparency on white, the first frame.
 
     Grey, palette, CMYK and 16-bit pictures become RGB. side: shrunk to a square of so many pixels, unless None.
-    Raises PictureError with `name`, or the path.
+    Raises ImageError with `name`, or the path.
     """
     name = name or (str(source) if isinstance(source, Path) else "the picture")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             width, height = picture.size
             if width * height > max_pixels:
-                raise PictureError(f"{name} has {width} x {height} pixels; jaxft reads up to {max_pixels:,} in all")
+                raise ImageError(f"{name} has {width} x {height} pixels; jaxft reads up to {max_pixels:,} in all")
             ImageOps.exif_transpose(picture, in_place=True)  # without a copy
             rgb = _to_rgb(picture)
             return np.asarray(rgb) if side is None else _shrink(rgb, side)
-    except PictureError:
+    except ImageError:
         raise
     except FileNotFoundError:
-        raise PictureError(f"there is no picture {name}") from None
+        raise ImageError(f"there is no picture {name}") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{name} cannot be read as a picture (it is in no format that Pillow knows)") from None
+        raise ImageError(f"{name} cannot be read as a picture (it is in no format that Pillow knows)") from None
     except Exception as error:  # Pillow's plugins raise whatever they like for damaged files
-        raise PictureError(f"{name} cannot be read as a picture ({error or type(error).__name__})") from error
+        raise ImageError(f"{name} cannot be read as a picture ({error or type(error).__name__})") from error
 
 
 def to_rgb(picture: Image.Image) -> np.ndarray:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from jaxft.data.array_cache import _arrays_dir, open_arrays, write_arrays
+from jaxft.data.array_cache import cached_arrays_dir, open_arrays, write_arrays
 from jaxft.data.budget import room_for_pictures
 from jaxft.data.dataset import Dataset
-from jaxft.data.image_file import SUFFIXES, PictureError, decode
-from jaxft.data.lazy_images import StoredPictures
+from jaxft.data.image_file import SUFFIXES, ImageError, decode
+from jaxft.data.lazy_images import LazyImages
 from jaxft.errors import UserError
 from jaxft.files import cache_dir
 from jaxft.progress import Progress
@@ -129,7 +129,7 @@ def read_pictures(files: LabelledFiles, side: int | None, unreadable: str) -> It
         read = partial(_read, side=side)
         for number, picture in enumerate(_map_ahead(pool, read, files.paths)):
             progress.update(1)
-            if isinstance(picture, PictureError):
+            if isinstance(picture, ImageError):
                 problems.append(str(picture))
             elif not problems or unreadable == "skip":
                 yield picture, number
@@ -145,24 +145,24 @@ def read_pictures(files: LabelledFiles, side: int | None, unreadable: str) -> It
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureFiles:
+class ImageFiles:
     """Reads the pictures of files by their numbers."""
 
     paths: list[Path]
     side: int | None  # of the squares that pictures are shrunk to
 
     def __call__(self, number: int) -> np.ndarray:
-        """Raises PictureError where a file is no longer what it was."""
+        """Raises ImageError where a file is no longer what it was."""
         return decode(self.paths[number], side=self.side)
 
     def where(self, number: int) -> str:
         return str(self.paths[number])
 
 
-def _read(path: Path, side: int | None) -> np.ndarray | PictureError:
+def _read(path: Path, side: int | None) -> np.ndarray | ImageError:
     try:
         return decode(path, side=side)
-    except PictureError as error:
+    except ImageError as error:
         return error
 
 
@@ -181,14 +181,14 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _load_folder(files: LabelledFiles, name: str, split: str, side: int, unreadable: str, cache: str) -> Dataset:
+def load_folder(files: LabelledFiles, name: str, split: str, side: int, unreadable: str, cache: str) -> Dataset:
     source = {"fingerprint": files.fingerprint(), "unreadable": unreadable, "side": side}
-    arrays_dir = _arrays_dir(name, split)
+    arrays_dir = cached_arrays_dir(name, split)
     opened = open_arrays(arrays_dir)
     if opened and cache != "never" and all(opened[1].get(key) == value for key, value in source.items()):
         return opened[0]
     if len(files.paths) * side**2 * 3 > room_for_pictures(cache):
-        data = _leave_in_files(files, side, unreadable, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
+        data = _read_lazily(files, side, unreadable, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
         if not len(data.label):
             raise UserError(f"{name} has no pictures")
         return data
@@ -200,13 +200,13 @@ def _load_folder(files: LabelledFiles, name: str, split: str, side: int, unreada
     except ValueError as error:
         raise UserError(f"{name} {error}") from None
     except OSError as error:
-        raise _not_kept(error) from error
+        raise _cannot_cache(error) from error
     opened = open_arrays(arrays_dir)
     assert opened, f"{arrays_dir} was just written"
     return opened[0]
 
 
-def _leave_in_files(files: LabelledFiles, side: int, unreadable: str, source: dict[str, Any], checked: Path) -> Dataset:
+def _read_lazily(files: LabelledFiles, side: int, unreadable: str, source: dict[str, Any], checked: Path) -> Dataset:
     """checked: a file that remembers which of these files are pictures, for which all have to be read once."""
     try:
         found = json.loads(checked.read_text())
@@ -223,15 +223,15 @@ def _leave_in_files(files: LabelledFiles, side: int, unreadable: str, source: di
             partial.replace(checked)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise _not_kept(error) from error
+            raise _cannot_cache(error) from error
     numbers = found["numbers"]
     height, width = found["size"]
-    reader = PictureFiles([files.paths[i] for i in numbers], found["shrunk_to"])
-    image = StoredPictures(reader, len(numbers), height, width)
+    reader = ImageFiles([files.paths[i] for i in numbers], found["shrunk_to"])
+    image = LazyImages(reader, len(numbers), height, width)
     return Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
 
 
-def _not_kept(error: OSError) -> UserError:
+def _cannot_cache(error: OSError) -> UserError:
     return UserError(
         f"what was read of the pictures cannot be kept in {cache_dir()} ({error.strerror or error}): make room there, "
         "or name another folder by the environment variable JAXFT_CACHE; --config.data.cache=never needs next to none"

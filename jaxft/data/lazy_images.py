@@ -24,7 +24,7 @@ class Reader(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredPictures:
+class LazyImages:
     """Indexed as an array uint8 (N, H, W, 3) is."""
 
     read: Reader
@@ -56,7 +56,7 @@ class StoredPictures:
 
 
 @dataclasses.dataclass(frozen=True)
-class MappedPictures:
+class MappedImages:
     """A memory-mapped array uint8 (N, H, W, 3), of which worker processes get no copy but its file's name."""
 
     path: Path
@@ -64,7 +64,7 @@ class MappedPictures:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, image: np.memmap) -> "MappedPictures":
+    def of(cls, image: np.memmap) -> "MappedImages":
         path = Path(str(image.filename))
         return cls(path, path.stat().st_ino, image.shape)
 
@@ -74,7 +74,7 @@ class MappedPictures:
 
 
 @cache
-def _mapped(pictures: MappedPictures) -> np.ndarray:
+def _mapped(pictures: MappedImages) -> np.ndarray:
     if not pictures.path.exists() or pictures.path.stat().st_ino != pictures.inode:
         raise UserError(f"{pictures.path} has changed since the run began; run the command again")
     return np.memmap(pictures.path, np.uint8, "r", shape=pictures.shape)

@@ -12,10 +12,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft.data.batches import Array, Batch, Pictures, make_batches, own_parts, replicate
+from jaxft.data.batches import Array, Batch, Examples, local_shard, make_batches, replicate
 from jaxft.data.budget import is_streamed
 from jaxft.data.dataset import Dataset
-from jaxft.data.lazy_images import MappedPictures, StoredPictures
+from jaxft.data.lazy_images import LazyImages, MappedImages
 
 BATCHES_AHEAD = 3  # that are read before the devices ask for them
 
@@ -24,38 +24,38 @@ _PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 @dataclasses.dataclass(frozen=True)
-class OnDevices:
+class ResidentLoader:
     """All pictures are on every device already."""
 
-    pictures: Pictures
+    examples: Examples
 
     @property
     def label(self) -> Array:
-        return self.pictures.label
+        return self.examples.label
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
         """Batches of pictures in this order, of each the part of this process's devices."""
-        return own_parts(make_batches(order, batch_size, jax.device_count()))
+        return local_shard(make_batches(order, batch_size, jax.device_count()))
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed:
+class StreamingLoader:
     """Batches bring their pictures, which are read by threads, or by `workers` processes, while the devices work."""
 
     data: Dataset
     workers: int = 0
     partners: bool = False  # whether pictures are mixed with others
-    pictures: None = None
+    examples: None = None
 
     @property
     def label(self) -> Array:
         return self.data.label
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        """As OnDevices: the same pictures in the same order."""
+        """As ResidentLoader: the same pictures in the same order."""
         import grain  # takes a second, which is for those who need it
 
-        parts = own_parts(make_batches(order, batch_size, jax.device_count()))
+        parts = local_shard(make_batches(order, batch_size, jax.device_count()))
         reader = BatchReader(self.data, list(parts), self.partners)
         threads = 0 if self.workers else BATCHES_AHEAD
         stream = grain.MapDataset.source(reader).to_iter_dataset(grain.ReadOptions(threads, BATCHES_AHEAD))
@@ -70,18 +70,18 @@ class Streamed:
             yield from batches
 
 
-Feed = OnDevices | Streamed
+Loader = ResidentLoader | StreamingLoader
 
 
-def make_feed(data: Dataset, config: ConfigDict, *, partners: bool = False) -> Feed:
+def make_loader(data: Dataset, config: ConfigDict, *, partners: bool = False) -> Loader:
     """config: its `data` section. partners: whether pictures are mixed with others."""
     if is_streamed(data, config.stream):
         if isinstance(data.image, np.memmap):
-            data = data._replace(image=MappedPictures.of(data.image))
-        return Streamed(data, config.workers, partners)
-    in_files = isinstance(data.image, StoredPictures)
+            data = data._replace(image=MappedImages.of(data.image))
+        return StreamingLoader(data, config.workers, partners)
+    in_files = isinstance(data.image, LazyImages)
     image = data.image[np.arange(len(data.label))] if in_files else data.image
-    return OnDevices(replicate(Pictures.in_lines(image, data.label)))
+    return ResidentLoader(replicate(Examples.packed(image, data.label)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +104,9 @@ class BatchReader:
         if self.partners:
             number = np.c_[number, part.partner[np.arange(devices), count - 1]]
             partner = np.where(partner == count[:, None] - 1, size, partner + 1)
-        pictures = Pictures.in_lines(self.data.image[number], self.data.label[number], number)
+        examples = Examples.packed(self.data.image[number], self.data.label[number], number)
         index = np.tile(np.arange(size), (devices, 1))
-        return Batch(index.astype(np.int32), partner.astype(np.int32), part.mask, pictures)
+        return Batch(index.astype(np.int32), partner.astype(np.int32), part.mask, examples)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -15,7 +15,7 @@ def _sample_names() -> list[str]:
     return sorted(f"sample:{path.name.removesuffix('.tar.xz')}" for path in SAMPLES_DIR.glob("*.tar.xz"))
 
 
-def _load_sample(name: str, split: str) -> Dataset:
+def load_sample(name: str, split: str) -> Dataset:
     """A sample that ships with jaxft: a .tar.xz of `SPLIT/CLASS/*.jpg`."""
     path = SAMPLES_DIR / f"{name}.tar.xz"
     if not path.is_file():

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.array_cache import _arrays_dir, as_stored, open_arrays
+from jaxft.data.array_cache import as_stored, cached_arrays_dir, open_arrays
 from jaxft.data.budget import room_for_pictures
 from jaxft.data.dataset import Dataset
-from jaxft.data.lazy_images import StoredPictures
+from jaxft.data.lazy_images import LazyImages
 from jaxft.errors import UserError
 
 
@@ -47,12 +47,12 @@ def _source(directory: str, split: str, process: int) -> Any:
     return tfds.builder_from_directory(directory).as_data_source(split)
 
 
-def _load_tfds(name: str, split: str, data_dir: str, side: int, cache: str) -> Dataset:
+def load_tfds(name: str, split: str, data_dir: str, side: int, cache: str) -> Dataset:
     """From the cache of arrays; filled by a child process, so that TensorFlow is never imported here."""
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" not in data_dir:  # gs://... stays as it is
         data_dir = str(Path(data_dir).expanduser().absolute())
-    as_they_are, shrunk = _arrays_dir(name, split, data_dir), _arrays_dir(name, split, data_dir, str(side))
+    as_they_are, shrunk = cached_arrays_dir(name, split, data_dir), cached_arrays_dir(name, split, data_dir, str(side))
     records = shrunk.with_name(f"{shrunk.name}.json")
     room = room_for_pictures(cache)
     for attempt in range(2):
@@ -66,7 +66,7 @@ def _load_tfds(name: str, split: str, data_dir: str, side: int, cache: str) -> D
         if stored and stored.image.nbytes > room:
             return stored
         if not attempt:
-            _run_tfds_reader(name, split, data_dir, side, as_they_are, shrunk, records, room)
+            _run_tfds_worker(name, split, data_dir, side, as_they_are, shrunk, records, room)
     raise UserError(f"{data_dir} changed while {name} was read from it; run the command again")
 
 
@@ -80,7 +80,7 @@ def _open_records(path: Path) -> Dataset | None:
     if not _is_fresh(found) or not ("://" in directory or Path(directory).exists()):
         return None
     label = np.array(found["label"], np.int32)
-    image = StoredPictures(TfdsRecords(**found["reader"]), len(label), *found["size"])
+    image = LazyImages(TfdsRecords(**found["reader"]), len(label), *found["size"])
     return Dataset(image, label, tuple(found["class_names"]))
 
 
@@ -89,7 +89,7 @@ def _is_fresh(info: dict[str, Any]) -> bool:
     return not source.exists() or hashlib.sha256(source.read_bytes()).hexdigest() == info["source_sha256"]
 
 
-def _run_tfds_reader(name: str, split: str, data_dir: str, *more: int | Path | float) -> None:
+def _run_tfds_worker(name: str, split: str, data_dir: str, *more: int | Path | float) -> None:
     arguments = [name, split, data_dir, *map(str, more)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}  # TensorFlow would take the accelerator's memory
     command = [sys.executable, "-m", "jaxft.data.tfds_worker", *arguments]

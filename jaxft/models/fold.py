@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxft.models.resnet import ResNet, fold, norm_of
+from jaxft.models.resnet import ResNet, bn_name, fold
 
 
 def fold_norms(model: ResNet, variables: Any) -> tuple[ResNet, dict[str, Any]]:
@@ -21,7 +21,7 @@ def _fold(params: Any, batch_stats: Any) -> dict[str, Any]:
     for *block, conv, name in list(flat):
         if name != "kernel" or conv == "fc":
             continue
-        norm = (*block, norm_of(conv))
+        norm = (*block, bn_name(conv))
         scale, bias = (flat.pop((*norm, name)) for name in ("scale", "bias"))
         mean, var = (statistics[*norm, name] for name in ("mean", "var"))
         kernel, bias = fold(flat[*block, conv, "kernel"], scale, bias, mean, var)

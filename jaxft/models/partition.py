@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jaxft.errors import UserError
 from jaxft.models.resnet import ResNet
 
-PARTS = {
+STAGES = {
     "stem": r"^(conv1|bn1)/",
     "stage1": r"^layer1/",
     "stage2": r"^layer2/",
@@ -37,9 +37,9 @@ def parameter_paths(model: ResNet) -> list[str]:
     return sorted(flatten_dict(abstract_variables(model)["params"], sep="/"))
 
 
-def part_of(path: str) -> str:
+def stage_of(path: str) -> str:
     """'layer1/0/conv1/kernel' -> 'stage1'"""
-    return next(name for name, pattern in PARTS.items() if re.match(pattern, path))
+    return next(name for name, pattern in STAGES.items() if re.match(pattern, path))
 
 
 def select(paths: list[str], names: str) -> frozenset[str]:
@@ -50,14 +50,14 @@ def select(paths: list[str], names: str) -> frozenset[str]:
     selected: set[str] = set()
     for name in filter(None, (name.strip() for name in names.split(","))):
         try:
-            pattern = re.compile(PARTS.get(name, name))
+            pattern = re.compile(STAGES.get(name, name))
         except re.error as error:
-            raise UserError(f"'{name}' is no pattern ({error}); parts are {', '.join(PARTS)}, {BACKBONE}") from None
-        found = {path for path in paths if (part_of(path) != "head" if name == BACKBONE else pattern.search(path))}
+            raise UserError(f"'{name}' is no pattern ({error}); parts are {', '.join(STAGES)}, {BACKBONE}") from None
+        found = {path for path in paths if (stage_of(path) != "head" if name == BACKBONE else pattern.search(path))}
         if not found:
             raise UserError(
                 f"'{name}' is no part of the network and no pattern that matches a parameter such as {paths[0]}; "
-                f"parts are {', '.join(PARTS)}, {BACKBONE}"
+                f"parts are {', '.join(STAGES)}, {BACKBONE}"
             )
         selected |= found
     return frozenset(selected)
@@ -94,9 +94,9 @@ def freeze(model: ResNet, config: ConfigDict, epoch: int) -> ResNet:
     return model.clone(frozen=frozen)
 
 
-def trains_head_alone(model: ResNet) -> bool:
+def trains_only_head(model: ResNet) -> bool:
     """Whether nothing before the head changes: neither parameters nor statistics."""
-    return all(part_of(path) == "head" or path in model.frozen for path in parameter_paths(model))
+    return all(stage_of(path) == "head" or path in model.frozen for path in parameter_paths(model))
 
 
 def split_frozen(params: Mapping[str, Any], frozen: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -118,7 +118,7 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) 
     return unflatten_dict({path: function(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
-def carry_over(source: Any, target: Any) -> Any:
+def merge_opt_state(source: Any, target: Any) -> Any:
     """The target's tree with the source's leaves wherever both have the path; of two states of an optimizer."""
     there = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(source)}
     return jax.tree_util.tree_map_with_path(lambda path, leaf: there.get(jax.tree_util.keystr(path), leaf), target)
@@ -129,11 +129,11 @@ def table(model: ResNet) -> str:
     variables = abstract_variables(model)
     lines = [f"{'':9}{'part':8}{'parameters':>12}{'trained':>12}  statistics"]
     params = flatten_dict(variables["params"], sep="/")
-    for part in PARTS:
-        own = {path: int(np.prod(array.shape)) for path, array in params.items() if part_of(path) == part}
+    for part in STAGES:
+        own = {path: int(np.prod(array.shape)) for path, array in params.items() if stage_of(path) == part}
         trained = sum(size for path, size in own.items() if path not in model.frozen)
         norms = {path.removesuffix("/scale") for path in own if path.endswith("/scale")}
         moving = sum(not model.norm_is_frozen(norm) for norm in norms)
-        told = "" if not norms else "move" if moving == len(norms) else "stay" if not moving else f"{moving} move"
-        lines.append(f"{'':9}{part:8}{sum(own.values()):>12,}{trained:>12,}  {told}".rstrip())
+        text = "" if not norms else "move" if moving == len(norms) else "stay" if not moving else f"{moving} move"
+        lines.append(f"{'':9}{part:8}{sum(own.values()):>12,}{trained:>12,}  {text}".rstrip())
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from jaxft.models.heads import linear_init
 from jaxft.ops.batch_norm import batch_norm
 from jaxft.ops.conv import conv as convolve
 from jaxft.ops.conv import conv_and_add
-from jaxft.ops.elementwise import with_slope
+from jaxft.ops.elementwise import scale_kernel
 from jaxft.ops.pool import max_pool
 
 BatchNormMode = Literal["update", "frozen", "sync"]
@@ -121,7 +121,7 @@ def fold(
 ) -> tuple[jax.Array, jax.Array]:
     """A convolution's kernel with the slope of its norm, and the bias that is left of that."""
     slope = scale * jax.lax.rsqrt(var + EPSILON)
-    return with_slope(kernel, slope), bias - mean * slope
+    return scale_kernel(kernel, slope), bias - mean * slope
 
 
 def has_norm(frozen: frozenset[str], path: str) -> bool:
@@ -129,12 +129,12 @@ def has_norm(frozen: frozenset[str], path: str) -> bool:
     return {f"{path}/scale", f"{path}/bias"} <= frozen
 
 
-def norm_of(conv: str) -> str:
+def bn_name(conv: str) -> str:
     """What torchvision calls a convolution's norm: conv1's bn1, and a downsample's 0 has 1."""
     return "1" if conv == "0" else conv.replace("conv", "bn")
 
 
-def conv_norm(
+def conv_bn(
     name: str,
     features: int,
     size: int,
@@ -145,7 +145,7 @@ def conv_norm(
     norm: Callable[..., BatchNorm],
 ) -> Callable[..., jax.Array]:
     """A convolution and its norm, which is folded into it where it has fixed statistics."""
-    convolution, its_norm = conv(features, size, stride, groups, name=name), norm(features, name=norm_of(name))
+    convolution, its_norm = conv(features, size, stride, groups, name=name), norm(features, name=bn_name(name))
 
     def apply(
         x: jax.Array,
@@ -166,11 +166,11 @@ class Downsample(nn.Module):
 
     features: int
     stride: int
-    conv_norm: Callable[..., Callable[..., jax.Array]]
+    conv_bn: Callable[..., Callable[..., jax.Array]]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        return self.conv_norm("0", self.features, 1, self.stride)(x, mask, train)
+        return self.conv_bn("0", self.features, 1, self.stride)(x, mask, train)
 
 
 class BasicBlock(nn.Module):
@@ -178,14 +178,14 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
-    conv_norm: Callable[..., Callable[..., jax.Array]]
+    conv_bn: Callable[..., Callable[..., jax.Array]]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        y = self.conv_norm("conv1", self.features, 3, self.stride)(x, mask, train, relu=True)
+        y = self.conv_bn("conv1", self.features, 3, self.stride)(x, mask, train, relu=True)
         if self.stride > 1 or x.shape[-1] != self.features:
-            x = Downsample(self.features, self.stride, self.conv_norm, name="downsample")(x, mask, train)
-        return self.conv_norm("conv2", self.features, 3)(y, mask, train, relu=True, shortcut=x)
+            x = Downsample(self.features, self.stride, self.conv_bn, name="downsample")(x, mask, train)
+        return self.conv_bn("conv2", self.features, 3)(y, mask, train, relu=True, shortcut=x)
 
 
 class Bottleneck(nn.Module):
@@ -196,7 +196,7 @@ class Bottleneck(nn.Module):
 
     features: int
     stride: int
-    conv_norm: Callable[..., Callable[..., jax.Array]]
+    conv_bn: Callable[..., Callable[..., jax.Array]]
     groups: int = 1
     width_per_group: int = 64
     expansion = 4
@@ -205,11 +205,11 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
         inner = max(self.features * self.width_per_group // 64, 1) * self.groups
         outer = self.features * self.expansion
-        y = self.conv_norm("conv1", inner, 1)(x, mask, train, relu=True)
-        y = self.conv_norm("conv2", inner, 3, self.stride, self.groups)(y, mask, train, relu=True)
+        y = self.conv_bn("conv1", inner, 1)(x, mask, train, relu=True)
+        y = self.conv_bn("conv2", inner, 3, self.stride, self.groups)(y, mask, train, relu=True)
         if self.stride > 1 or x.shape[-1] != outer:
-            x = Downsample(outer, self.stride, self.conv_norm, name="downsample")(x, mask, train)
-        return self.conv_norm("conv3", outer, 1)(y, mask, train, relu=True, shortcut=x)
+            x = Downsample(outer, self.stride, self.conv_bn, name="downsample")(x, mask, train)
+        return self.conv_bn("conv3", outer, 1)(y, mask, train, relu=True, shortcut=x)
 
 
 class Stage(nn.Module):
@@ -285,13 +285,13 @@ class ResNet(nn.Module):
             dtype=self.dtype,
         )
         conv = partial(Conv, dtype=self.dtype, by_onednn=self.by_onednn, folded=self.folded)
-        layer = partial(conv_norm, conv=conv, norm=norm)
+        layer = partial(conv_bn, conv=conv, norm=norm)
         size, stride = STEMS[self.stem]
         x = layer("conv1", self.width, size, stride)(image, mask, train, relu=True)
         if self.stem == "imagenet":
             x = max_pool(x)
         for i, depth in enumerate(self.stage_depths):
-            block = partial(self.block, features=self.width * 2**i, conv_norm=layer)
+            block = partial(self.block, features=self.width * 2**i, conv_bn=layer)
             x = Stage(block, depth, 1 if i == 0 else 2, self.remat, name=f"layer{i + 1}")(x, mask, train)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 

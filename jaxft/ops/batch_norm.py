@@ -12,14 +12,14 @@ import numpy as np
 from jax import lax
 
 from jaxft.ops.elementwise import (
-    _WIDE,
-    _add_and_relu,
-    _sum_of_pictures,
-    sum_of_pixels,
+    WIDE_BYTES,
+    add_and_relu,
     sum_over_devices,
+    sum_per_channel,
+    sum_pixels,
     where_positive,
 )
-from jaxft.ops.fusion import computed_once, unfused
+from jaxft.ops.fusion import gpu_barrier, materialize
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -28,7 +28,7 @@ def batch_norm(
     shortcut: jax.Array | None,
     scale: jax.Array,
     bias: jax.Array,
-    near: jax.Array,
+    mean_estimate: jax.Array,
     weights: jax.Array | None,
     epsilon: float,
     relu: bool,
@@ -41,7 +41,7 @@ def batch_norm(
     (N,), 0 leaves a picture out of the statistics. axis_name: of the devices over which to take them, if not of this
     one alone.
     """
-    return _batch_norm_fwd(x, shortcut, scale, bias, near, weights, epsilon, relu, axis_name)[0]
+    return _batch_norm_fwd(x, shortcut, scale, bias, mean_estimate, weights, epsilon, relu, axis_name)[0]
 
 
 def _batch_norm_fwd(
@@ -49,13 +49,13 @@ def _batch_norm_fwd(
     shortcut: jax.Array | None,
     scale: jax.Array,
     bias: jax.Array,
-    near: jax.Array,
+    mean_estimate: jax.Array,
     weights: jax.Array | None,
     epsilon: float,
     relu: bool,
     axis_name: str | None,
 ) -> tuple:
-    mean, var, count = _statistics(x, near, weights, axis_name)
+    mean, var, count = _statistics(x, mean_estimate, weights, axis_name)
     inverse = lax.rsqrt(var + epsilon)
     y = normalize(x, mean, scale * inverse, bias, shortcut, relu)
     # Of what the ReLU let through, y tells where there is a shortcut; else x does, which is read anyway.
@@ -64,7 +64,7 @@ def _batch_norm_fwd(
 
 
 def _statistics(
-    x: jax.Array, near: jax.Array, weights: jax.Array | None, axis_name: str | None
+    x: jax.Array, mean_estimate: jax.Array, weights: jax.Array | None, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """In two passes, or E[x^2] - E[x]^2 would cancel where the mean is large; but on accelerators, where a pass costs
     more than its sums, in one, of how far x is from `near`: the variance errs by (mean - near)^2 / 10^7.
@@ -78,50 +78,50 @@ def _statistics(
         count = sum_over_devices(weights.sum() * pixels, axis_name)
     divisor = jnp.maximum(count, 1)
     if jax.default_backend() != "cpu":
-        far = x.astype(dtype) - near
-        sums = _sum_of_pictures(far, weights), _sum_of_pictures(jnp.square(far), weights)
+        centred = x.astype(dtype) - mean_estimate
+        sums = sum_per_channel(centred, weights), sum_per_channel(jnp.square(centred), weights)
         mean, square = (total / divisor for total in sum_over_devices(sums, axis_name))
-        return near + mean, jnp.maximum(square - jnp.square(mean), 0), count
-    mean = sum_over_devices(sum_of_pixels(x, weights), axis_name) / divisor
-    in_parts = x.dtype.itemsize >= _WIDE
-    squares = _sum_of_parts(_squares_in_parts(x, mean, weights)) if in_parts else _sum_of_squares(x, mean, weights)
+        return mean_estimate + mean, jnp.maximum(square - jnp.square(mean), 0), count
+    mean = sum_over_devices(sum_pixels(x, weights), axis_name) / divisor
+    in_chunks = x.dtype.itemsize >= WIDE_BYTES
+    squares = _sum_chunks(_squares_in_chunks(x, mean, weights)) if in_chunks else _sum_of_squares(x, mean, weights)
     return mean, sum_over_devices(squares, axis_name) / divisor, count
 
 
-@unfused
+@materialize
 def _sum_of_squares(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
-    return _sum_of_pictures(jnp.square(x - mean), weights)
+    return sum_per_channel(jnp.square(x - mean), weights)
 
 
 # XLA on a CPU adds arrays of float32, here up to 16 parts of one, faster than it sums one; not those of bfloat16.
-def _parts(x: jax.Array) -> jax.Array:
+def _chunks(x: jax.Array) -> jax.Array:
     """(parts, pixels, C) of (N, H, W, C)"""
     features = x.shape[-1]
     return x.reshape(math.gcd(x.size // features, 16), -1, features)
 
 
-@unfused
-def _squares_in_parts(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
+@materialize
+def _squares_in_chunks(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
     of_pixels = jnp.ones(x.shape[0], x.dtype) if weights is None else weights
     of_pixels = jnp.broadcast_to(of_pixels[:, None, None, None], (*x.shape[:3], 1))
-    num_parts = len(_parts(x))
-    parts = zip(_parts(x), of_pixels.reshape(num_parts, -1, 1), strict=True)
-    terms = [jnp.square(part - mean) * weight for part, weight in parts]
+    num_chunks = len(_chunks(x))
+    chunks = zip(_chunks(x), of_pixels.reshape(num_chunks, -1, 1), strict=True)
+    terms = [jnp.square(part - mean) * weight for part, weight in chunks]
     return sum(terms[1:], terms[0])
 
 
-@unfused
-def _sum_of_parts(parts: jax.Array) -> jax.Array:
-    return parts.sum(0)
+@materialize
+def _sum_chunks(chunks: jax.Array) -> jax.Array:
+    return chunks.sum(0)
 
 
-@partial(unfused, static_argnums=5)
+@partial(materialize, static_argnums=5)
 def normalize(
     x: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool
 ) -> jax.Array:
     """(x - mean) * slope + bias, in at least float32; then, if asked, `shortcut` added and a ReLU."""
-    y = _add_and_relu((x - mean) * slope + bias, shortcut, relu).astype(x.dtype)
-    return y if shortcut is None else computed_once(y)
+    y = add_and_relu((x - mean) * slope + bias, shortcut, relu).astype(x.dtype)
+    return y if shortcut is None else gpu_barrier(y)
 
 
 def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals: tuple, cotangents: tuple) -> tuple:
@@ -132,61 +132,63 @@ def _batch_norm_bwd(epsilon: float, relu: bool, axis_name: str | None, residuals
         dy = where_positive(y, dy)
     relu = relu and y is None
     if jax.default_backend() != "cpu":
-        dbias, dslope = _affine_gradients(x, dy, mean, slope, bias, relu)
-    elif x.dtype.itemsize >= _WIDE:
-        sums = _sum_of_parts(_affine_gradients_in_parts(x, dy, mean, slope, bias, relu))
+        dbias, dslope = _affine_grads(x, dy, mean, slope, bias, relu)
+    elif x.dtype.itemsize >= WIDE_BYTES:
+        sums = _sum_chunks(_affine_grads_in_chunks(x, dy, mean, slope, bias, relu))
         dbias, dslope = sums[0], sums[1]
     else:
-        dy, relu = _behind_relu_once(x, dy, mean, slope, bias) if relu else dy, False
-        dbias, dslope = sum_of_pixels(dy, None), _sum_of_products(x, dy, mean)
-    mean, dbias = computed_once((mean, dbias))  # or what the ReLU let through is kept for both uses
+        dy, relu = _materialized_relu_grad(x, dy, mean, slope, bias) if relu else dy, False
+        dbias, dslope = sum_pixels(dy, None), _sum_of_products(x, dy, mean)
+    mean, dbias = gpu_barrier((mean, dbias))  # or what the ReLU let through is kept for both uses
     divisor = jnp.maximum(count, 1)
     sums = sum_over_devices((dbias, dslope), axis_name)
-    through_mean, through_var = sums[0] / divisor, sums[1] * jnp.square(inverse) / divisor
-    dx = _normalize_gradient(x, dy, mean, slope, bias, weights, through_mean, through_var, relu)
+    mean_grad, var_grad = sums[0] / divisor, sums[1] * jnp.square(inverse) / divisor
+    dx = _normalize_gradient(x, dy, mean, slope, bias, weights, mean_grad, var_grad, relu)
     return dx, None if alone else dy, dslope * inverse, dbias, None, None
 
 
-def _behind_relu(centred: jax.Array, dy: jax.Array, slope: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
+def _relu_grad(centred: jax.Array, dy: jax.Array, slope: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
     return jnp.where(centred * slope + bias > 0, dy, 0) if relu else dy
 
 
-def _affine_gradients(
+def _affine_grads(
     x: jax.Array, dy: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array, relu: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The sums of dy, behind the ReLU if asked, and of its products with x - mean."""
     centred = x - mean
-    dy = _behind_relu(centred, dy.astype(centred.dtype), slope, bias, relu)
+    dy = _relu_grad(centred, dy.astype(centred.dtype), slope, bias, relu)
     return dy.sum((0, 1, 2)), (dy * centred).sum((0, 1, 2))
 
 
 # Apart, or XLA on a CPU writes all that it sums to memory, as float32.
-@unfused
-def _behind_relu_once(x: jax.Array, dy: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array) -> jax.Array:
-    return _behind_relu(x - mean, dy, slope, bias, relu=True)
+@materialize
+def _materialized_relu_grad(
+    x: jax.Array, dy: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array
+) -> jax.Array:
+    return _relu_grad(x - mean, dy, slope, bias, relu=True)
 
 
-@unfused
+@materialize
 def _sum_of_products(x: jax.Array, dy: jax.Array, mean: jax.Array) -> jax.Array:
-    return _sum_of_pictures((x - mean) * dy, None)
+    return sum_per_channel((x - mean) * dy, None)
 
 
-@partial(unfused, static_argnums=5)
-def _affine_gradients_in_parts(
+@partial(materialize, static_argnums=5)
+def _affine_grads_in_chunks(
     x: jax.Array, dy: jax.Array, mean: jax.Array, slope: jax.Array, bias: jax.Array, relu: bool
 ) -> jax.Array:
-    """(pixels, 2, C): `_affine_gradients` of the parts' pixels, one pass over x and dy."""
+    """(pixels, 2, C): `_affine_grads` of the parts' pixels, one pass over x and dy."""
     first, second = (jnp.asarray(row, x.dtype)[:, None] for row in np.eye(2))
 
     def of_part(x: jax.Array, dy: jax.Array) -> jax.Array:
         centred = x[:, None] - mean
-        return _behind_relu(centred, dy[:, None], slope, bias, relu) * (first + second * centred)
+        return _relu_grad(centred, dy[:, None], slope, bias, relu) * (first + second * centred)
 
-    terms = [of_part(*parts) for parts in zip(_parts(x), _parts(dy), strict=True)]
+    terms = [of_part(*chunks) for chunks in zip(_chunks(x), _chunks(dy), strict=True)]
     return sum(terms[1:], terms[0])
 
 
-@partial(unfused, static_argnums=8)
+@partial(materialize, static_argnums=8)
 def _normalize_gradient(
     x: jax.Array,
     dy: jax.Array,
@@ -194,13 +196,13 @@ def _normalize_gradient(
     slope: jax.Array,
     bias: jax.Array,
     weights: jax.Array | None,
-    through_mean: jax.Array,
-    through_var: jax.Array,
+    mean_grad: jax.Array,
+    var_grad: jax.Array,
     relu: bool,
 ) -> jax.Array:
     centred = x - mean
-    dy = _behind_relu(centred, dy.astype(centred.dtype), slope, bias, relu)
-    common = through_mean + centred * through_var
+    dy = _relu_grad(centred, dy.astype(centred.dtype), slope, bias, relu)
+    common = mean_grad + centred * var_grad
     if weights is not None:
         common *= weights.astype(common.dtype)[:, None, None, None]
     return (slope * (dy - common)).astype(x.dtype)

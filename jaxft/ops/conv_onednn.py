@@ -9,63 +9,63 @@ from jax import lax
 
 from jaxft.ops import onednn
 from jaxft.ops.conv_plain import (
-    _PICTURE,
-    _WIDE,
+    IMAGE_CHANNELS,
+    WIDE_BYTES,
     Product,
-    _gradient_by_pixels,
-    _gradient_by_windows,
-    _plain_input_gradient,
+    kernel_grad_im2col,
+    kernel_grad_per_tap,
+    plain_input_grad,
 )
 
 _SMALL_MAP = 7  # pixels of a side, up to which padding is a good part of the work
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _onednn_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def onednn_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`plain_conv` without groups, for float32 and bfloat16."""
-    return _forward_by_onednn(x, kernel, stride, onednn.Then())
+    return onednn_forward(x, kernel, stride, onednn.Epilogue())
 
 
-def _forward_by_onednn(x: jax.Array, kernel: jax.Array, stride: int, then: onednn.Then) -> jax.Array:
+def onednn_forward(x: jax.Array, kernel: jax.Array, stride: int, epilogue: onednn.Epilogue) -> jax.Array:
     size, features = kernel.shape[0], kernel.shape[-1]
     if size > 1:
-        return onednn.convolution(x, kernel, stride, (size // 2, size // 2), then=then)
+        return onednn.convolution(x, kernel, stride, (size // 2, size // 2), epilogue=epilogue)
     x = x[:, ::stride, ::stride]
-    if then.shortcut is not None:
-        then = then._replace(shortcut=then.shortcut.reshape(-1, features))
-    return onednn.product(x.reshape(-1, x.shape[-1]), kernel[0, 0], then=then).reshape(*x.shape[:-1], features)
+    if epilogue.shortcut is not None:
+        epilogue = epilogue._replace(shortcut=epilogue.shortcut.reshape(-1, features))
+    return onednn.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], epilogue=epilogue).reshape(*x.shape[:-1], features)
 
 
 def _onednn_conv_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _onednn_conv(x, kernel, stride), (x, kernel)
+    return onednn_conv(x, kernel, stride), (x, kernel)
 
 
 def _onednn_conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     size = kernel.shape[0]
     if size == 1:
-        dx = _pointwise_input_gradient(kernel, dy, x.shape, stride)
+        dx = _pointwise_input_grad(kernel, dy, x.shape, stride)
     elif stride == 1:
         dx = onednn.convolution(dy, kernel[::-1, ::-1], 1, (size // 2, size // 2), transposed=True)
     elif size == 3:
-        dx = _strided_input_gradient(kernel, dy)[:, : x.shape[1], : x.shape[2]]
+        dx = _strided_input_grad(kernel, dy)[:, : x.shape[1], : x.shape[2]]
     else:  # the stem's, of pictures
-        dx = _plain_input_gradient(kernel, dy, x.shape, stride)
-    return dx, _kernel_gradient(x, dy, stride, size).astype(kernel.dtype)
+        dx = plain_input_grad(kernel, dy, x.shape, stride)
+    return dx, _kernel_grad(x, dy, stride, size).astype(kernel.dtype)
 
 
-_onednn_conv.defvjp(_onednn_conv_fwd, _onednn_conv_bwd)
+onednn_conv.defvjp(_onednn_conv_fwd, _onednn_conv_bwd)
 
 
-def _pointwise_input_gradient(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
-    dx = onednn.product(dy.reshape(-1, dy.shape[-1]), kernel[0, 0], transpose_b=True).reshape(*dy.shape[:-1], -1)
+def _pointwise_input_grad(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
+    dx = onednn.matmul(dy.reshape(-1, dy.shape[-1]), kernel[0, 0], transpose_b=True).reshape(*dy.shape[:-1], -1)
     between = [
         (0, side - 1 - stride * (seen - 1), stride - 1) for side, seen in zip(shape[1:3], dy.shape[1:3], strict=True)
     ]
     return lax.pad(dx, jnp.zeros((), dx.dtype), ((0, 0, 0), *between, (0, 0, 0))) if stride > 1 else dx
 
 
-def _strided_input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+def _strided_input_grad(kernel: jax.Array, dy: jax.Array) -> jax.Array:
     """Of a 3x3 convolution with stride 2: each 2x2 pixels see the kernel's middle, two corners of a side, or four."""
     batch, height, width, _ = dy.shape
 
@@ -78,7 +78,7 @@ def _strided_input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.stack(rows, 2).reshape(batch, 2 * height, 2 * width, -1)
 
 
-def _kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
+def _kernel_grad(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
     """Of products, as oneDNN has no other way to it: in float32, (size, size, C, F).
 
     They are of copies, made as bits, for XLA on a CPU copies bfloat16 by way of float32.
@@ -89,19 +89,19 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         """Summed over all pixels: (C, F) of (..., C) and (..., F)."""
         pixels = a.size // a.shape[-1]
-        few = dtype.itemsize < _WIDE and a.shape[-1] * b.shape[-1] <= 2 * pixels
+        few = dtype.itemsize < WIDE_BYTES and a.shape[-1] * b.shape[-1] <= 2 * pixels
         parts = math.gcd(pixels, 2) if few else 1  # of many pixels for few results, which takes longer at once
         a, b = (lax.bitcast_convert_type(array.reshape(parts, -1, array.shape[-1]), dtype) for array in (a, b))
-        return onednn.product(a, b, transpose_a=True).sum(0)
+        return onednn.matmul(a, b, transpose_a=True).sum(0)
 
-    if size > 1 and x.shape[-1] <= _PICTURE:
-        return _gradient_by_windows(x, dy, stride, size, product)
+    if size > 1 and x.shape[-1] <= IMAGE_CHANNELS:
+        return kernel_grad_im2col(x, dy, stride, size, product)
     if stride == 1 and size > 1 and min(dy.shape[1:3]) > _SMALL_MAP:
-        return _gradient_by_shifts(x, dy, size, product)
-    return _gradient_by_pixels(x, dy, stride, size, product)
+        return _kernel_grad_shifted(x, dy, size, product)
+    return kernel_grad_per_tap(x, dy, stride, size, product)
 
 
-def _gradient_by_shifts(x: jax.Array, dy: jax.Array, size: int, product: Product) -> jax.Array:
+def _kernel_grad_shifted(x: jax.Array, dy: jax.Array, size: int, product: Product) -> jax.Array:
     """One product, of x shifted along its rows with dy shifted along its columns: each pair a pixel of the kernel."""
     shifts = range(-(size // 2), size - size // 2)
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_PICTURE = 4  # channels, at most
+IMAGE_CHANNELS = 4  # channels, at most
 
 
-_WIDE = 4  # bytes of a value
+WIDE_BYTES = 4  # bytes of a value
 
 
 def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
@@ -20,11 +20,11 @@ def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1
     )
 
 
-def _divide_up(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _plain_input_gradient(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
+def plain_input_grad(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
     """Of `plain_conv`: a convolution of dy, with zeros between its pixels, with the kernel turned around."""
     size = kernel.shape[0]
     pads = [
@@ -41,7 +41,7 @@ def _plain_input_gradient(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ..
     )
 
 
-def _plain_kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
+def plain_kernel_grad(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
     """Of `plain_conv`: a convolution of x with dy, whose channels are the pictures."""
     pads = [
         (size // 2, size + stride * (seen - 1) - side - size // 2)
@@ -61,7 +61,7 @@ def _plain_kernel_gradient(x: jax.Array, dy: jax.Array, stride: int, size: int) 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def _gradient_by_windows(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
+def kernel_grad_im2col(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
     """One product, of all that each pixel of dy has seen."""
     height, width = (stride * (side - 1) + 1 for side in dy.shape[1:3])
     pads = (size // 2, size // 2)
@@ -71,7 +71,7 @@ def _gradient_by_windows(x: jax.Array, dy: jax.Array, stride: int, size: int, pr
     return product(windows.reshape(*dy.shape[:3], -1), dy).reshape(size, size, x.shape[-1], -1)
 
 
-def _gradient_by_pixels(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
+def kernel_grad_per_tap(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
     """A product for each of the kernel's pixels, of what it sees with the gradients of what that went to."""
 
     def seen(offset: int, axis: int) -> tuple[slice, slice]:

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxft.ops.conv_plain import (
-    _PICTURE,
-    _divide_up,
-    _gradient_by_pixels,
-    _gradient_by_windows,
-    _plain_input_gradient,
-    _plain_kernel_gradient,
+    IMAGE_CHANNELS,
+    ceil_div,
+    kernel_grad_im2col,
+    kernel_grad_per_tap,
     plain_conv,
+    plain_input_grad,
+    plain_kernel_grad,
 )
-from jaxft.ops.fusion import unfused
+from jaxft.ops.fusion import materialize
 
 _FULL_BLOCK = 64  # features, of which XLA's CPU kernels compute so many at once
 
 
-def _pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def pointwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A 1x1 convolution as a matrix product."""
     x = x[:, ::stride, ::stride]
     return _product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
@@ -48,7 +48,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)).astype(a.dtype)
 
 
-@unfused
+@materialize
 def _transposed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """a.T @ b, apart from how they came about and what becomes of it, or XLA transposes the other one, or both."""
     return _dot(a.T, b)
@@ -57,7 +57,7 @@ def _transposed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _conv_of_few(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def conv_small_output(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A convolution with few pixels to compute: a matrix product for each, of the pixels that it sees."""
     batch, height, width, _ = x.shape
     size, features = kernel.shape[0], kernel.shape[-1]
@@ -68,9 +68,9 @@ def _conv_of_few(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         return slice(low, high), slice(low - first, high - first)
 
     rows = []
-    for i in range(_divide_up(height, stride)):
+    for i in range(ceil_div(height, stride)):
         row = []
-        for j in range(_divide_up(width, stride)):
+        for j in range(ceil_div(width, stride)):
             (ys, kernel_ys), (xs, kernel_xs) = seen(i, height), seen(j, width)
             row.append(_dot(x[:, ys, xs].reshape(batch, -1), kernel[kernel_ys, kernel_xs].reshape(-1, features)))
         rows.append(jnp.stack(row, 1))
@@ -78,12 +78,12 @@ def _conv_of_few(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def _conv_of_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv_space_to_depth(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A convolution of stride 2 on few channels: one of stride 1 on blocks of 2x2 pixels."""
     batch, height, width, channels = x.shape
     size, features = kernel.shape[0], kernel.shape[-1]
     blocks = (size + 1) // 2
-    out_height, out_width = _divide_up(height, 2), _divide_up(width, 2)
+    out_height, out_width = ceil_div(height, 2), ceil_div(width, 2)
     pads = [
         (size // 2, 2 * (out + blocks - 1) - size // 2 - side)
         for out, side in ((out_height, height), (out_width, width))
@@ -97,45 +97,43 @@ def _conv_of_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _conv_of_blocks_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv_of_blocks(x, kernel), (x, kernel)
+def _conv_space_to_depth_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return conv_space_to_depth(x, kernel), (x, kernel)
 
 
-def _conv_of_blocks_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _conv_space_to_depth_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients are faster in the plain formulation."""
     x, kernel = residuals
-    return _plain_input_gradient(kernel, dy, x.shape, 2), _plain_kernel_gradient(x, dy, 2, kernel.shape[0])
+    return plain_input_grad(kernel, dy, x.shape, 2), plain_kernel_grad(x, dy, 2, kernel.shape[0])
 
 
-_conv_of_blocks.defvjp(_conv_of_blocks_fwd, _conv_of_blocks_bwd)
+conv_space_to_depth.defvjp(_conv_space_to_depth_fwd, _conv_space_to_depth_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv_in_loops(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def conv_nhwc(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """`plain_conv` whose gradients are of NHWC and HWIO too: others XLA on a CPU makes such outside of loops alone."""
     return plain_conv(x, kernel, stride)
 
 
-def _conv_in_loops_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _conv_nhwc_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return plain_conv(x, kernel, stride), (x, kernel)
 
 
-def _conv_in_loops_bwd(
-    stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _conv_nhwc_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     size = kernel.shape[0]
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return _transposed_dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
-    if x.shape[-1] <= _PICTURE:
-        kernel_gradient = _gradient_by_windows(x, dy, stride, size, product)
+    if x.shape[-1] <= IMAGE_CHANNELS:
+        kernel_gradient = kernel_grad_im2col(x, dy, stride, size, product)
     elif stride == 2 and size == 3:
-        kernel_gradient = _gradient_by_pixels(x, dy, stride, size, product)
+        kernel_gradient = kernel_grad_per_tap(x, dy, stride, size, product)
     else:
-        kernel_gradient = _plain_kernel_gradient(x, dy, stride, size)
-    return _plain_input_gradient(kernel, dy, x.shape, stride), kernel_gradient.astype(kernel.dtype)
+        kernel_gradient = plain_kernel_grad(x, dy, stride, size)
+    return plain_input_grad(kernel, dy, x.shape, stride), kernel_gradient.astype(kernel.dtype)
 
 
-_conv_in_loops.defvjp(_conv_in_loops_fwd, _conv_in_loops_bwd)
+conv_nhwc.defvjp(_conv_nhwc_fwd, _conv_nhwc_bwd)

@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxft.ops.fusion import unfused
+from jaxft.ops.fusion import materialize
 
-_WIDE = 4  # bytes of a value, from which a CPU takes sums in parts
+WIDE_BYTES = 4  # bytes of a value, from which a CPU takes sums in parts
 
 
 # Apart, or XLA on a CPU keeps a bfloat16 x as float32 too.
-@unfused
-def sum_of_pixels(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    return _sum_of_pictures(x.astype(jnp.promote_types(x.dtype, jnp.float32)), weights)
+@materialize
+def sum_pixels(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    return sum_per_channel(x.astype(jnp.promote_types(x.dtype, jnp.float32)), weights)
 
 
-def _sum_of_pictures(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+def sum_per_channel(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     of_pictures = x.sum((1, 2))  # first, which is more exact too
     return (of_pictures if weights is None else of_pictures * weights[:, None]).sum(0)
 
 
-@partial(unfused, static_argnums=3)
+@partial(materialize, static_argnums=3)
 def add(x: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
     """x + bias, in at least float32 on a CPU; then, if asked, `shortcut` added and a ReLU.
 
@@ -31,40 +31,40 @@ def add(x: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool) -
     """
     if jax.default_backend() != "cpu":
         bias = bias.astype(x.dtype)
-    return _add_and_relu(x + bias, shortcut, relu).astype(x.dtype)
+    return add_and_relu(x + bias, shortcut, relu).astype(x.dtype)
 
 
-def _add_and_relu(x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
+def add_and_relu(x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
     if shortcut is not None:
         x = x + shortcut
     return jnp.maximum(x, 0) if relu else x
 
 
-@unfused
+@materialize
 def where_positive(y: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.where(y > 0, dy, 0)
 
 
 @jax.custom_vjp
-def with_slope(kernel: jax.Array, slope: jax.Array) -> jax.Array:
+def scale_kernel(kernel: jax.Array, slope: jax.Array) -> jax.Array:
     """(height, width, C, F) by (F,)"""
     return kernel * slope
 
 
-def _with_slope_fwd(kernel: jax.Array, slope: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _scale_kernel_fwd(kernel: jax.Array, slope: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return kernel * slope, (kernel, slope)
 
 
-def _with_slope_bwd(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scale_kernel_bwd(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     kernel, slope = residuals
     return gradient * slope, _product(gradient, kernel).sum((0, 1, 2))
 
 
-with_slope.defvjp(_with_slope_fwd, _with_slope_bwd)
+scale_kernel.defvjp(_scale_kernel_fwd, _scale_kernel_bwd)
 
 
 # Apart, or XLA on a CPU leaves product and sum to YNNPACK, which takes a hundred times as long.
-@unfused
+@materialize
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return a * b
 

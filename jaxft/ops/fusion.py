@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 
-def unfused(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
+def materialize(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
     """Its results are computed once and kept, where XLA on a CPU would compute them again for each use of them.
 
     (An optimization_barrier is gone by the time XLA's CPU backend fuses.)
@@ -31,6 +31,6 @@ def unfused(function: Callable[..., Any], static_argnums: int | None = None) -> 
     return call_apart
 
 
-def computed_once(tree: Any) -> Any:
+def gpu_barrier(tree: Any) -> Any:
     """As it is, and not again within each of its uses, where XLA on a GPU would."""
     return lax.optimization_barrier(tree) if jax.default_backend() == "gpu" else tree

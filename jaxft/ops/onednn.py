@@ -1,7 +1,7 @@
 """Convolutions by oneDNN, which jaxlib holds for x86 CPUs and uses nowhere by itself; see benchmarks/NOTES.md.
 
 They are XLA's own custom calls (openxla/xla: xla/backends/cpu/runtime/onednn), described as in its
-xla/service/cpu/onednn_config.proto: no public interface, so `is_at_hand` tries them in another process first. XLA can
+xla/service/cpu/onednn_config.proto: no public interface, so `self_test` tries them in another process first. XLA can
 neither export a program that has them nor keep it in its compilation cache.
 
     python -m jaxft.ops.onednn
@@ -35,7 +35,7 @@ def is_chosen(setting: str, multiply_adds: float) -> bool:
     """
     if setting == "never" or (setting == "auto" and multiply_adds < _WORTHWHILE) or jax.default_backend() != "cpu":
         return False
-    if not is_at_hand():
+    if not self_test():
         if setting == "always":
             raise UserError("oneDNN does not work with this jaxlib on this machine; set --config.model.onednn=auto")
         return False
@@ -43,7 +43,7 @@ def is_chosen(setting: str, multiply_adds: float) -> bool:
     return True
 
 
-def is_at_hand() -> bool:
+def self_test() -> bool:
     """Whether oneDNN gives the right results on this machine."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-m", "jaxft.ops.onednn"]
@@ -53,7 +53,7 @@ def is_at_hand() -> bool:
         return False
 
 
-class Then(NamedTuple):
+class Epilogue(NamedTuple):
     """What becomes of a result before it is written: `bias` (F,) and `shortcut`, of its shape, added, and a ReLU."""
 
     bias: jax.Array | None = None
@@ -68,7 +68,7 @@ def convolution(
     padding: tuple[int, int],
     extra: tuple[int, int] = (0, 0),
     transposed: bool = False,
-    then: Then = Then(),  # noqa: B008, it is immutable
+    epilogue: Epilogue = Epilogue(),  # noqa: B008, it is immutable
 ) -> jax.Array:
     """Of (N, H, W, C) with (rows, columns, C, F), or (rows, columns, F, C) where transposed.
 
@@ -79,27 +79,27 @@ def convolution(
         (side + low + high - size) // stride + 1
         for side, low, high, size in zip(x.shape[1:3], before, after, kernel.shape[:2], strict=True)
     ]
-    pictures = {"dims": 4, "data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+    images = {"dims": 4, "data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
     inputs, outputs = (3, 2) if transposed else (2, 3)
     kernels = {"input_feature_dim": inputs, "output_feature_dim": outputs, "spatial_dims": [0, 1]}
     config = {
         "dims": 4,
-        "input": pictures,
+        "input": images,
         "kernel": {"dims": 4, "filter": kernels},
-        "output": pictures,
+        "output": images,
         "window": {"strides": [stride] * 2, "pad_left": before, "pad_right": after, "window_dilations": [1, 1]},
         "feature_groups": 1,
     }
     result = jax.ShapeDtypeStruct((x.shape[0], *sides, kernel.shape[outputs]), x.dtype)
-    return _call("convolution", "onednn_conv_config", config, result, then, x, kernel)
+    return _call("convolution", "onednn_conv_config", config, result, epilogue, x, kernel)
 
 
-def product(
+def matmul(
     a: jax.Array,
     b: jax.Array,
     transpose_a: bool = False,
     transpose_b: bool = False,
-    then: Then = Then(),  # noqa: B008, it is immutable
+    epilogue: Epilogue = Epilogue(),  # noqa: B008, it is immutable
 ) -> jax.Array:
     """a @ b, of a's type; or a.mT @ b, in float32; or a @ b.mT. Of matrices, or each of many."""
     result = jax.ShapeDtypeStruct(
@@ -107,9 +107,9 @@ def product(
         jnp.float32 if transpose_a else a.dtype,
     )
     config = {"transpose_a": transpose_a, "transpose_b": transpose_b}
-    if then.bias is not None:
-        then = then._replace(bias=then.bias.reshape(*[1] * (a.ndim - 1), -1))
-    return _call("matmul", "onednn_matmul_config", config, result, then, a, b)
+    if epilogue.bias is not None:
+        epilogue = epilogue._replace(bias=epilogue.bias.reshape(*[1] * (a.ndim - 1), -1))
+    return _call("matmul", "onednn_matmul_config", config, result, epilogue, a, b)
 
 
 def _call(
@@ -117,12 +117,12 @@ def _call(
     description: str,
     config: dict[str, Any],
     result: jax.ShapeDtypeStruct,
-    then: Then,
+    epilogue: Epilogue,
     *operands: jax.Array,
 ) -> jax.Array:
-    added = {"BIAS": then.bias, "BINARY_ADD": then.shortcut}
+    added = {"BIAS": epilogue.bias, "BINARY_ADD": epilogue.shortcut}
     added = {operation: array for operation, array in added.items() if array is not None}
-    config = {description: config | {"fusions": {"ops": [*added, *["RELU"] * then.relu]}}}
+    config = {description: config | {"fusions": {"ops": [*added, *["RELU"] * epilogue.relu]}}}
     call = jax.ffi.ffi_call(
         f"__onednn${name}", result, custom_call_api_version=2, legacy_backend_config=json.dumps(config)
     )
@@ -141,26 +141,26 @@ def check() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         a, b, c = (jnp.asarray(random.normal(size=shape), dtype) for shape in ((40, 32), (32, 48), (40, 48)))
         wide_a, wide_b, wide_c = (np.asarray(array, np.float64) for array in (a, b, c))
-        compare(product(a, b), wide_a @ wide_b)
-        compare(product(a, c, transpose_a=True), wide_a.T @ wide_c)
-        compare(product(c, b, transpose_b=True), wide_c @ wide_b.T)
-        compare(product(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
+        compare(matmul(a, b), wide_a @ wide_b)
+        compare(matmul(a, c, transpose_a=True), wide_a.T @ wide_c)
+        compare(matmul(c, b, transpose_b=True), wide_c @ wide_b.T)
+        compare(matmul(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
         bias, shortcut = jnp.arange(-24.0, 24), c
         after = np.maximum(wide_a @ wide_b + np.asarray(bias) + wide_c, 0)
-        compare(product(a, b, then=Then(bias, shortcut, relu=True)), after)
+        compare(matmul(a, b, epilogue=Epilogue(bias, shortcut, relu=True)), after)
         for size, stride, extra, transposed in ((3, 1, 0, False), (3, 2, 0, False), (7, 2, 0, False), (2, 1, 1, True)):
             x = jnp.asarray(random.normal(size=(2, 9, 8, 32)), dtype)
             kernel = jnp.asarray(random.normal(size=(size, size, 32, 32)), dtype)
             low = size // 2 - extra
             y = convolution(x, kernel, stride, (low, low), (extra, extra), transposed)
-            then = Then(jnp.arange(-16.0, 16), y, relu=True)
-            changed = convolution(x, kernel, stride, (low, low), (extra, extra), transposed, then)
+            epilogue = Epilogue(jnp.arange(-16.0, 16), y, relu=True)
+            changed = convolution(x, kernel, stride, (low, low), (extra, extra), transposed, epilogue)
             wide = np.pad(np.asarray(x, np.float64), ((0, 0), *[(low, low + extra)] * 2, (0, 0)))
             windows = np.lib.stride_tricks.sliding_window_view(wide, (size, size), (1, 2))[:, ::stride, ::stride]
             terms = "nyxcij,ijfc->nyxf" if transposed else "nyxcij,ijcf->nyxf"
             expected = np.einsum(terms, windows, np.asarray(kernel, np.float64))
             compare(y, expected)
-            compare(changed, np.maximum(expected + np.asarray(then.bias) + np.asarray(y, np.float64), 0))
+            compare(changed, np.maximum(expected + np.asarray(epilogue.bias) + np.asarray(y, np.float64), 0))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxft.ops.fusion import unfused
+from jaxft.ops.fusion import materialize
 
 
 def max_pool(x: jax.Array) -> jax.Array:
     """Of 3x3 pixels with stride 2, padded by one pixel of -inf. The gradient goes to the first of equals."""
     if jax.default_backend() == "tpu":
         return plain_max_pool(x)
-    return _max_pool_by_places(x)
+    return _max_pool_by_index(x)
 
 
 def plain_max_pool(x: jax.Array) -> jax.Array:
@@ -21,11 +21,11 @@ def plain_max_pool(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _max_pool_by_places(x: jax.Array) -> jax.Array:
+def _max_pool_by_index(x: jax.Array) -> jax.Array:
     return _max_pool(x)[0]
 
 
-@unfused
+@materialize
 def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The maxima, and where in its window each was: 0..8."""
     height, width = (-(-side // 2) for side in x.shape[1:3])
@@ -36,44 +36,47 @@ def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         for i in range(3)
         for j in range(3)
     ]
-    largest, place = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
+    largest, index = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
     for k, window in enumerate(windows[1:], 1):
-        place = jnp.where(window > largest, jnp.uint8(k), place)
+        index = jnp.where(window > largest, jnp.uint8(k), index)
         largest = jnp.maximum(largest, window)
-    return largest.astype(x.dtype), place
+    return largest.astype(x.dtype), index
 
 
 def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    largest, place = _max_pool(x)
-    return largest, (place, jnp.empty((0, *x.shape[1:3]), x.dtype))
+    largest, index = _max_pool(x)
+    return largest, (index, jnp.empty((0, *x.shape[1:3]), x.dtype))
 
 
 def _max_pool_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    place, like = residuals
-    return (_max_pool_gradient(place, like, dy),)
+    index, like = residuals
+    return (_max_pool_gradient(index, like, dy),)
 
 
-@unfused
-def _max_pool_gradient(place: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
+@materialize
+def _max_pool_gradient(index: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
     _, height, width = like.shape
     batch, rows, columns, channels = dy.shape
     wide = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
 
-    def at(k: int) -> jax.Array:
+    def grad_to(k: int) -> jax.Array:
         """What the windows give to their pixel k."""
-        return jnp.where(place == k, wide, 0)
+        return jnp.where(index == k, wide, 0)
 
-    def of_next(gradient: jax.Array, axis: int) -> jax.Array:
+    def from_next(gradient: jax.Array, axis: int) -> jax.Array:
         """Of the window below, or to the right."""
         pads = [(0, 0, 0)] * 4
         pads[axis] = (-1, 1, 0)
         return lax.pad(gradient, jnp.zeros((), gradient.dtype), pads)
 
     # The windows' middles are the pixels with even numbers; the others belong to two windows, or four.
-    even = [at(4), at(5) + of_next(at(3), 2)]
-    odd = [at(7) + of_next(at(1), 1), at(8) + of_next(at(6), 2) + of_next(at(2) + of_next(at(0), 2), 1)]
+    even = [grad_to(4), grad_to(5) + from_next(grad_to(3), 2)]
+    odd = [
+        grad_to(7) + from_next(grad_to(1), 1),
+        grad_to(8) + from_next(grad_to(6), 2) + from_next(grad_to(2) + from_next(grad_to(0), 2), 1),
+    ]
     pixels = jnp.stack([jnp.stack(even, 3), jnp.stack(odd, 3)], 2)
     return pixels.reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width].astype(dy.dtype)
 
 
-_max_pool_by_places.defvjp(_max_pool_fwd, _max_pool_bwd)
+_max_pool_by_index.defvjp(_max_pool_fwd, _max_pool_bwd)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxft.ops.fusion import unfused
+from jaxft.ops.fusion import materialize
 
 _POINTS = np.array([0, -(0.5**0.5), 0.5**0.5, -(2**0.5), 2**0.5])  # and infinity; theirs, 1 and 2, err more
 
@@ -45,16 +45,16 @@ G = _powers(3) / np.array([*(np.prod(p - others) for p, others in zip(_POINTS, _
 B = np.hstack([B_T.T[1:5], np.eye(4)[:, [0, 3]]])
 
 
-class Product(Protocol):
+class BatchedMatmul(Protocol):
     def __call__(self, a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
         """Of (36, ., .) and (36, ., .), each matrix by its counterpart."""
 
 
-def product_by_xla(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+def xla_matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
     return lax.dot_general(a, b, (([1 if transpose_a else 2], [2 if transpose_b else 1]), ([0], [0])))
 
 
-def pays(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
+def is_profitable(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
     """Whether tiles are filled, many, and of channels enough, as trying showed; not where any batch is to fit."""
     batch, height, width, channels = shape
     tiles = -(-height // 4) * -(-width // 4)
@@ -63,26 +63,28 @@ def pays(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def winograd_conv(x: jax.Array, kernel: jax.Array, product: Product) -> jax.Array:
+def winograd_conv(x: jax.Array, kernel: jax.Array, matmul: BatchedMatmul) -> jax.Array:
     """(N, H, W, C) by (3, 3, C, F), padded by a pixel on each side, to (N, H, W, F)."""
-    return _join(product(_split(x), _of_kernel(kernel)), x.shape).astype(x.dtype)
+    return _output_transform(matmul(_input_transform(x), _kernel_transform(kernel)), x.shape).astype(x.dtype)
 
 
-def winograd_conv_and_add(x: jax.Array, kernel: jax.Array, bias: jax.Array, relu: bool, product: Product) -> jax.Array:
+def winograd_conv_and_add(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, relu: bool, matmul: BatchedMatmul
+) -> jax.Array:
     """Then `bias` (F,) added, and a ReLU if asked."""
-    rows = _join_rows(_tiles(product(_split(x), _of_kernel(kernel)), x.shape))
-    return _pixels(_join_columns_and_add(rows, bias, relu), x.shape).astype(x.dtype)
+    rows = _output_transform_rows(_tiles(matmul(_input_transform(x), _kernel_transform(kernel)), x.shape))
+    return _pixels(_output_transform_columns_and_add(rows, bias, relu), x.shape).astype(x.dtype)
 
 
-def _fwd(x: jax.Array, kernel: jax.Array, product: Product) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return winograd_conv(x, kernel, product), (x, kernel)
+def _fwd(x: jax.Array, kernel: jax.Array, matmul: BatchedMatmul) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return winograd_conv(x, kernel, matmul), (x, kernel)
 
 
-def _bwd(product: Product, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _bwd(matmul: BatchedMatmul, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    split_dy = _split_gradient(dy)
-    dx = _join_gradient(product(split_dy, _of_kernel(kernel), transpose_b=True), x.shape).astype(x.dtype)
-    gradients = product(_split(x), split_dy, transpose_a=True)  # (36, C, F)
+    split_dy = _output_grad_transform(dy)
+    dx = _input_grad_transform(matmul(split_dy, _kernel_transform(kernel), transpose_b=True), x.shape).astype(x.dtype)
+    gradients = matmul(_input_transform(x), split_dy, transpose_a=True)  # (36, C, F)
     kernel_gradient = jnp.asarray(np.kron(G, G).T, gradients.dtype) @ gradients.reshape(36, -1)
     return dx, kernel_gradient.reshape(kernel.shape).astype(kernel.dtype)
 
@@ -90,30 +92,30 @@ def _bwd(product: Product, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 winograd_conv.defvjp(_fwd, _bwd)
 
 
-def _of_kernel(kernel: jax.Array) -> jax.Array:
+def _kernel_transform(kernel: jax.Array) -> jax.Array:
     """G g G^T: (36, C, F)."""
     kernel = _widened(kernel)
     return (jnp.asarray(np.kron(G, G), kernel.dtype) @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
-def _split(x: jax.Array) -> jax.Array:
+def _input_transform(x: jax.Array) -> jax.Array:
     """B^T d B of each tile: (36, tiles, C)."""
-    return _split_columns(_split_rows(x)).reshape(36, -1, x.shape[-1])
+    return _input_transform_columns(_input_transform_rows(x)).reshape(36, -1, x.shape[-1])
 
 
-def _split_gradient(dy: jax.Array) -> jax.Array:
+def _output_grad_transform(dy: jax.Array) -> jax.Array:
     """A dY A^T of each tile: (36, tiles, F)."""
-    return _split_gradient_columns(_split_gradient_rows(dy)).reshape(36, -1, dy.shape[-1])
+    return _output_grad_transform_columns(_output_grad_transform_rows(dy)).reshape(36, -1, dy.shape[-1])
 
 
-def _join(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _output_transform(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A^T products A of each tile: (N, H, W, F)."""
-    return _pixels(_join_columns(_join_rows(_tiles(products, shape))), shape)
+    return _pixels(_output_transform_columns(_output_transform_rows(_tiles(products, shape))), shape)
 
 
-def _join_gradient(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _input_grad_transform(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """B products B^T of each tile, summed where they overlap: (N, H, W, C)."""
-    return _pixels(_join_gradient_columns(_join_gradient_rows(_tiles(products, shape))), shape)
+    return _pixels(_input_grad_transform_columns(_input_grad_transform_rows(_tiles(products, shape))), shape)
 
 
 def _tiles(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -128,55 +130,55 @@ def _pixels(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 # Each apart, one pass over memory.
-@unfused
-def _split_rows(x: jax.Array) -> jax.Array:
+@materialize
+def _input_transform_rows(x: jax.Array) -> jax.Array:
     """(6, N, rows of tiles, W and padding, C)"""
     x = jnp.pad(x, ((0, 0), *((1, 1 + -side % 4) for side in x.shape[1:3]), (0, 0)))
     return _combine(B_T, [x[:, i : x.shape[1] - 5 + i : 4] for i in range(6)], 0)
 
 
-@unfused
-def _split_columns(rows: jax.Array) -> jax.Array:
+@materialize
+def _input_transform_columns(rows: jax.Array) -> jax.Array:
     """(6, 6, N, rows of tiles, columns of tiles, C)"""
     return _combine(B_T, [rows[:, :, :, j : rows.shape[3] - 5 + j : 4] for j in range(6)], 1)
 
 
-@unfused
-def _split_gradient_rows(dy: jax.Array) -> jax.Array:
+@materialize
+def _output_grad_transform_rows(dy: jax.Array) -> jax.Array:
     dy = jnp.pad(dy, ((0, 0), *((0, -side % 4) for side in dy.shape[1:3]), (0, 0)))
     return _combine(A, [dy[:, i::4] for i in range(4)], 0)
 
 
-@unfused
-def _split_gradient_columns(rows: jax.Array) -> jax.Array:
+@materialize
+def _output_grad_transform_columns(rows: jax.Array) -> jax.Array:
     return _combine(A, [rows[:, :, :, j::4] for j in range(4)], 1)
 
 
-@unfused
-def _join_rows(products: jax.Array) -> jax.Array:
+@materialize
+def _output_transform_rows(products: jax.Array) -> jax.Array:
     """(4, 6, N, rows, columns, F)"""
     return _combine(A.T, list(products), 0)
 
 
-@unfused
-def _join_columns(rows: jax.Array) -> jax.Array:
+@materialize
+def _output_transform_columns(rows: jax.Array) -> jax.Array:
     """(N, rows, 4, columns, 4, F)"""
     return _combine(A.T, list(jnp.moveaxis(rows, 0, 3)), 4)
 
 
-@partial(unfused, static_argnums=2)
-def _join_columns_and_add(rows: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
+@partial(materialize, static_argnums=2)
+def _output_transform_columns_and_add(rows: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
     y = _combine(A.T, list(jnp.moveaxis(rows, 0, 3)), 4) + bias
     return jnp.maximum(y, 0) if relu else y
 
 
-@unfused
-def _join_gradient_rows(products: jax.Array) -> jax.Array:
+@materialize
+def _input_grad_transform_rows(products: jax.Array) -> jax.Array:
     return _combine(B, _with_neighbours(products, 2), 0)
 
 
-@unfused
-def _join_gradient_columns(rows: jax.Array) -> jax.Array:
+@materialize
+def _input_grad_transform_columns(rows: jax.Array) -> jax.Array:
     return _combine(B, _with_neighbours(jnp.moveaxis(rows, 0, 3), 3), 4)
 
 

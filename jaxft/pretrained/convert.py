@@ -13,9 +13,9 @@ from jaxft.errors import UserError
 from jaxft.models.partition import abstract_variables
 from jaxft.models.resnet import ARCHITECTURES, ResNet
 from jaxft.pretrained import catalog
-from jaxft.pretrained.resnet import _TORCH_NAMES, _TRACKED, HUGGING_FACE, LAYOUT, OTHER_FAMILIES
+from jaxft.pretrained.resnet import HUGGING_FACE, LAYOUT, NUM_BATCHES_TRACKED, OTHER_FAMILIES, TORCH_NAMES
 from jaxft.pretrained.torch_files import read_tensors
-from jaxft.pretrained.weights_file import Weights, _check_shapes, _jaxft_metadata, _read_jaxft, write_weights
+from jaxft.pretrained.weights_file import Weights, check_shapes, read_jaxft_file, read_metadata, write_weights
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -23,7 +23,7 @@ def torch_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
     """{torchvision's key: torch's shape} of all that the model holds."""
     shapes = {}
     for (collection, *path, leaf), array in flatten_dict(abstract_variables(model)).items():
-        name = _TORCH_NAMES[collection, leaf, array.ndim]
+        name = TORCH_NAMES[collection, leaf, array.ndim]
         axes = LAYOUT[name, array.ndim][2]
         shapes[".".join([*path, name])] = tuple(array.shape[i] for i in np.argsort(axes))
     return shapes
@@ -34,8 +34,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet) -> dict[str, An
 
     Raises UserError where keys or shapes do not fit.
     """
-    tensors = {key: array for key, array in tensors.items() if not key.endswith(_TRACKED)}
-    _check_shapes({key: array.shape for key, array in tensors.items()}, torch_shapes(model))
+    tensors = {key: array for key, array in tensors.items() if not key.endswith(NUM_BATCHES_TRACKED)}
+    check_shapes({key: array.shape for key, array in tensors.items()}, torch_shapes(model))
     variables = {}
     for key, array in tensors.items():
         *path, name = key.split(".")
@@ -48,11 +48,11 @@ def to_torch(weights: Weights) -> dict[str, np.ndarray]:
     """The state_dict that torchvision's model loads with strict=True: from_torch's inverse."""
     tensors = {}
     for (collection, *path, leaf), array in flatten_dict(weights.variables).items():
-        name = _TORCH_NAMES[collection, leaf, array.ndim]
+        name = TORCH_NAMES[collection, leaf, array.ndim]
         axes = np.argsort(LAYOUT[name, array.ndim][2])
         tensors[".".join([*path, name])] = np.asarray(np.asarray(array).transpose(axes), order="C")
         if collection == "batch_stats":
-            key = ".".join(path) + _TRACKED
+            key = ".".join(path) + NUM_BATCHES_TRACKED
             tensors[key] = np.array(weights.provenance.get("num_batches_tracked", {}).get(key, 0), np.int64)
     return tensors
 
@@ -88,7 +88,9 @@ def infer_arch(tensors: Mapping[str, np.ndarray]) -> str | None:
         if _model_for(arch, tensors).stage_depths != depths:
             continue
         try:
-            _check_shapes({k: a.shape for k, a in tensors.items() if not k.endswith(_TRACKED)}, _shapes(arch, tensors))
+            check_shapes(
+                {k: a.shape for k, a in tensors.items() if not k.endswith(NUM_BATCHES_TRACKED)}, _shapes(arch, tensors)
+            )
         except UserError:
             continue
         return arch
@@ -139,8 +141,8 @@ def read_weights(path: str | Path, arch: str | None = None) -> Weights:
     Raises UserError where the file cannot be read, or does not fit `arch`.
     """
     path = Path(path)
-    if path.suffix == ".safetensors" and (metadata := _jaxft_metadata(path)):
-        return _read_jaxft(path, metadata, arch)
+    if path.suffix == ".safetensors" and (metadata := read_metadata(path)):
+        return read_jaxft_file(path, metadata, arch)
     tensors = torchvision_keys(read_tensors(path))
     try:
         _check_family(tensors)
@@ -165,7 +167,9 @@ def read_weights(path: str | Path, arch: str | None = None) -> Weights:
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "num_batches_tracked": {
-            key: int(value.flat[0]) for key, value in tensors.items() if key.endswith(_TRACKED) and value.size
+            key: int(value.flat[0])
+            for key, value in tensors.items()
+            if key.endswith(NUM_BATCHES_TRACKED) and value.size
         },
     }
     return Weights(variables, provenance)

@@ -109,7 +109,7 @@ class _Partial:
     def sha256(self) -> str:
         return self._sha256.hexdigest()
 
-    def told(self) -> str:
+    def describe(self) -> str:
         return f"{self.size} bytes with SHA-256 {self.sha256()[:16]}..."
 
     def expect(self, size: int | None) -> None:
@@ -154,7 +154,7 @@ def _complete(url: str, sha256_prefix: str, partial: _Partial) -> None:
                 from_start = response.status != HTTPStatus.PARTIAL_CONTENT
                 if from_start and partial.size:
                     if ended and not inherited:  # it has no more, and what it had is wrong
-                        found = partial.told()
+                        found = partial.describe()
                         partial.clear()
                         raise _FailedError(f"there came {found} instead of {sha256_prefix}...")
                     partial.clear()
@@ -165,7 +165,7 @@ def _complete(url: str, sha256_prefix: str, partial: _Partial) -> None:
                 for data in _read(response):
                     partial.write(data)
                 ended = not response.length  # what is still owed; None where no length was told
-            problem = f"the answer ended after {partial.told()}"
+            problem = f"the answer ended after {partial.describe()}"
         except _InterruptedError as error:
             problem = str(error)
         if partial.size > largest:

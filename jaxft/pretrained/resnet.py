@@ -13,10 +13,10 @@ LAYOUT = {
 }
 
 
-_TORCH_NAMES = {(collection, leaf, len(axes)): name for (name, _), (collection, leaf, axes) in LAYOUT.items()}
+TORCH_NAMES = {(collection, leaf, len(axes)): name for (name, _), (collection, leaf, axes) in LAYOUT.items()}
 
 
-_TRACKED = ".num_batches_tracked"  # torch counts the batches behind running statistics; Flax does not
+NUM_BATCHES_TRACKED = ".num_batches_tracked"  # torch counts the batches behind running statistics; Flax does not
 
 
 # Hugging Face's keys (transformers' modeling_resnet.py) -> torchvision's; numbers in <> grow by one.

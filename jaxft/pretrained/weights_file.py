@@ -23,7 +23,7 @@ class Weights(NamedTuple):
     provenance: dict[str, Any]  # arch, width, stem, num_classes, source (file name), source_sha256, mean, std, ...
 
 
-def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError with all keys that are missing, extra or mis-shaped."""
     reshaped = [
         f"{key} {found[key]} instead of {expected[key]}"
@@ -35,9 +35,9 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
         "extra": sorted(found.keys() - expected.keys()),
         "of another shape": reshaped,
     }
-    told = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
-    if told:
-        raise UserError("; ".join(told))
+    text = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    if text:
+        raise UserError("; ".join(text))
 
 
 def model_of(provenance: Mapping[str, Any]) -> ResNet:
@@ -46,7 +46,7 @@ def model_of(provenance: Mapping[str, Any]) -> ResNet:
     return ARCHITECTURES[provenance["arch"]](**{key: provenance[key] for key in keys if key in provenance})
 
 
-def _jaxft_metadata(path: Path) -> dict[str, Any] | None:
+def read_metadata(path: Path) -> dict[str, Any] | None:
     """None for a .safetensors file that jaxft did not write, or that cannot be read."""
     try:
         with safe_open(path, "np") as file:
@@ -63,7 +63,7 @@ def _jaxft_metadata(path: Path) -> dict[str, Any] | None:
     return provenance
 
 
-def _read_jaxft(path: Path, provenance: dict[str, Any], arch: str | None) -> Weights:
+def read_jaxft_file(path: Path, provenance: dict[str, Any], arch: str | None) -> Weights:
     if arch not in (None, provenance["arch"]):
         raise UserError(f"{path} holds a {provenance['arch']}, not a {arch}")
     tensors = safetensors.numpy.load_file(path)
@@ -71,7 +71,7 @@ def _read_jaxft(path: Path, provenance: dict[str, Any], arch: str | None) -> Wei
         "/".join(key): array.shape for key, array in flatten_dict(abstract_variables(model_of(provenance))).items()
     }
     try:
-        _check_shapes({key: array.shape for key, array in tensors.items()}, expected)
+        check_shapes({key: array.shape for key, array in tensors.items()}, expected)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     return Weights(unflatten_dict(tensors, sep="/"), provenance)

@@ -114,8 +114,8 @@ def reliability(bins: Calibration) -> str:
 
     def draw(axes: "Axes") -> None:
         centre = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
-        strength = 0.25 + 0.75 * bins.pictures / bins.pictures.max()
-        for x, y, alpha, pictures in zip(centre, bins.accuracy, strength, bins.pictures, strict=True):
+        strength = 0.25 + 0.75 * bins.num_images / bins.num_images.max()
+        for x, y, alpha, pictures in zip(centre, bins.accuracy, strength, bins.num_images, strict=True):
             if pictures:
                 axes.bar(x, y, 0.9 / CALIBRATION_BINS, color=COLOURS[0], alpha=alpha)
         axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="as sure as right")

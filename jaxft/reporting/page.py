@@ -24,7 +24,13 @@ from jaxft.reporting import charts
 from jaxft.reporting.sheet_image import draw_sheet
 from jaxft.run import remote_workdir
 from jaxft.run.metrics_file import read_lines
-from jaxft.targets.classification import CALIBRATION_BINS, Predictions, calibration, confusion_matrix, summarise
+from jaxft.targets.classification import (
+    CALIBRATION_BINS,
+    Predictions,
+    calibration,
+    confusion_matrix,
+    evaluation_summary,
+)
 from jaxft.training.optimizer import learning_rate_schedule
 
 MISTAKES = 24  # shown
@@ -53,12 +59,12 @@ class Run(NamedTuple):
     pictures: list[np.ndarray]  # the K pictures
 
     @property
-    def shown_as(self) -> str:
-        return remote_workdir.shown_as(self.workdir)
+    def display_name(self) -> str:
+        return remote_workdir.display_name(self.workdir)
 
     @property
     def name(self) -> str:
-        return PurePath(self.shown_as).name
+        return PurePath(self.display_name).name
 
     @property
     def config(self) -> ConfigDict:
@@ -134,15 +140,15 @@ def load_run(workdir: Path) -> Run:
 
 def render(run: Run) -> str:
     """report.html"""
-    config, scores, names = run.config, summarise(run.predictions, run.class_names), run.class_names
+    config, scores, names = run.config, evaluation_summary(run.predictions, run.class_names), run.class_names
     matrix = confusion_matrix(run.predictions, len(names))
     off_diagonal = matrix - np.diag(np.diag(matrix))
     default = flatten(default_config())
     return _template("report").render(
         name=run.name,
-        workdir=shlex.quote(run.shown_as),
+        workdir=shlex.quote(run.display_name),
         config_file=shlex.quote(str(run.workdir / "config.json")),
-        repeat_workdir=shlex.quote(f"{run.shown_as}-again"),
+        repeat_workdir=shlex.quote(f"{run.display_name}-again"),
         config=config,
         class_names=names,
         epoch=run.epoch,
@@ -189,7 +195,7 @@ def render(run: Run) -> str:
 
 def render_comparison(runs: Sequence[Run]) -> str:
     """compare.html"""
-    scores = [summarise(run.predictions, run.class_names) for run in runs]
+    scores = [evaluation_summary(run.predictions, run.class_names) for run in runs]
     cards = [{meaning: value for value, meaning in _cards(run, score)} for run, score in zip(runs, scores, strict=True)]
     labels = list(dict.fromkeys(meaning for card in cards for meaning in card))
     accuracy = [
@@ -308,7 +314,7 @@ def _learning_rate(run: Run) -> charts.Curve:
 
 def _distinct_names(runs: Sequence[Run]) -> list[str]:
     names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [run.shown_as for run in runs]
+    return names if len(set(names)) == len(names) else [run.display_name for run in runs]
 
 
 def _png(picture: np.ndarray) -> str:

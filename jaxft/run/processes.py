@@ -75,7 +75,7 @@ def _keep_stdout_to_process_0() -> None:
     os.dup2(2, 1)
 
 
-def on_all(value: bool) -> bool:
+def broadcast_bool(value: bool) -> bool:
     """What process 0 says; raises UserError where another differs."""
     decided = bool(multihost_utils.broadcast_one_to_all(value))
     if decided != value:
@@ -83,7 +83,7 @@ def on_all(value: bool) -> bool:
     return decided
 
 
-def compiled_by_all(function: Any) -> Callable[..., Any]:
+def with_compile_barrier(function: Any) -> Callable[..., Any]:
     """A mapped function that no process runs before all have compiled it: a CPU's collectives wait for 30 s only."""
     if jax.process_count() == 1:
         return function

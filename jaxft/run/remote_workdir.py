@@ -43,17 +43,17 @@ URL = ".url"  # in a folder of this machine, of what it is kept like
 PROBE = ".probe"  # of whether there can be written
 
 
-BROUGHT = ".brought"  # in a folder of which some of the run went there
+PUSHED = ".brought"  # in a folder of which some of the run went there
 
 
-def is_elsewhere(workdir: str | Path) -> bool:
+def is_remote(workdir: str | Path) -> bool:
     """Raises UserError for gs:/BUCKET, which Orbax would take for a bucket and the rest for a folder."""
     if one_slash := re.match(r"(gs|s3|az|hf):/(?!/)", str(workdir)):
         raise UserError(f"--workdir {workdir} lacks a slash; write {one_slash[1]}://BUCKET/RUN")
     return "://" in str(workdir)
 
 
-def shown_as(folder: Path) -> str:
+def display_name(folder: Path) -> str:
     """The workdir that a person named."""
     url = folder / URL
     return url.read_text() if url.exists() else str(folder)
@@ -61,17 +61,17 @@ def shown_as(folder: Path) -> str:
 
 def training_folder(workdir: str | Path) -> Path:
     """Where this process trains: `workdir` itself, or the folder that is kept like it."""
-    return _folder(workdir, f"process-{jax.process_index()}") if is_elsewhere(workdir) else Path(workdir)
+    return _folder(workdir, f"process-{jax.process_index()}") if is_remote(workdir) else Path(workdir)
 
 
 @contextmanager
-def kept_like(workdir: str | Path, folder: Path) -> Iterator[None]:
+def synced(workdir: str | Path, folder: Path) -> Iterator[None]:
     """Brings training_folder(workdir) up to date, and then what is `workdir` every PUSH_SECONDS and at the end.
 
     What an earlier run left in the folder and could not bring there is gone on from. Raises UserError where `workdir`
     cannot be read, or not be written at the beginning or the end; in between it is told and tried again.
     """
-    if not is_elsewhere(workdir):
+    if not is_remote(workdir):
         yield
         return
     if jax.process_index():
@@ -81,7 +81,7 @@ def kept_like(workdir: str | Path, folder: Path) -> Iterator[None]:
         return
     copy = _Copy(str(workdir), folder)
     _told(workdir, "written", copy.try_to_write)
-    if copy.folder_goes_on():
+    if copy.local_is_ahead():
         _told(workdir, "written", copy.push)
     else:
         copy.pull()
@@ -89,15 +89,15 @@ def kept_like(workdir: str | Path, folder: Path) -> Iterator[None]:
     done = threading.Event()
 
     def keep_pushing() -> None:
-        told = False
+        text = False
         while not done.wait(PUSH_SECONDS):
             try:
                 copy.push()
-                told = False
+                text = False
             except Exception as error:  # each file system has its own
-                if not told:
+                if not text:
                     print(f"\n{workdir} cannot be written ({_short(error)}); trying again", file=sys.stderr, flush=True)
-                told = True
+                text = True
 
     pushing = threading.Thread(target=keep_pushing, daemon=True)
     pushing.start()
@@ -115,7 +115,7 @@ def kept_like(workdir: str | Path, folder: Path) -> Iterator[None]:
 
 def reading_folder(workdir: str | Path) -> Path:
     """`workdir` itself, or a folder that is brought up to date with it now. Raises UserError."""
-    if not is_elsewhere(workdir):
+    if not is_remote(workdir):
         return Path(workdir)
     folder = _folder(workdir, f"reading-{jax.process_index()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +124,9 @@ def reading_folder(workdir: str | Path) -> Path:
     return folder
 
 
-def put_back(workdir: str | Path, file: Path) -> None:
+def upload(workdir: str | Path, file: Path) -> None:
     """A file that was written into reading_folder(workdir)."""
-    if is_elsewhere(workdir):
+    if is_remote(workdir):
         fs, root = _open(str(workdir))
         _told(workdir, "written", lambda: fs.pipe_file(f"{root}/{file.name}", file.read_bytes()))
 
@@ -188,10 +188,10 @@ class _Copy:
             if (step := _step(name)) and name == f"checkpoints/{step}/{COMMITTED}":
                 self._committed[step] = self._fs.cat_file(f"{self._root}/{name}")
 
-    def folder_goes_on(self) -> bool:
+    def local_is_ahead(self) -> bool:
         """Whether the folder holds the same run, as far as it is there or further."""
         if not self._names:  # never brought there, or removed there
-            return (self._folder / "config.json").exists() and not (self._folder / BROUGHT).exists()
+            return (self._folder / "config.json").exists() and not (self._folder / PUSHED).exists()
 
         def begins_alike(name: str) -> bool:
             here = self._folder / name
@@ -237,7 +237,7 @@ class _Copy:
                 self._make_parent(name)
                 self._fs.pipe_file(f"{self._root}/{name}", path.read_bytes())  # as it is now: it may grow meanwhile
                 self._pushed[name] = (stat.st_size, stat.st_mtime_ns)
-                (self._folder / BROUGHT).touch()
+                (self._folder / PUSHED).touch()
         here = {
             path.name: committed
             for path in (self._folder / "checkpoints").glob("*")

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
-from jaxft.run.remote_workdir import shown_as
+from jaxft.run.remote_workdir import display_name
 
 SCALARS = ("loss", "accuracy", "images_per_second")
 
@@ -56,7 +56,7 @@ class Trackers:
         if config.log.wandb:
             import wandb
 
-            where = shown_as(workdir.resolve())  # on whatever machine it goes on
+            where = display_name(workdir.resolve())  # on whatever machine it goes on
             identity = hashlib.sha256(where.encode()).hexdigest()[:16]
             run = wandb.init(
                 project=config.log.wandb,

@@ -20,7 +20,7 @@ class Counts:
 
     loss: Array
     correct: Array
-    pictures: Array
+    num_images: Array
 
 
 @struct.dataclass
@@ -34,7 +34,7 @@ class Predictions:
     loss: Array
 
 
-def _predictions(logits: Array, label: Array) -> Predictions:
+def predictions_from_logits(logits: Array, label: Array) -> Predictions:
     own = jnp.take_along_axis(logits, label[:, None], axis=-1)
     before = jnp.arange(logits.shape[-1]) < label[:, None]  # argmax takes the first of equals
     return Predictions(
@@ -46,7 +46,7 @@ def _predictions(logits: Array, label: Array) -> Predictions:
     )
 
 
-def _count(logits: Array, label: Array, mask: Array) -> Counts:
+def count_batch(logits: Array, label: Array, mask: Array) -> Counts:
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     correct = logits.argmax(-1) == label
     return Counts((loss * mask).sum(), (correct * mask).sum(), mask.sum())
@@ -77,11 +77,11 @@ TOP_K = (3, 5)  # told where there are at least twice as many classes
 CALIBRATION_BINS = 15
 
 
-def wilson_interval(correct: int, pictures: int) -> tuple[float, float]:
+def wilson_interval(correct: int, num_images: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy (Wilson 1927), which stays within [0, 1] for few pictures too."""
     z = 1.959963984540054
-    centre = (correct + z**2 / 2) / (pictures + z**2)
-    half = z / (pictures + z**2) * math.sqrt(correct * (pictures - correct) / pictures + z**2 / 4)
+    centre = (correct + z**2 / 2) / (num_images + z**2)
+    half = z / (num_images + z**2) * math.sqrt(correct * (num_images - correct) / num_images + z**2 / 4)
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
@@ -94,40 +94,40 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
 class Calibration(NamedTuple):
     """Of the pictures in each of CALIBRATION_BINS equal bins of confidence; 0 in an empty bin."""
 
-    pictures: np.ndarray
+    num_images: np.ndarray
     confidence: np.ndarray  # mean
     accuracy: np.ndarray
 
     @property
     def error(self) -> float:
         """The expected calibration error (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
-        return float((self.pictures * np.abs(self.confidence - self.accuracy)).sum() / self.pictures.sum())
+        return float((self.num_images * np.abs(self.confidence - self.accuracy)).sum() / self.num_images.sum())
 
 
 def calibration(predictions: Predictions) -> Calibration:
     confidence = np.asarray(predictions.confidence, np.float64)
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    pictures, confidences, correct = (
+    num_images, confidences, correct = (
         np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, predictions.rank == 0)
     )
-    divisor = np.maximum(pictures, 1)
-    return Calibration(pictures, confidences / divisor, correct / divisor)
+    divisor = np.maximum(num_images, 1)
+    return Calibration(num_images, confidences / divisor, correct / divisor)
 
 
-def summarise(predictions: Predictions, class_names: Sequence[str]) -> dict[str, Any]:
+def evaluation_summary(predictions: Predictions, class_names: Sequence[str]) -> dict[str, Any]:
     """Everything that one evaluation says, ready for JSON; a class without pictures has accuracy None."""
-    pictures, correct = len(predictions.label), int((predictions.rank == 0).sum())
+    num_images, correct = len(predictions.label), int((predictions.rank == 0).sum())
     matrix = confusion_matrix(predictions, len(class_names))
     of_class = matrix.sum(1)
     per_class = [int(matrix[i, i]) / int(of_class[i]) if of_class[i] else None for i in range(len(class_names))]
     return {
-        "pictures": pictures,
+        "pictures": num_images,
         "correct": correct,
-        "accuracy": correct / pictures,
-        "accuracy_interval": wilson_interval(correct, pictures),
-        "loss": float(np.sum(predictions.loss, dtype=np.float64)) / pictures,
+        "accuracy": correct / num_images,
+        "accuracy_interval": wilson_interval(correct, num_images),
+        "loss": float(np.sum(predictions.loss, dtype=np.float64)) / num_images,
         "top_k_accuracy": {
-            str(k): int((predictions.rank < k).sum()) / pictures for k in TOP_K if 2 * k <= len(class_names)
+            str(k): int((predictions.rank < k).sum()) / num_images for k in TOP_K if 2 * k <= len(class_names)
         },
         "mean_per_class_accuracy": float(np.mean([accuracy for accuracy in per_class if accuracy is not None])),
         "per_class_accuracy": dict(zip(class_names, per_class, strict=True)),

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.data.batches import Batch, Pictures
+from jaxft.data.batches import Batch, Examples
 from jaxft.data.dataset import Dataset
-from jaxft.data.loader import OnDevices
+from jaxft.data.loader import ResidentLoader
 from jaxft.errors import UserError
 
 PROBES = (8, 32)  # pictures a device
@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.7  # of a device's memory that training may take; what it alloc
 
 
 def largest_batch_size(
-    compile_step: Callable[[Pictures, Batch], Any], data: Dataset, device_memory: int, resident: int
+    compile_step: Callable[[Examples, Batch], Any], data: Dataset, device_memory: int, resident: int
 ) -> int:
     """Over all devices; on each a power of two, such that an epoch has LEAST_STEPS at least. Says so on stdout.
 
@@ -36,9 +36,9 @@ def largest_batch_size(
         """On one device, with the pictures of this batch alone."""
         size = share * devices
         image = jax.ShapeDtypeStruct((size, *data.image.shape[1:]), np.uint8)
-        pictures = jax.eval_shape(Pictures.in_lines, image, jax.ShapeDtypeStruct((size,), np.int32))
-        (batch,) = OnDevices(pictures).batches(np.arange(size), size)
-        memory = compile_step(pictures, jax.tree.map(lambda array: array[:, None], batch)).memory_analysis()
+        examples = jax.eval_shape(Examples.packed, image, jax.ShapeDtypeStruct((size,), np.int32))
+        (batch,) = ResidentLoader(examples).batches(np.arange(size), size)
+        memory = compile_step(examples, jax.tree.map(lambda array: array[:, None], batch)).memory_analysis()
         given_and_given_back = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return int(given_and_given_back + memory.temp_size_in_bytes)
 

@@ -12,50 +12,50 @@ from ml_collections import ConfigDict
 
 from jaxft.config import resolve
 from jaxft.data import datasets
-from jaxft.data.batches import Batch, Pictures, replicate
-from jaxft.data.loader import Feed, make_feed
+from jaxft.data.batches import Batch, Examples, replicate
+from jaxft.data.loader import Loader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.resnet import ResNet, multiply_adds
 from jaxft.ops import onednn
 from jaxft.progress import Progress
-from jaxft.run.processes import compiled_by_all
+from jaxft.run.processes import with_compile_barrier
 from jaxft.targets.classification import Predictions
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
 from jaxft.training.state import TrainState
-from jaxft.training.steps import Step, eval_step, features_step, statistics_step, with_each
-from jaxft.training.steps_per_call import batches_per_call, calls, turns
+from jaxft.training.steps import Step, eval_step, features_step, map_batches, statistics_step
+from jaxft.training.steps_per_call import batches_per_call, scan_length, stack_batches
 from jaxft.transforms.preprocessing import Preprocessing
 
-Steps = Callable[[TrainState, Pictures | None, Batch, Any], Any]  # the last: `with_each`'s turns
+Steps = Callable[[TrainState, Examples | None, Batch, Any], Any]  # the last: `map_batches`'s turns
 
 
 STEPS_AHEAD = 2  # that the host runs before the devices
 
 
 def evaluate_pictures(
-    p_eval_steps: Steps, state: TrainState, feed: Feed, batch_size: int, per_call: int = 1
+    p_eval_steps: Steps, state: TrainState, loader: Loader, batch_size: int, per_call: int = 1
 ) -> Predictions:
     """Of each picture (N,) in the order of the data, once, on any number of devices."""
-    return _of_pictures(p_eval_steps, state, feed, batch_size, per_call, "evaluating")
+    return _of_pictures(p_eval_steps, state, loader, batch_size, per_call, "evaluating")
 
 
 def extract_features(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int, per_call: int = 1
-) -> Pictures:
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, loader: Loader, batch_size: int, per_call: int = 1
+) -> Examples:
     """The same labels with what the head sees of each picture, float32 (N, F), for a backbone that stays as it is."""
     p_steps = _pmap_steps(features_step, model, preprocessing)
-    return Pictures(_of_pictures(p_steps, state, feed, batch_size, per_call, "the backbone's features"), feed.label)
+    return Examples(_of_pictures(p_steps, state, loader, batch_size, per_call, "the backbone's features"), loader.label)
 
 
 def recalibrate(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, feed: Feed, batch_size: int, per_call: int = 1
+    model: ResNet, preprocessing: Preprocessing, state: TrainState, loader: Loader, batch_size: int, per_call: int = 1
 ) -> TrainState:
     """With running statistics that are the mean of every batch's, as torch.optim.swa_utils.update_bn has them.
 
     A batch's own statistics belong to the parameters as they are now, running ones also to earlier ones.
     """
     p_steps = _pmap_steps(statistics_step, model, preprocessing, fold=False)
-    of_batches = _of_batches(p_steps, state, feed, batch_size, per_call, "recalibrating")
+    of_batches = _of_batches(p_steps, state, loader, batch_size, per_call, "recalibrating")
     mean = replicate(jax.tree.map(lambda a: np.mean(a, axis=0, dtype=np.float64).astype(a.dtype), of_batches))
     if state.ema:
         return dataclasses.replace(state, ema=state.ema | {"batch_stats": mean})
@@ -63,24 +63,26 @@ def recalibrate(
 
 
 def _of_pictures(
-    p_steps: Steps, state: TrainState, feed: Feed, batch_size: int, per_call: int, description: str
+    p_steps: Steps, state: TrainState, loader: Loader, batch_size: int, per_call: int, description: str
 ) -> Any:
     """A step's results (num_devices, B, ...) for all pictures, on the host: (N, ...)."""
     devices = jax.device_count()
-    of_batches = _of_batches(p_steps, state, feed, -(-batch_size // devices) * devices, per_call, description)
+    of_batches = _of_batches(p_steps, state, loader, -(-batch_size // devices) * devices, per_call, description)
     # Padding is at the end of the last batch alone.
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(feed.label)], of_batches)
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(loader.label)], of_batches)
 
 
-def _of_batches(p_steps: Steps, state: TrainState, feed: Feed, batch_size: int, per_call: int, description: str) -> Any:
+def _of_batches(
+    p_steps: Steps, state: TrainState, loader: Loader, batch_size: int, per_call: int, description: str
+) -> Any:
     """A step's results for all batches, on the host: (batches, ...)."""
-    size = len(feed.label)
+    size = len(loader.label)
     results: list[Any] = []
     counts: list[int] = []
     with Progress(description, size) as progress:
-        batches = feed.batches(np.arange(size), batch_size)
-        for call, count in calls(batches, -(-size // batch_size), per_call):
-            results.append(p_steps(state, feed.pictures, call, turns(count)))
+        batches = loader.batches(np.arange(size), batch_size)
+        for call, count in stack_batches(batches, -(-size // batch_size), per_call):
+            results.append(p_steps(state, loader.examples, call, scan_length(count)))
             counts.append(count)
             if len(results) > STEPS_AHEAD:
                 jax.block_until_ready(results[-1 - STEPS_AHEAD])
@@ -97,8 +99,10 @@ def pmap_eval_steps(model: ResNet, preprocessing: Preprocessing) -> Steps:
 
 
 def _pmap_steps(step: Step, model: ResNet, preprocessing: Preprocessing, *, fold: bool = True) -> Steps:
-    steps = partial(with_each, step=step, model=model, preprocessing=preprocessing, fold=fold)
-    return compiled_by_all(jax.pmap(steps, axis_name=model.axis_name, in_axes=(None, None, 0, None), out_axes=None))
+    steps = partial(map_batches, step=step, model=model, preprocessing=preprocessing, fold=fold)
+    return with_compile_barrier(
+        jax.pmap(steps, axis_name=model.axis_name, in_axes=(None, None, 0, None), out_axes=None)
+    )
 
 
 class Evaluation(NamedTuple):
@@ -121,7 +125,7 @@ def evaluate(
     return evaluate_checkpoint(checkpoint, data_dir)
 
 
-def with_its_convolutions(model: ResNet, state: TrainState, config: ConfigDict, train_size: int) -> ResNet:
+def choose_formulation(model: ResNet, state: TrainState, config: ConfigDict, train_size: int) -> ResNet:
     """The model with oneDNN's convolutions where its training is long enough: to train and to evaluate alike."""
     work = 3 * multiply_adds(model, state.variables(), config.image_size) * train_size * config.num_epochs
     return model.clone(by_onednn=onednn.is_chosen(config.model.onednn, work))
@@ -136,8 +140,8 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     dataset = datasets.load_config_data(data, data.eval_split, config.image_size, tuple(info["class_names"]))
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
-    model = with_its_convolutions(model, state, config, info["train_size"])
+    model = choose_formulation(model, state, config, info["train_size"])
     p_eval_steps = pmap_eval_steps(model, Preprocessing(**info["preprocessing"]))
     per_call = batches_per_call(config, model, state, train=False)
-    predictions = evaluate_pictures(p_eval_steps, state, make_feed(dataset, data), config.batch_size, per_call)
+    predictions = evaluate_pictures(p_eval_steps, state, make_loader(dataset, data), config.batch_size, per_call)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)

@@ -12,7 +12,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from jaxft.data.batches import Batch, Pictures
+from jaxft.data.batches import Batch, Examples
 from jaxft.errors import UserError
 from jaxft.models.resnet import ResNet
 from jaxft.run.checkpoints import Checkpoints, NotFiniteError
@@ -22,12 +22,12 @@ from jaxft.targets.classification import Counts
 from jaxft.training.distill import Distillation, Teacher
 from jaxft.training.evaluation import STEPS_AHEAD
 from jaxft.training.state import TrainState
-from jaxft.training.steps import Objective, train_step, train_steps
-from jaxft.training.steps_per_call import turns
+from jaxft.training.steps import StepConfig, train_step, train_steps
+from jaxft.training.steps_per_call import scan_length
 from jaxft.transforms.augment import make_augmentation
 from jaxft.transforms.preprocessing import Preprocessing
 
-TrainSteps = Callable[[TrainState, Pictures | None, Batch, Any], tuple[TrainState, Counts]]  # the last: its `turns`
+TrainSteps = Callable[[TrainState, Examples | None, Batch, Any], tuple[TrainState, Counts]]  # the last: its `turns`
 
 
 def epochs_evaluated(metrics: MetricsFile, step: int, steps_per_epoch: int) -> int:
@@ -37,7 +37,7 @@ def epochs_evaluated(metrics: MetricsFile, step: int, steps_per_epoch: int) -> i
 
 
 @contextmanager
-def divergence_told(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> Iterator[None]:
+def report_divergence(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> Iterator[None]:
     """Turns NotFiniteError into a UserError. A checkpoint that led there at once is set aside: it is no good either."""
     try:
         yield
@@ -69,7 +69,7 @@ def pmap_train_steps(
         model=model,
         tx=tx,
         preprocessing=preprocessing,
-        objective=Objective(config.seed, make_augmentation(config.augment), config.label_smoothing, class_weights),
+        step_config=StepConfig(config.seed, make_augmentation(config.augment), config.label_smoothing, class_weights),
         ema_decay=config.optimizer.ema_decay,
         distillation=teacher
         and Distillation(teacher.model, teacher.preprocessing, distill.weight, distill.temperature),
@@ -84,7 +84,7 @@ def pmap_train_steps(
     )
 
 
-def up_to_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
+def steps_between_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
     """After `first` steps, how many come before the next multiple of every_steps, and so on up to `last`."""
     while first < last:
         step = min((first // every_steps + 1) * every_steps, last) if every_steps else last
@@ -95,7 +95,7 @@ def up_to_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
 def run_steps(
     p_train_steps: TrainSteps,
     state: TrainState,
-    pictures: Pictures | None,
+    examples: Examples | None,
     calls: Iterable[tuple[Batch, int]],
     stop: StopSignals,
 ) -> Iterator[tuple[TrainState, int, Counts, float]]:
@@ -121,7 +121,7 @@ def run_steps(
             yield from arrived()
         if any([stop.reached(launched + i) for i in range(1, count + 1)]):  # noqa: C419, each has to be asked
             break
-        state, counts = p_train_steps(state, pictures, batches, turns(count))
+        state, counts = p_train_steps(state, examples, batches, scan_length(count))
         launched += count
         waiting.append((counts, count))
     while waiting:
@@ -130,8 +130,8 @@ def run_steps(
 
 def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: float) -> dict[str, Any]:
     """A line of metrics.jsonl; raises NotFiniteError where the loss is none."""
-    pictures = int(counts.pictures)
-    loss = float(counts.loss) / pictures
+    num_images = int(counts.num_images)
+    loss = float(counts.loss) / num_images
     if not math.isfinite(loss):
         raise NotFiniteError(f"the {split} loss is {loss}", step, made_by=step - 1 if split == "train" else step)
     return {
@@ -139,7 +139,7 @@ def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: floa
         "epoch": epoch,
         "split": split,
         "loss": loss,
-        "accuracy": float(counts.correct) / pictures,
-        "images_per_second": round(pictures / seconds, 2),
+        "accuracy": float(counts.correct) / num_images,
+        "images_per_second": round(num_images / seconds, 2),
         "seconds": round(seconds, 4),
     }

@@ -6,7 +6,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from jaxft.models.partition import PARTS, map_with_path, part_of
+from jaxft.models.partition import STAGES, map_with_path, stage_of
 
 # optimizer.name -> what it makes of the gradients, before weight decay and learning rate
 SCALERS = {
@@ -39,8 +39,8 @@ def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, num_epochs:
 
 def learning_rate_factor(config: ConfigDict, path: str) -> float:
     """Of the parameter at 'layer4/0/conv1/kernel': layer_decay for each part after it, head_factor for the head."""
-    part = part_of(path)
-    after = len(PARTS) - 1 - list(PARTS).index(part)
+    part = stage_of(path)
+    after = len(STAGES) - 1 - list(STAGES).index(part)
     return config.layer_decay**after * (config.head_factor if part == "head" else 1.0)
 
 

@@ -9,7 +9,7 @@ from jaxft.errors import UserError
 from jaxft.models.partition import freeze
 from jaxft.models.resnet import ResNet, make_model
 from jaxft.run.checkpoints import Checkpoints
-from jaxft.run.remote_workdir import reading_folder, shown_as
+from jaxft.run.remote_workdir import display_name, reading_folder
 from jaxft.run.workdir import has_checkpoint
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, abstract_train_state
@@ -26,7 +26,7 @@ def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
     """A checkpoint and all that it needs to be used: 'best', 'latest' or a step's number."""
     workdir = reading_folder(workdir)
     if not has_checkpoint(workdir):
-        raise UserError(f"there is no checkpoint in {shown_as(workdir)}; train first, or name another --workdir")
+        raise UserError(f"there is no checkpoint in {display_name(workdir)}; train first, or name another --workdir")
     with closing(Checkpoints(workdir)) as checkpoints:
         step = checkpoints.resolve(which)
         info = checkpoints.info(step)

@@ -11,11 +11,11 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxft.data import datasets
-from jaxft.data.batches import Batch, Pictures, replicate
+from jaxft.data.batches import Batch, Examples, replicate
 from jaxft.data.budget import device_memory, is_streamed
 from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
-from jaxft.models.partition import freeze, table, trains_head_alone
+from jaxft.models.partition import freeze, table, trains_only_head
 from jaxft.models.resnet import ResNet, make_model
 from jaxft.pretrained.convert import load_pretrained
 from jaxft.run import remote_workdir
@@ -26,7 +26,7 @@ from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.restore import load_checkpoint
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state, initial_train_state
-from jaxft.training.steps_per_call import turns
+from jaxft.training.steps_per_call import scan_length
 from jaxft.transforms.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
@@ -40,8 +40,8 @@ def find_batch_size(config: ConfigDict, train_data: datasets.Dataset, eval_data:
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
     steps = pmap_train_steps(config, model, tx, preprocessing, teacher=teacher)
 
-    def compile_step(pictures: Pictures, batch: Batch) -> Any:
-        return steps.lower(state, pictures, batch, teacher and teacher.variables, turns(1)).compile()
+    def compile_step(examples: Examples, batch: Batch) -> Any:
+        return steps.lower(state, examples, batch, teacher and teacher.variables, scan_length(1)).compile()
 
     stream = config.data.stream
     resident = sum(data.image.nbytes for data in (train_data, eval_data) if not is_streamed(data, stream))
@@ -110,10 +110,10 @@ def check_data(info: dict[str, Any], train_data: datasets.Dataset, workdir: Path
         raise UserError(f"{workdir} began with {info['train_size']} other pictures to train; name another --workdir")
 
 
-def features_suffice(config: ConfigDict, model: ResNet) -> bool:
+def can_cache_features(config: ConfigDict, model: ResNet) -> bool:
     """Whether the head sees the same of a picture in every epoch, so that the backbone needs to see it only once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
-    return trains_head_alone(model) and not augmented and not config.distill.teacher
+    return trains_only_head(model) and not augmented and not config.distill.teacher
 
 
 def print_start(
@@ -148,7 +148,7 @@ def print_start(
     if config.optimizer.freeze:
         print(table(freeze(model, config.optimizer, first_epoch)))
     print(
-        f"workdir  {remote_workdir.shown_as(workdir)}"
+        f"workdir  {remote_workdir.display_name(workdir)}"
         + (f", goes on after step {int(state.step)}" if state.step else ""),
         flush=True,
     )

@@ -55,7 +55,7 @@ def abstract_train_state(model: ResNet, tx: optax.GradientTransformation, *, ema
     return jax.eval_shape(partial(create_train_state, model, tx, ema=ema), jax.random.key(0))
 
 
-def _averaged(averages: Any, state: TrainState, decay: float) -> Any:
+def update_ema(averages: Any, state: TrainState, decay: float) -> Any:
     """The averages after this step: of few steps at first, or the start would weigh on them for long."""
     weight = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     newest = {"params": state.params, "batch_stats": state.batch_stats}

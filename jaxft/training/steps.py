@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.data.batches import Array, Batch, Pictures, pictures_of
+from jaxft.data.batches import Array, Batch, Examples, examples_for
 from jaxft.models.fold import fold_norms
-from jaxft.models.partition import carry_over, map_with_path, merge, split_frozen
+from jaxft.models.partition import map_with_path, merge, merge_opt_state, split_frozen
 from jaxft.models.resnet import ResNet
 from jaxft.ops.elementwise import sum_over_devices
-from jaxft.targets.classification import Counts, Predictions, _count, _predictions, cross_entropy
+from jaxft.targets.classification import Counts, Predictions, count_batch, cross_entropy, predictions_from_logits
 from jaxft.training.distill import Distillation, distillation_loss
-from jaxft.training.state import TrainState, _averaged
+from jaxft.training.state import TrainState, update_ema
 from jaxft.transforms.augment import NO_AUGMENTATION, Augmentation, augment, mix, picture_keys
 from jaxft.transforms.preprocessing import Preprocessing, preprocess
 
 
-class Objective(NamedTuple):
+class StepConfig(NamedTuple):
     """What is random in a training step, and what it minimises."""
 
     seed: int = 0
@@ -31,28 +31,30 @@ class Objective(NamedTuple):
 
 
 def training_inputs(
-    pictures: Pictures, batch: Batch, step: Array, preprocessing: Preprocessing, objective: Objective
+    examples: Examples, batch: Batch, step: Array, preprocessing: Preprocessing, step_config: StepConfig
 ) -> tuple[jax.Array, list[tuple[Array, Array]]]:
     """The network's input for a batch, and its labels, each with its share (B,) of the picture.
 
     What is random is a function of the seed, the step and the picture alone, on any number of devices.
     """
-    augmentation = objective.augmentation
+    augmentation = step_config.augmentation
 
     def keys(index: Array) -> jax.Array:
-        return picture_keys(objective.seed, step, index if pictures.number is None else pictures.number[index])
+        return picture_keys(
+            step_config.seed, step, index if examples.dataset_index is None else examples.dataset_index[index]
+        )
 
-    def seen(index: Array) -> jax.Array:
-        image = pictures.seen(index)
+    def gather(index: Array) -> jax.Array:
+        image = examples.gather(index)
         return image if image.ndim == 2 else augment(image, keys(index), augmentation, preprocessing)
 
-    label = pictures.label[batch.index]
+    label = examples.label[batch.index]
     if not augmentation.mixup and not augmentation.cutmix:
-        return seen(batch.index), [(label, jnp.ones(label.shape))]
-    image, partner = jnp.split(seen(jnp.concatenate([batch.index, batch.partner])), 2)
+        return gather(batch.index), [(label, jnp.ones(label.shape))]
+    image, partner = jnp.split(gather(jnp.concatenate([batch.index, batch.partner])), 2)
     mix_keys = jax.vmap(jax.random.fold_in, (0, None))(keys(batch.index), 2)
     image, share = mix(image, partner, mix_keys, augmentation)
-    return image, [(label, share), (pictures.label[batch.partner], 1 - share)]
+    return image, [(label, share), (examples.label[batch.partner], 1 - share)]
 
 
 TrainStep = Callable[..., tuple[TrainState, Counts]]  # of a state, pictures, a batch and a teacher's variables
@@ -60,14 +62,14 @@ TrainStep = Callable[..., tuple[TrainState, Counts]]  # of a state, pictures, a 
 
 def train_step(
     state: TrainState,
-    pictures: Pictures | None,
+    examples: Examples | None,
     batch: Batch,
     teacher: Any = None,
     *,
     model: ResNet,
     tx: optax.GradientTransformation,
     preprocessing: Preprocessing,
-    objective: Objective = Objective(),  # noqa: B008, it is immutable
+    step_config: StepConfig = StepConfig(),  # noqa: B008, it is immutable
     ema_decay: float = 0.0,
     distillation: Distillation | None = None,
 ) -> tuple[TrainState, Counts]:
@@ -76,19 +78,19 @@ def train_step(
     What `model` has frozen stays as it is to the bit, and nothing is propagated back through it where nothing before
     it trains. teacher: the variables of `distillation`'s network, which sees the same pictures at its own size.
     """
-    pictures = pictures_of(pictures, batch)
-    image, labels = training_inputs(pictures, batch, state.step, preprocessing, objective)
+    examples = examples_for(examples, batch)
+    image, labels = training_inputs(examples, batch, state.step, preprocessing, step_config)
     total = sum_over_devices(batch.mask.sum(), model.axis_name)
-    taught: Any = None
+    teacher_logits: Any = None
     if distillation:
-        teachers_image, _ = training_inputs(pictures, batch, state.step, distillation.preprocessing, objective)
-        taught = distillation.model.apply(teacher, teachers_image, train=False)
+        teacher_image, _ = training_inputs(examples, batch, state.step, distillation.preprocessing, step_config)
+        teacher_logits = distillation.model.apply(teacher, teacher_image, train=False)
     trainable, kept = split_frozen(state.params, model.frozen)
 
     def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
         variables = {"params": merge(trainable, kept), "batch_stats": state.batch_stats}
         logits, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
-        smoothing, class_weights = objective.label_smoothing, objective.class_weights
+        smoothing, class_weights = step_config.label_smoothing, step_config.class_weights
         parts = [
             (*cross_entropy(logits, label, smoothing, class_weights), share * batch.mask) for label, share in labels
         ]
@@ -96,9 +98,9 @@ def train_step(
         weight = sum((weights * share).sum() for _, weights, share in parts)
         loss /= sum_over_devices(weight, model.axis_name)
         if distillation:
-            divergence = distillation_loss(logits, taught, distillation.temperature) * batch.mask
+            divergence = distillation_loss(logits, teacher_logits, distillation.temperature) * batch.mask
             loss = (1 - distillation.weight) * loss + distillation.weight * divergence.sum() / total
-        counts = _count(logits, pictures.label[batch.index], batch.mask)
+        counts = count_batch(logits, examples.label[batch.index], batch.mask)
         return loss, (updates["batch_stats"], counts)
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
@@ -111,52 +113,54 @@ def train_step(
             return a if frozen else sum_over_devices(a * weight, model.axis_name)
 
         batch_stats = map_with_path(mean, batch_stats)
-    opt_state = carry_over(state.opt_state, jax.eval_shape(tx.init, trainable))  # what will train later is left out
+    opt_state = merge_opt_state(
+        state.opt_state, jax.eval_shape(tx.init, trainable)
+    )  # what will train later is left out
     updates, opt_state = tx.update(grads, opt_state, trainable)
     params = merge(optax.apply_updates(trainable, updates), kept)
-    opt_state = carry_over(opt_state, state.opt_state)
+    opt_state = merge_opt_state(opt_state, state.opt_state)
     new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
     if ema_decay:
-        new_state = dataclasses.replace(new_state, ema=_averaged(state.ema, new_state, ema_decay))
+        new_state = dataclasses.replace(new_state, ema=update_ema(state.ema, new_state, ema_decay))
     return new_state, sum_over_devices(counts, model.axis_name)
 
 
 def train_steps(
     state: TrainState,
-    pictures: Pictures | None,
+    examples: Examples | None,
     batches: Batch,
     teacher: Any = None,
-    turns: Array | None = None,
+    num_steps: Array | None = None,
     *,
     step: TrainStep,
 ) -> tuple[TrainState, Counts]:
     """With the first `turns` of batches (K, B), or all of them, one after the other: counts (K,)."""
-    return scan_first(turns, lambda state, batch: step(state, pictures, batch, teacher), state, batches)
+    return scan_prefix(num_steps, lambda state, batch: step(state, examples, batch, teacher), state, batches)
 
 
-def scan_first(turns: Array | None, function: Callable[..., Any], carried: Any, each: Any) -> Any:
+def scan_prefix(num_steps: Array | None, function: Callable[..., Any], carried: Any, each: Any) -> Any:
     """jax.lax.scan with no more than so many of `each`; the results of others are 0."""
-    if turns is None:
+    if num_steps is None:
         return jax.lax.scan(function, carried, each)
     function = jax.jit(function)  # traced once
     shapes = jax.eval_shape(function, carried, jax.tree.map(lambda array: array[0], each))[1]
     zeros = jax.tree.map(lambda one: jnp.zeros((len(jax.tree.leaves(each)[0]), *one.shape), one.dtype), shapes)
 
-    def turn(k: Array, so_far: Any) -> Any:
+    def body(k: Array, so_far: Any) -> Any:
         carried, one = function(so_far[0], jax.tree.map(lambda array: array[k], each))
         return carried, jax.tree.map(lambda all, one: all.at[k].set(one), so_far[1], one)
 
-    return jax.lax.fori_loop(0, turns, turn, (carried, zeros))
+    return jax.lax.fori_loop(0, num_steps, body, (carried, zeros))
 
 
 Step = Callable[..., Any]  # of variables, pictures and a batch, of a model and its preprocessing
 
 
-def with_each(
+def map_batches(
     state: TrainState,
-    pictures: Pictures | None,
+    examples: Examples | None,
     batches: Batch,
-    turns: Array | None = None,
+    num_steps: Array | None = None,
     *,
     step: Step,
     model: ResNet,
@@ -167,37 +171,37 @@ def with_each(
     variables: Any = state.variables()
     if fold:
         model, variables = fold_norms(model, variables)
-    step = partial(step, variables, pictures, model=model, preprocessing=preprocessing)
-    return scan_first(turns, lambda _, batch: (None, step(batch)), None, batches)[1]
+    step = partial(step, variables, examples, model=model, preprocessing=preprocessing)
+    return scan_prefix(num_steps, lambda _, batch: (None, step(batch)), None, batches)[1]
 
 
 def eval_step(
-    variables: Any, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+    variables: Any, examples: Examples | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
 ) -> Predictions:
     """Of each picture of the batch (num_devices, B), padding too; with running statistics."""
-    pictures = pictures_of(pictures, batch)
-    image = pictures.seen(batch.index)
+    examples = examples_for(examples, batch)
+    image = examples.gather(batch.index)
     if image.ndim == 4:
         image = preprocess(image, preprocessing)
     logits: Any = model.apply(variables, image, train=False)
-    return jax.lax.all_gather(_predictions(logits, pictures.label[batch.index]), model.axis_name)
+    return jax.lax.all_gather(predictions_from_logits(logits, examples.label[batch.index]), model.axis_name)
 
 
 def features_step(
-    variables: Any, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+    variables: Any, examples: Examples | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
 ) -> jax.Array:
     """What the head sees of each picture of the batch: (num_devices, B, F), padding too."""
-    pictures = pictures_of(pictures, batch)
-    image = preprocess(pictures.seen(batch.index), preprocessing)
+    examples = examples_for(examples, batch)
+    image = preprocess(examples.gather(batch.index), preprocessing)
     return jax.lax.all_gather(model.apply(variables, image, train=False, features_only=True), model.axis_name)
 
 
 def statistics_step(
-    variables: Any, pictures: Pictures | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
+    variables: Any, examples: Examples | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
 ) -> Any:
     """The batch_stats that the batch would leave alone, over all devices."""
-    pictures = pictures_of(pictures, batch)
-    image = preprocess(pictures.seen(batch.index), preprocessing)
+    examples = examples_for(examples, batch)
+    image = preprocess(examples.gather(batch.index), preprocessing)
     model = model.clone(batch_norm="sync", norm_momentum=1.0)
     _, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
     return updates["batch_stats"]

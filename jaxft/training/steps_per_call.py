@@ -25,7 +25,9 @@ def batches_per_call(config: ConfigDict, model: ResNet, state: TrainState, *, tr
     return int(min(max(WORK / (3 * forward if train else forward), 1), MOST))
 
 
-def calls(batches: Iterator[Batch], number: int, per_call: int, *, first: bool = False) -> Iterator[tuple[Batch, int]]:
+def stack_batches(
+    batches: Iterator[Batch], number: int, per_call: int, *, first: bool = False
+) -> Iterator[tuple[Batch, int]]:
     """The next `number` batches, several (devices, K, B) a call, and how many of these count.
 
     Each K is compiled: on a CPU one, of which any number may count, and at `first` a single one, to show soon that
@@ -42,6 +44,6 @@ def calls(batches: Iterator[Batch], number: int, per_call: int, *, first: bool =
         number, first = number - count, False
 
 
-def turns(count: int) -> np.int32 | None:
-    """As `scan_first` takes them: for calls of any number of batches, or of a known one."""
+def scan_length(count: int) -> np.int32 | None:
+    """As `scan_prefix` takes them: for calls of any number of batches, or of a known one."""
     return np.int32(count) if jax.default_backend() == "cpu" else None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxft.data import image_file
-from jaxft.data.image_file import PictureError, decode, shrink
+from jaxft.data.image_file import ImageError, decode, shrink
 from tests.helpers.reference import torchvision
 
 COLOUR = (200, 100, 50)
@@ -73,13 +73,13 @@ def test_what_is_no_picture_is_told_by_name(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(encoded(Image.effect_noise((64, 64), 50), "PNG")[:900])
     (tmp_path / "folder.jpg").mkdir()
     for path in tmp_path.iterdir():
-        with pytest.raises(PictureError, match=path.name):
+        with pytest.raises(ImageError, match=path.name):
             decode(path)
 
 
 def test_a_picture_of_400_million_pixels_is_refused_before_it_is_decoded() -> None:
     data = encoded(Image.new("1", (20_000, 20_000)), "PNG")
-    with pytest.raises(PictureError, match="20000 x 20000 pixels"):
+    with pytest.raises(ImageError, match="20000 x 20000 pixels"):
         decode(data, "huge.png")
 
 
@@ -92,7 +92,7 @@ def test_damaged_files_are_read_or_told(data: st.DataObject, kind: str) -> None:
     del whole[data.draw(st.integers(1, len(whole))) :]
     try:
         array = decode(bytes(whole))
-    except PictureError:
+    except ImageError:
         return
     assert array.dtype == np.uint8
     assert array.ndim == 3

@@ -20,8 +20,8 @@ from PIL import Image
 from jaxft.data import budget, datasets, lazy_images
 from jaxft.data.batches import make_batches
 from jaxft.data.dataset import Dataset
-from jaxft.data.lazy_images import MappedPictures, StoredPictures
-from jaxft.data.loader import BatchReader, OnDevices, make_feed
+from jaxft.data.lazy_images import LazyImages, MappedImages
+from jaxft.data.loader import BatchReader, ResidentLoader, make_loader
 from jaxft.errors import UserError
 from jaxft.files import SAMPLES_DIR
 from tests.commands.test_train import metrics, without_times
@@ -51,10 +51,10 @@ def test_a_batch_brings_the_pictures_that_it_names(
     assert len(brought) == len(named)
     for i, batch in enumerate(named):
         own = brought[i]
-        assert own.pictures is not None
-        assert own.pictures.image.shape == (devices, share + partners, 3)  # one shape, one program
+        assert own.examples is not None
+        assert own.examples.image.shape == (devices, share + partners, 3)  # one shape, one program
         for ours, theirs in [(own.index, batch.index), (own.partner, batch.partner)][: 1 + partners]:
-            for array in (own.pictures.number, own.pictures.label, own.pictures.image[..., 0]):
+            for array in (own.examples.dataset_index, own.examples.label, own.examples.image[..., 0]):
                 found = np.take_along_axis(np.asarray(array), np.asarray(ours), 1)
                 np.testing.assert_array_equal(found[batch.mask > 0], theirs[batch.mask > 0])
 
@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
     arrays, files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
-    assert isinstance(files.image, StoredPictures)
+    assert isinstance(files.image, LazyImages)
     assert files.image.shape == arrays.image.shape
     assert files.image.nbytes == arrays.image.nbytes
     np.testing.assert_array_equal(files.label, arrays.label)
@@ -93,22 +93,22 @@ def test_pictures_are_kept_decoded_where_the_disk_has_twice_their_room(
 
     monkeypatch.setattr(budget.shutil, "disk_usage", disk_usage)
     records = ("tiny_pictures", "train", str(DATA / "array_record"))
-    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, StoredPictures)
+    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, LazyImages)
     assert isinstance(datasets.load(*records, side=2000).image, np.ndarray)
     free = 2 * needed
     assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
     free = 0
     assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "other"))
-    assert isinstance(datasets.load(*records, side=2000).image, StoredPictures)
+    assert isinstance(datasets.load(*records, side=2000).image, LazyImages)
 
 
 @pytest.mark.parametrize("stream", ["auto", "never"])
 def test_pictures_that_fit_are_read_once_where_the_disk_keeps_none(folder: Path, stream: str) -> None:
     kept, in_files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
-    feed = make_feed(in_files, ConfigDict({"stream": stream, "workers": 0}))
-    assert isinstance(feed, OnDevices)
-    np.testing.assert_array_equal(feed.pictures.seen(np.arange(len(kept.label))), kept.image)
+    loader = make_loader(in_files, ConfigDict({"stream": stream, "workers": 0}))
+    assert isinstance(loader, ResidentLoader)
+    np.testing.assert_array_equal(loader.examples.gather(np.arange(len(kept.label))), kept.image)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full stands for a full disk")
@@ -131,7 +131,7 @@ def test_worker_processes_get_the_name_of_an_array_not_a_copy(
 ) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     kept = datasets.load(f"folder:{folder}", "test", side=24, cache="always").image
-    pickled = pickle.dumps(MappedPictures.of(kept))
+    pickled = pickle.dumps(MappedImages.of(kept))
     assert len(pickled) < 1000
     index = np.array([[3, 999], [3, 0]])
     np.testing.assert_array_equal(pickle.loads(pickled)[index], kept[index])
@@ -151,7 +151,7 @@ def test_records_are_indexed_as_arrays_are(tmp_path: Path, monkeypatch: pytest.M
     again = datasets.load(*where, side=side, cache="never")
     arrays = datasets.load(*where, side=side)
     for data in (records, again):
-        assert isinstance(data.image, StoredPictures)
+        assert isinstance(data.image, LazyImages)
         assert data.image.shape == arrays.image.shape
         assert data.class_names == arrays.class_names
         np.testing.assert_array_equal(data.label, arrays.label)

@@ -55,29 +55,29 @@ def onednn_in_double_precision() -> Iterator[None]:
         padding: tuple[int, int],
         extra: tuple[int, int] = (0, 0),
         transposed: bool = False,
-        then: onednn.Then = onednn.Then(),  # noqa: B008, it is immutable
+        epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, it is immutable
     ) -> jax.Array:
         pads = [(before, before + more) for before, more in zip(padding, extra, strict=True)]
         kernel = kernel.swapaxes(2, 3) if transposed else kernel
         numbers = ("NHWC", "HWIO", "NHWC")
-        return after(lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=numbers), then)
+        return after(lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=numbers), epilogue)
 
-    def product(
+    def matmul(
         a: jax.Array,
         b: jax.Array,
         transpose_a: bool = False,
         transpose_b: bool = False,
-        then: onednn.Then = onednn.Then(),  # noqa: B008, it is immutable
+        epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, it is immutable
     ) -> jax.Array:
-        return after((a.mT if transpose_a else a) @ (b.mT if transpose_b else b), then)
+        return after((a.mT if transpose_a else a) @ (b.mT if transpose_b else b), epilogue)
 
-    def after(y: jax.Array, then: onednn.Then) -> jax.Array:
-        y = y if then.bias is None else y + then.bias
-        y = y if then.shortcut is None else y + then.shortcut
-        return jax.nn.relu(y) if then.relu else y
+    def after(y: jax.Array, epilogue: onednn.Epilogue) -> jax.Array:
+        y = y if epilogue.bias is None else y + epilogue.bias
+        y = y if epilogue.shortcut is None else y + epilogue.shortcut
+        return jax.nn.relu(y) if epilogue.relu else y
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onednn, "convolution", convolution)
-        patch.setattr(onednn, "product", product)
+        patch.setattr(onednn, "product", matmul)
         patch.setattr(onednn, "DTYPES", (jnp.float64,))
         yield

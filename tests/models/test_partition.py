@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxft.config import default_config
 from jaxft.data import datasets
-from jaxft.data.batches import Batch, Pictures, epoch_order, make_batches
+from jaxft.data.batches import Batch, Examples, epoch_order, make_batches
 from jaxft.errors import UserError
 from jaxft.models import partition
 from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet
@@ -80,7 +80,7 @@ def train(model: ResNet, config: Any, state: TrainState, steps: int, devices: in
     tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
     step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
     p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
-    pictures = Pictures(sample.image, sample.label)
+    pictures = Examples(sample.image, sample.label)
     for batch in list(make_batches(epoch_order(0, 1, 2000), 32, devices))[:steps]:
         state, _ = p_step(state, pictures, batch)
     return state
@@ -104,8 +104,8 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(names: str, batch_no
     for before_tree, after_tree in ((state.params, after.params), (state.batch_stats, after.batch_stats)):
         before, moved = flatten_dict(before_tree, sep="/"), flatten_dict(after_tree, sep="/")
         for path, array in before.items():
-            frozen = partition.part_of(path) in names.split(",") or (
-                names == "backbone" and partition.part_of(path) != "head"
+            frozen = partition.stage_of(path) in names.split(",") or (
+                names == "backbone" and partition.stage_of(path) != "head"
             )
             assert (np.asarray(array).tobytes() == np.asarray(moved[path]).tobytes()) == frozen, path
     momentum = {
@@ -131,7 +131,7 @@ def products(jaxpr: Any) -> int:
 def test_nothing_is_propagated_back_through_a_frozen_prefix() -> None:
     """With only the head to train a step has the forward pass's products and one more: the head's gradient."""
     image = jnp.zeros((4, 32, 32, 3), jnp.uint8)
-    pictures, batch = Pictures(image, jnp.zeros(4, jnp.int32)), Batch(jnp.arange(4), jnp.arange(4), jnp.ones(4))
+    pictures, batch = Examples(image, jnp.zeros(4, jnp.int32)), Batch(jnp.arange(4), jnp.arange(4), jnp.ones(4))
 
     def in_a_step(names: str) -> int:
         config = optimizer_config(freeze=names)
@@ -159,10 +159,10 @@ def test_a_part_that_thaws_begins_with_no_momentum_and_the_rest_goes_on() -> Non
         for frozen in ({"conv1/kernel"}, {"conv1/kernel"}, set(), set()):
             trainable, kept = partition.split_frozen(params, frozenset(frozen))
             grads = jax.tree.map(lambda a, b: a - b, trainable, partition.split_frozen(target, frozenset(frozen))[0])
-            now = partition.carry_over(opt_state, jax.eval_shape(tx.init, trainable))
+            now = partition.merge_opt_state(opt_state, jax.eval_shape(tx.init, trainable))
             updates, now = tx.update(grads, now, trainable)
             params = partition.merge(optax.apply_updates(trainable, updates), kept)
-            opt_state = partition.carry_over(now, opt_state)
+            opt_state = partition.merge_opt_state(now, opt_state)
     for name, steps in (("conv1", 2), ("fc", 4)):
         array = torch.nn.Parameter(torch.from_numpy(start[name]["kernel"].copy()))
         sgd = torch.optim.SGD([array], 2**-5, momentum=0.9, weight_decay=1e-2)

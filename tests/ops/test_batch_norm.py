@@ -59,7 +59,7 @@ def test_batch_norm(mask: tuple[int, ...] | None, relu: bool, shortcut: bool) ->
         return nn.relu(y) if relu else y
 
     def ours(x: jax.Array, other: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-        near = jnp.full(6, 0.1)
-        return batch_norm(x, other if shortcut else None, scale, bias, near, weights, 1e-5, relu, None)[0]
+        mean_estimate = jnp.full(6, 0.1)
+        return batch_norm(x, other if shortcut else None, scale, bias, mean_estimate, weights, 1e-5, relu, None)[0]
 
     same(ours, plain, random(4, 3, 5, 6), random(4, 3, 5, 6, seed=2), random(6), random(6, seed=2))

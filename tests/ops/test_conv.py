@@ -101,12 +101,12 @@ def test_convolutions_that_add(
 
 @on_x86
 def test_onednn_is_at_hand() -> None:
-    assert onednn.is_at_hand()
+    assert onednn.self_test()
 
 
 @pytest.mark.parametrize("setting", ["auto", "always", "never"])
 def test_onednn_is_for_long_runs(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "is_at_hand", lambda: True)
+    monkeypatch.setattr(onednn, "self_test", lambda: True)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     assert [onednn.is_chosen(setting, work) for work in (1e9, 1e15)] == {
         "auto": [False, True],
@@ -116,7 +116,7 @@ def test_onednn_is_for_long_runs(setting: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_onednn_that_is_not_there_is_told_or_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "is_at_hand", lambda: False)
+    monkeypatch.setattr(onednn, "self_test", lambda: False)
     assert not onednn.is_chosen("auto", 1e15)
     with pytest.raises(UserError, match="onednn=auto"):
         onednn.is_chosen("always", 1e15)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jaxft.ops import onednn
 from jaxft.ops.conv import conv
 from jaxft.ops.conv_plain import plain_conv
-from jaxft.ops.winograd import Product, pays, product_by_xla, winograd_conv
+from jaxft.ops.winograd import BatchedMatmul, is_profitable, winograd_conv, xla_matmul
 from tests.helpers.formulations import on_x86, random, same
 
-PRODUCTS = [product_by_xla, pytest.param(onednn.product, marks=on_x86)]
+PRODUCTS = [xla_matmul, pytest.param(onednn.matmul, marks=on_x86)]
 
 
 @settings(max_examples=12, deadline=None)
@@ -23,7 +23,7 @@ PRODUCTS = [product_by_xla, pytest.param(onednn.product, marks=on_x86)]
 def test_is_a_convolution(shape: tuple[int, int, int]) -> None:
     with jax.enable_x64(True):
         kernel = random(3, 3, shape[-1], 2)
-        same(lambda x, kernel: winograd_conv(x, kernel, product_by_xla), plain_conv, random(2, *shape), kernel)
+        same(lambda x, kernel: winograd_conv(x, kernel, xla_matmul), plain_conv, random(2, *shape), kernel)
 
 
 def error(function: Any, exact: list[np.ndarray], x: jax.Array, kernel: jax.Array, dy: jax.Array) -> float:
@@ -39,7 +39,7 @@ def error(function: Any, exact: list[np.ndarray], x: jax.Array, kernel: jax.Arra
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_errs_little_in_float32(product: Product) -> None:
+def test_errs_little_in_float32(product: BatchedMatmul) -> None:
     """Beside torch in float64, from which torch in float32 is 3e-7 to 8e-7 away."""
     from tests.helpers.reference import torch
 
@@ -62,7 +62,7 @@ def test_errs_little_in_float32(product: Product) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_is_what_a_layer_of_many_channels_takes(dtype: Any) -> None:
     x, kernel = jnp.asarray(random(2, 16, 16, 64), dtype), jnp.asarray(random(3, 3, 64, 64), dtype)
-    assert pays(x.shape, kernel.shape)
+    assert is_profitable(x.shape, kernel.shape)
     assert "conv_general_dilated" not in str(jax.make_jaxpr(conv)(x, kernel))
     same(conv, plain_conv, x, kernel, tolerance=3e-6 if dtype == jnp.float32 else 0.01)
 
@@ -70,4 +70,4 @@ def test_is_what_a_layer_of_many_channels_takes(dtype: Any) -> None:
 def test_a_program_for_any_batch_is_a_plain_convolution() -> None:
     (batch,) = jax.export.symbolic_shape("pictures")
     any_number: Any = batch
-    assert not pays((any_number, 16, 16, 64), (3, 3, 64, 64))
+    assert not is_profitable((any_number, 16, 16, 64), (3, 3, 64, 64))

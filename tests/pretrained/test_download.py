@@ -47,7 +47,7 @@ class Answer:
     ranges: bool = True  # else the whole file, with status 200
     shift: int = 0  # of the part that is sent against the part asked for
     longer: int = 0  # bytes that Content-Length says too many
-    told: bool = True  # with a Content-Length at all
+    text: bool = True  # with a Content-Length at all
     cut: int | None = None  # bytes after which the connection ends
     reset: bool = False  # ... by a reset
     stall: bool = False  # ... after having hung
@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             start = 0
             self.send_response(200)
         body = server.data[start:]
-        if answer.told:
+        if answer.text:
             self.send_header("Content-Length", str(len(body) + answer.longer))
         self.end_headers()
         time.sleep(answer.delay)
@@ -191,7 +191,7 @@ def test_an_address_may_have_a_query(tmp_path: Path) -> None:
     ("answers", "starts"),
     [
         ([Answer(cut=300_000)], [0, 300_000]),
-        ([Answer(cut=300_000, told=False)], [0, 300_000]),
+        ([Answer(cut=300_000, text=False)], [0, 300_000]),
         ([Answer(cut=300_000, reset=True)], [0, 300_000]),
         ([Answer(cut=1000), Answer(cut=5), Answer(cut=0), Answer(cut=0)], [0, 1000, 1005, 1005, 1005]),
         ([Answer(cut=300_000), Answer(ranges=False)], [0, 300_000]),
@@ -207,7 +207,7 @@ def test_an_address_may_have_a_query(tmp_path: Path) -> None:
         ([Answer(longer=-400_000)], [0, 600_000]),
         ([Answer(longer=-400_000), Answer(longer=-100_000)], [0, 600_000, 900_000]),
         ([Answer(longer=-1_000_000)], [0, 0]),
-        ([Answer(told=False)], [0]),
+        ([Answer(text=False)], [0]),
     ],
     ids=str,
 )
@@ -228,12 +228,12 @@ def test_a_server_that_hangs_is_asked_again(tmp_path: Path, monkeypatch: pytest.
 @given(
     cuts=st.lists(st.integers(1, 200), max_size=12),
     idle=st.integers(0, download.TRIES - 1),
-    told=st.booleans(),
+    text=st.booleans(),
     longer=st.sampled_from([0, 50]),
 )
-def test_any_cuts_end_with_the_right_bytes(cuts: list[int], idle: int, told: bool, longer: int) -> None:
+def test_any_cuts_end_with_the_right_bytes(cuts: list[int], idle: int, text: bool, longer: int) -> None:
     data = DATA[:1000]
-    answers = [Answer(cut=cut, told=told, longer=longer) for cut in cuts] + [Answer(cut=0)] * idle
+    answers = [Answer(cut=cut, text=text, longer=longer) for cut in cuts] + [Answer(cut=0)] * idle
     with tempfile.TemporaryDirectory() as folder, serving(*answers, data=data) as server:
         path = fetch(server.url, sha256(data)[:8], Path(folder))
         assert path.read_bytes() == data
@@ -253,7 +253,7 @@ def test_any_cuts_without_ranges_too(cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "then", [OK, Answer(told=False), Answer(ranges=False), Answer(ranges=False, told=False)], ids=str
+    "then", [OK, Answer(text=False), Answer(ranges=False), Answer(ranges=False, text=False)], ids=str
 )
 def test_wrong_bytes_are_refused_and_told(then: Answer, tmp_path: Path) -> None:
     wrong = DATA[:-1] + b"?"

@@ -17,7 +17,7 @@ from jaxft import report
 from jaxft.data import datasets
 from jaxft.errors import UserError
 from jaxft.reporting import page as report_page
-from jaxft.targets.classification import Predictions, summarise
+from jaxft.targets.classification import Predictions, evaluation_summary
 from tests.conftest import Run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -108,7 +108,7 @@ def test_runs_side_by_side(small_run: Path, tmp_path: Path, capsys: pytest.Captu
     text = " ".join(page.text.split())
     assert "other, small 2 runs side by side" in text
     assert "What differs in their configs other small optimizer.learning_rate 0.125 0.05 Classes" in text
-    accuracy = summarise(report_page.load_run(small_run).predictions, info["class_names"])["accuracy"]
+    accuracy = evaluation_summary(report_page.load_run(small_run).predictions, info["class_names"])["accuracy"]
     assert text.count(f"{accuracy:.2%} (") == 2
 
 
@@ -185,7 +185,7 @@ def test_hundreds_of_classes_are_drawn(small_run: Path) -> None:
     )
     info = run.info | {"class_names": names}
     html = report_page.render(run._replace(info=info, predictions=predictions))
-    assert f"{summarise(predictions, names)['accuracy']:.2%}" in Page(html).text
+    assert f"{evaluation_summary(predictions, names)['accuracy']:.2%}" in Page(html).text
     assert len(html) < 1_000_000
 
 

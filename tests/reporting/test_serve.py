@@ -53,11 +53,11 @@ def png(array: np.ndarray) -> bytes:
 
 def test_the_answer_is_the_commands(port: int, small_run: Path) -> None:
     picture = datasets.load("sample:cifar10", "test").image[5]
-    status, told = post(port, png(picture))
+    status, text = post(port, png(picture))
     (prediction,) = jaxft.load(small_run).predict([picture])
     assert status == 200
-    assert [top["label"] for top in told["top_k"]] == [label for label, _ in prediction.top_k]
-    np.testing.assert_allclose([top["probability"] for top in told["top_k"]], [p for _, p in prediction.top_k], 1e-4)
+    assert [top["label"] for top in text["top_k"]] == [label for label, _ in prediction.top_k]
+    np.testing.assert_allclose([top["probability"] for top in text["top_k"]], [p for _, p in prediction.top_k], 1e-4)
 
 
 def test_what_is_no_picture_is_refused(port: int) -> None:
@@ -70,8 +70,8 @@ def test_what_is_no_picture_is_refused(port: int) -> None:
         (bomb.getvalue(), 422, "20000 x 20000 pixels"),
         (bytes(MAX_BYTES + 1), 413, "larger than 20 MB"),
     ):
-        found, told = post(port, body)
-        assert (found, part in told["error"]) == (status, True), told
+        found, text = post(port, body)
+        assert (found, part in text["error"]) == (status, True), text
     assert post(port, png(np.zeros((40, 40, 3), np.uint8)))[0] == 200  # it is still there
 
 

@@ -68,8 +68,8 @@ def together(processes: int, devices: int, *arguments: object) -> Iterator[list[
 SCRIPT = """
 import sys, time
 import jax, numpy as np
-from jaxft.data.batches import make_batches, own_parts
-from jaxft.run.processes import on_all, run_together
+from jaxft.data.batches import make_batches, local_shard
+from jaxft.run.processes import broadcast_bool, run_together
 from jaxft.errors import UserError
 
 def main(argv):
@@ -77,10 +77,10 @@ def main(argv):
     seen = jax.pmap(lambda index, mask: jax.lax.psum(jax.numpy.zeros(10).at[index].add(mask), "batch"),
                     axis_name="batch", out_axes=None)
     total = np.zeros(10)
-    for batch in own_parts(make_batches(np.arange(10), 8, jax.device_count())):
+    for batch in local_shard(make_batches(np.arange(10), 8, jax.device_count())):
         assert batch.index.shape == (2, 2)
         total += np.asarray(seen(batch.index, batch.mask))
-    print(total.tolist(), on_all(True), flush=True)
+    print(total.tolist(), broadcast_bool(True), flush=True)
     if argv == ["fail"] and jax.process_index() == 1:
         raise UserError("of process 1")
     if argv:

@@ -10,7 +10,7 @@ import pytest
 
 from jaxft.errors import UserError
 from jaxft.run import remote_workdir
-from jaxft.run.remote_workdir import COMMITTED, kept_like, reading_folder, training_folder
+from jaxft.run.remote_workdir import COMMITTED, reading_folder, synced, training_folder
 from tests.commands.test_train import metrics
 from tests.conftest import Run
 from tests.run.test_survival import TINY, assert_same_run, started, undisturbed, wait_for_steps
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_folder_of_this_machine_is_used_as_it_is(tmp_path: Path) -> None:
     assert training_folder(tmp_path) == reading_folder(str(tmp_path)) == tmp_path
-    with kept_like(tmp_path, tmp_path):
+    with synced(tmp_path, tmp_path):
         (tmp_path / "metrics.jsonl").write_text("1\n")
     assert contents(tmp_path) == {"metrics.jsonl": "1\n"}
 
@@ -48,7 +48,7 @@ def test_a_folder_of_this_machine_is_used_as_it_is(tmp_path: Path) -> None:
 def test_what_training_writes_and_removes_is_so_there(tmp_path: Path) -> None:
     url, there = f"file://{tmp_path}/bucket/run", tmp_path / "bucket" / "run"
     folder = training_folder(url)
-    with kept_like(url, folder):
+    with synced(url, folder):
         (folder / "config.json").write_text("{}")
         (folder / "metrics.jsonl").write_text("1\n")
         (folder / "half.partial").write_text("not whole yet")
@@ -61,7 +61,7 @@ def test_what_training_writes_and_removes_is_so_there(tmp_path: Path) -> None:
         for step, text in (("1", "a"), ("2", "b"))
     )
     assert contents(there) == expected | of_1 | of_2
-    with kept_like(url, folder):
+    with synced(url, folder):
         shutil.rmtree(folder / "checkpoints" / "1")
         (folder / "metrics.jsonl").write_text("1\n2\n")
     assert contents(there) == expected | of_2 | {"metrics.jsonl": "1\n2\n"}
@@ -71,7 +71,7 @@ def test_what_training_writes_and_removes_is_so_there(tmp_path: Path) -> None:
 def test_it_is_brought_there_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_workdir, "PUSH_SECONDS", 0.01)
     url = f"file://{tmp_path}/run"
-    with kept_like(url, folder := training_folder(url)):
+    with synced(url, folder := training_folder(url)):
         write_checkpoint(folder, 1, "a")
         deadline = time.monotonic() + 60
         while not (tmp_path / "run" / "checkpoints" / "1" / COMMITTED).exists():
@@ -84,7 +84,7 @@ def test_a_new_machine_goes_on_and_takes_no_half_checkpoint(tmp_path: Path, cach
     write_checkpoint(there, 1, "a")
     write_checkpoint(there, 2, "b")
     (there / "checkpoints" / "2" / COMMITTED).unlink()
-    with kept_like(url, folder := training_folder(url)):
+    with synced(url, folder := training_folder(url)):
         assert set(contents(folder)) == {"checkpoints/1/state/array", f"checkpoints/1/{COMMITTED}"}
         write_checkpoint(folder, 2, "c")
     assert contents(there)["checkpoints/2/state/array"] == "c"
@@ -110,20 +110,20 @@ def test_another_run_of_the_same_steps_replaces_the_old_one(tmp_path: Path) -> N
 
 def test_what_a_killed_run_could_not_bring_there_is_gone_on_from(tmp_path: Path) -> None:
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
-    with kept_like(url, folder := training_folder(url)):
+    with synced(url, folder := training_folder(url)):
         (folder / "config.json").write_text("{}")
         (folder / "metrics.jsonl").write_text("1\n")
     (folder / "metrics.jsonl").write_text("1\n2\n")
     write_checkpoint(folder, 2, "b")
-    with kept_like(url, folder):
+    with synced(url, folder):
         assert "checkpoints/2/state/array" in contents(folder)
     assert contents(there) == contents(folder)
 
     (there / "metrics.jsonl").write_text("another run's\n")
-    with kept_like(url, folder):
+    with synced(url, folder):
         assert contents(folder)["metrics.jsonl"] == "another run's\n"
     shutil.rmtree(there)  # by a person
-    with kept_like(url, folder):
+    with synced(url, folder):
         assert contents(folder) == {}
 
 
@@ -131,16 +131,16 @@ def test_a_bucket_that_cannot_be_written_loses_nothing(tmp_path: Path, capsys: p
     url, there = f"file://{tmp_path}/bucket/run", tmp_path / "bucket"
     there.write_text("a file where a folder should be")
     folder = training_folder(url)
-    with pytest.raises(UserError, match=r"cannot be written: "), kept_like(url, folder):
+    with pytest.raises(UserError, match=r"cannot be written: "), synced(url, folder):
         raise AssertionError("refused before anything is trained")
     there.unlink()
-    with pytest.raises(UserError, match=r"cannot be written .*; all of the run is in /"), kept_like(url, folder):
+    with pytest.raises(UserError, match=r"cannot be written .*; all of the run is in /"), synced(url, folder):
         shutil.rmtree(there)
         there.write_text("by now a file")
         (folder / "config.json").write_text("{}")
         write_checkpoint(folder, 1, "a")
     there.unlink()
-    with kept_like(url, folder):
+    with synced(url, folder):
         pass
     assert contents(there / "run") == contents(folder) != {}
 

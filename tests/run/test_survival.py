@@ -119,8 +119,8 @@ def test_a_full_disk_costs_no_more_than_its_checkpoints(undisturbed: Path, tmp_p
         wait_for_steps(process, tmp_path / "run", 16)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
         assert process.wait(timeout=300) == 0, error.result()
-    told = r"checkpoint \d+ could not be written .*; (checkpoint \d+ stays|there is none yet); trying again at the next"
-    assert re.search(told, error.result())
+    text = r"checkpoint \d+ could not be written .*; (checkpoint \d+ stays|there is none yet); trying again at the next"
+    assert re.search(text, error.result())
     assert "Traceback" not in error.result()
     assert_same_run(tmp_path / "run", undisturbed)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxft.errors import UserError
 from jaxft.run.metrics_file import MetricsFile
-from jaxft.targets.classification import CALIBRATION_BINS, Predictions, calibration, summarise, wilson_interval
+from jaxft.targets.classification import CALIBRATION_BINS, Predictions, calibration, evaluation_summary, wilson_interval
 
 
 def write_metrics(path: Path, last_step: int, every: int = 3) -> None:
@@ -105,7 +105,7 @@ def random_predictions(num_classes: int, pictures: int) -> tuple[Predictions, np
 def test_the_summary_is_what_one_counts_by_hand() -> None:
     names = [f"class {i}" for i in range(11)]
     predictions, probability = random_predictions(11, 500)
-    summary = summarise(predictions, names)
+    summary = evaluation_summary(predictions, names)
     pairs = list(zip(predictions.label.tolist(), probability.argmax(1).tolist(), strict=True))
     assert summary["confusion_matrix"] == [[pairs.count((i, j)) for j in range(11)] for i in range(11)]
     right = [truth == guess for truth, guess in pairs]
@@ -126,7 +126,7 @@ def test_the_summary_is_what_one_counts_by_hand() -> None:
         if inside.any():
             error += inside.mean() * abs(np.mean(np.array(right)[inside]) - predictions.confidence[inside].mean())
     assert summary["expected_calibration_error"] == pytest.approx(error)
-    assert calibration(predictions).pictures.sum() == 500
+    assert calibration(predictions).num_images.sum() == 500
     json.dumps(summary)
 
 
@@ -135,4 +135,4 @@ def test_certainty_that_is_always_right_is_calibrated() -> None:
     predictions = Predictions(np.arange(4), np.arange(4), always, np.zeros(4, int), np.zeros(4))
     assert calibration(predictions).error == 0
     assert calibration(dataclasses.replace(predictions, rank=np.ones(4, int))).error == 1
-    assert summarise(predictions, ["a", "b", "c", "d"])["top_k_accuracy"] == {}
+    assert evaluation_summary(predictions, ["a", "b", "c", "d"])["top_k_accuracy"] == {}

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from jaxft.data import datasets
-from jaxft.data.batches import Pictures, make_batches
+from jaxft.data.batches import Examples, make_batches
 from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.training.distill import Distillation, distillation_loss
 from jaxft.training.restore import load_checkpoint
 from jaxft.training.state import create_train_state
-from jaxft.training.steps import Objective, train_step
+from jaxft.training.steps import StepConfig, train_step
 from jaxft.transforms.augment import Augmentation
 from jaxft.transforms.preprocessing import Preprocessing
 from tests.commands.test_train import metrics
@@ -52,12 +52,12 @@ def step_with(weight: float, teacher: Any) -> Any:
         model=model,
         tx=tx,
         preprocessing=PREPROCESSING._replace(image_size=16),
-        objective=Objective(augmentation=Augmentation(flip=True, mixup=0.3)),
+        step_config=StepConfig(augmentation=Augmentation(flip=True, mixup=0.3)),
         distillation=distillation if weight else None,
     )
     p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0, None), out_axes=None)
     (batch,) = make_batches(np.arange(13), 16, 2)
-    return jax.device_get(p_step(state, Pictures(sample.image, sample.label), batch, teacher))[0].params
+    return jax.device_get(p_step(state, Examples(sample.image, sample.label), batch, teacher))[0].params
 
 
 @pytest.mark.slow

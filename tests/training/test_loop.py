@@ -18,10 +18,10 @@ from jaxft.data.batches import Batch
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.run.signals import StopSignals
 from jaxft.targets.classification import Counts
-from jaxft.training.loop import run_steps, up_to_checkpoints
+from jaxft.training.loop import run_steps, steps_between_checkpoints
 from jaxft.training.state import TrainState, abstract_train_state
-from jaxft.training.steps import scan_first, train_steps
-from jaxft.training.steps_per_call import batches_per_call, calls
+from jaxft.training.steps import scan_prefix, train_steps
+from jaxft.training.steps_per_call import batches_per_call, stack_batches
 from tests.helpers.formulations import as_if_on
 
 
@@ -36,8 +36,8 @@ def test_every_batch_has_its_turn(done: int, count: int, every_steps: int, per_c
     numbers = range(done + 1, done + count + 1)
     rest = iter([Batch(np.full(1, step), np.full(1, step), np.ones(1)) for step in numbers])
     with as_if_on(backend):
-        sizes = enumerate(up_to_checkpoints(done, done + count, every_steps))
-        parts = [list(calls(rest, size, per_call, first=not i)) for i, size in sizes]
+        sizes = enumerate(steps_between_checkpoints(done, done + count, every_steps))
+        parts = [list(stack_batches(rest, size, per_call, first=not i)) for i, size in sizes]
     trained = [[step for batches, turns in part for step in batches.index[0, :turns].tolist()] for part in parts]
     assert [step for part in trained for step in part] == list(numbers)
     assert {part[-1] for part in trained} == {step for step in numbers if every_steps and step % every_steps == 0} | {
@@ -92,7 +92,7 @@ def test_a_loop_of_any_number_of_turns_traces_its_body_once() -> None:
         traced += 1
         return total + number, 100 * number
 
-    first = jax.jit(lambda turns: scan_first(turns, step, jnp.int32(0), jnp.array([3, 5, 7], jnp.int32)))
+    first = jax.jit(lambda turns: scan_prefix(turns, step, jnp.int32(0), jnp.array([3, 5, 7], jnp.int32)))
     total, each = first(np.int32(2))
     assert total == 8 and traced == 1
     np.testing.assert_array_equal(each, [300, 500, 0])

@@ -11,8 +11,8 @@ import pytest
 
 from jaxft.config import default_config
 from jaxft.data import datasets
-from jaxft.data.batches import Batch, Pictures, epoch_order, make_batches
-from jaxft.data.loader import OnDevices
+from jaxft.data.batches import Batch, Examples, epoch_order, make_batches
+from jaxft.data.loader import ResidentLoader
 from jaxft.models.partition import freeze
 from jaxft.models.resnet import ARCHITECTURES, BasicBlock, BatchNormMode, ResNet
 from jaxft.pretrained.convert import from_torch
@@ -20,7 +20,7 @@ from jaxft.targets.classification import Counts, count_predictions, cross_entrop
 from jaxft.training.evaluation import evaluate_pictures, extract_features, pmap_eval_steps, recalibrate
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, create_train_state
-from jaxft.training.steps import Objective, train_step, train_steps
+from jaxft.training.steps import StepConfig, train_step, train_steps
 from jaxft.transforms.augment import Augmentation
 from jaxft.transforms.preprocessing import Preprocessing, preprocess
 from tests.helpers.formulations import as_if_on
@@ -47,7 +47,7 @@ def is_trace(node: Any) -> bool:
 
 
 def sgd_steps(
-    state: TrainState, pictures: Pictures, batches: list[Batch], model: ResNet, tx: Any
+    state: TrainState, pictures: Examples, batches: list[Batch], model: ResNet, tx: Any
 ) -> tuple[TrainState, list[Counts]]:
     step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
     p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
@@ -82,7 +82,7 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
         variables = from_torch(state_dict, model)
         params, batch_stats = variables["params"], variables["batch_stats"]
         state = TrainState(jnp.int32(0), params, batch_stats, tx.init(params))
-        pictures = Pictures.in_lines(sample.image, sample.label)
+        pictures = Examples.packed(sample.image, sample.label)
         state, counts = sgd_steps(state, pictures, list(make_batches(order, 8, 1)), model, tx)
 
         sgd = torch.optim.SGD(reference.parameters(), 2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)
@@ -94,8 +94,8 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
             )
             loss.backward()
             sgd.step()
-            assert float(counts[i].loss / counts[i].pictures) == pytest.approx(loss.item(), rel=1e-9)
-            assert int(counts[i].pictures) == len(index)
+            assert float(counts[i].loss / counts[i].num_images) == pytest.approx(loss.item(), rel=1e-9)
+            assert int(counts[i].num_images) == len(index)
         expected = from_torch({k: v.numpy() for k, v in reference.state_dict().items()}, model)
         buffers = {
             name: sgd.state[parameter]["momentum_buffer"].numpy() for name, parameter in reference.named_parameters()
@@ -120,7 +120,7 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
 def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, backend: str) -> None:
     """In float64, with a last batch that leaves one device no picture and another fewer than the rest."""
     sample = datasets.load("sample:cifar10", "train")
-    pictures = Pictures(sample.image, sample.label)
+    pictures = Examples(sample.image, sample.label)
     order = epoch_order(0, 1, 2000)[:86]  # 32, 32 and 22: shares of 4, 4, 4, 4, 4, 2, 0, 0
     with jax.enable_x64(True):
         model = SMALL.clone(batch_norm=batch_norm, dtype=jnp.float64)
@@ -132,7 +132,7 @@ def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, backend:
             eight, counts_eight = sgd_steps(state, pictures, list(make_batches(order, 32, 8)), model, tx)
     np.testing.assert_allclose([c.loss for c in counts_eight], [c.loss for c in counts_one], rtol=1e-9)
     np.testing.assert_array_equal([c.correct for c in counts_eight], [c.correct for c in counts_one])
-    np.testing.assert_array_equal([c.pictures for c in counts_eight], [32, 32, 22])
+    np.testing.assert_array_equal([c.num_images for c in counts_eight], [32, 32, 22])
     for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
     if batch_norm == "frozen":
@@ -150,7 +150,7 @@ def test_steps_in_one_call_are_the_steps_of_several(any_number: bool) -> None:
     model = ResNet(BasicBlock, (1, 1), num_classes=10, width=4, batch_norm="sync")
     tx = make_optimizer(default_config().optimizer, steps_per_epoch=10, num_epochs=1)
     step = partial(
-        train_step, model=model, tx=tx, preprocessing=PREPROCESSING, objective=Objective(0, Augmentation(flip=True))
+        train_step, model=model, tx=tx, preprocessing=PREPROCESSING, step_config=StepConfig(0, Augmentation(flip=True))
     )
     devices = jax.local_devices()[:2]
     p_steps = jax.pmap(
@@ -168,7 +168,7 @@ def test_steps_in_one_call_are_the_steps_of_several(any_number: bool) -> None:
             padding = batches[:1] * (6 - per_call) if any_number else []
             call = jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches[start : start + per_call], *padding)
             turns = np.int32(per_call) if any_number else None
-            state, counts = p_steps(state, Pictures(sample.image, sample.label), call, None, turns)
+            state, counts = p_steps(state, Examples(sample.image, sample.label), call, None, turns)
             losses.append(np.asarray(counts.loss)[:per_call])
         results.append([np.concatenate(losses), *map(np.asarray, jax.tree.leaves(state))])
     for other in results[1:]:
@@ -180,10 +180,10 @@ def test_steps_in_one_call_are_the_steps_of_several(any_number: bool) -> None:
 def test_pictures_in_lines_are_the_same_pictures(shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
     index, label = np.array([8, 0, 3, 3]), np.zeros(9, np.int32)
-    pictures = Pictures.in_lines(image, label)
-    np.testing.assert_array_equal(jax.jit(Pictures.seen)(pictures, index), image[index])
-    batches = Pictures.in_lines(image.reshape(3, 3, *shape), label.reshape(3, 3))  # of three devices
-    np.testing.assert_array_equal(jax.vmap(Pictures.seen)(batches, np.array([[2], [0], [1]])), image[[[2], [3], [7]]])
+    pictures = Examples.packed(image, label)
+    np.testing.assert_array_equal(jax.jit(Examples.gather)(pictures, index), image[index])
+    batches = Examples.packed(image.reshape(3, 3, *shape), label.reshape(3, 3))  # of three devices
+    np.testing.assert_array_equal(jax.vmap(Examples.gather)(batches, np.array([[2], [0], [1]])), image[[[2], [3], [7]]])
 
 
 def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
@@ -196,7 +196,7 @@ def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
         tx = optax.sgd(0.0)
         state = random_state(model, tx)
         (batch,) = make_batches(order, 32, 8)
-        new_state, _ = sgd_steps(state, Pictures(sample.image, sample.label), [batch], model, tx)
+        new_state, _ = sgd_steps(state, Examples(sample.image, sample.label), [batch], model, tx)
         kernel = torch.from_numpy(np.array(state.params["conv1"]["kernel"], np.float64).transpose(3, 2, 0, 1).copy())
     expected: dict[str, Any] = {"running_mean": 0.0, "running_var": 0.0}
     for share in shares:
@@ -218,9 +218,9 @@ def test_evaluation_tells_of_each_picture_what_torch_tells(per_call: int) -> Non
     variables = from_torch({key: value.numpy() for key, value in reference.state_dict().items()}, model)
     state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
     order = np.arange(0, 1000, 13)  # 77 pictures; 27 in the last batch leave devices of 7 without any
-    pictures = Pictures(sample.image[order], sample.label[order])
+    pictures = Examples(sample.image[order], sample.label[order])
     p_eval_steps = pmap_eval_steps(model, PREPROCESSING)
-    found = evaluate_pictures(p_eval_steps, state, OnDevices(pictures), batch_size=50, per_call=per_call)
+    found = evaluate_pictures(p_eval_steps, state, ResidentLoader(pictures), batch_size=50, per_call=per_call)
     with torch.no_grad():
         logits = reference(torch_input(sample.image[order]).float())
     label = torch.from_numpy(sample.label[order]).long()
@@ -233,7 +233,7 @@ def test_evaluation_tells_of_each_picture_what_torch_tells(per_call: int) -> Non
         found.loss, torch.nn.functional.cross_entropy(logits, label, reduction="none"), rtol=1e-4
     )
     counts = count_predictions(found)
-    assert (int(counts.pictures), int(counts.correct)) == (77, int((logits.argmax(1) == label).sum()))
+    assert (int(counts.num_images), int(counts.correct)) == (77, int((logits.argmax(1) == label).sum()))
     assert counts.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, label, reduction="sum").item(), 1e-5)
 
 
@@ -262,16 +262,16 @@ def small_step(model: ResNet, devices: int, steps: int, **options: Any) -> list[
     p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
     states = [state]
     for batch in list(make_batches(epoch_order(0, 1, 2000)[:70], 32, devices))[:steps]:
-        states.append(p_step(states[-1], Pictures(sample.image, sample.label), batch)[0])
+        states.append(p_step(states[-1], Examples(sample.image, sample.label), batch)[0])
     return states
 
 
 @pytest.mark.slow
 def test_mixed_pictures_are_the_same_on_one_device_and_on_four() -> None:
     """Also of a last batch that is not full: partners come from the whole batch, not from a device's share."""
-    objective = Objective(augmentation=Augmentation(flip=True, shift=0.1, mixup=0.5, cutmix=0.5, erase=0.3))
+    step_config = StepConfig(augmentation=Augmentation(flip=True, shift=0.1, mixup=0.5, cutmix=0.5, erase=0.3))
     model = SMALL.clone(batch_norm="sync")
-    one, four = (small_step(model, devices, 3, objective=objective)[-1] for devices in (1, 4))
+    one, four = (small_step(model, devices, 3, step_config=step_config)[-1] for devices in (1, 4))
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
@@ -294,8 +294,8 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures() -> None:
     sample = datasets.load("sample:cifar10", "test")
     tx = make_optimizer(config, 10, 1)
     state = random_state(model, tx)
-    pictures = Pictures(sample.image[:90], sample.label[:90])
-    features = extract_features(model, preprocessing, state, OnDevices(pictures), 32)
+    pictures = Examples(sample.image[:90], sample.label[:90])
+    features = extract_features(model, preprocessing, state, ResidentLoader(pictures), 32)
     assert features.image.shape == (90, 8)
     step = jax.pmap(
         partial(train_step, model=model, tx=tx, preprocessing=preprocessing),
@@ -321,19 +321,19 @@ def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
         torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10
     ).double()
     sample = datasets.load("sample:cifar10", "test")
-    pictures = Pictures(sample.image[:40], sample.label[:40])
+    pictures = Examples(sample.image[:40], sample.label[:40])
     with jax.enable_x64(True):
         model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, dtype=jnp.float64)
         variables = from_torch({key: value.numpy().copy() for key, value in reference.state_dict().items()}, model)
         state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
-        feed = OnDevices(pictures)
-        found = jax.device_get(recalibrate(model, PREPROCESSING, state, feed, 16, per_call=2))
+        loader = ResidentLoader(pictures)
+        found = jax.device_get(recalibrate(model, PREPROCESSING, state, loader, 16, per_call=2))
         frozen = frozenset({"bn1/scale", "bn1/bias"})
         kept = jax.device_get(
-            recalibrate(model.clone(frozen=frozen), PREPROCESSING, state, OnDevices(pictures), 16)
+            recalibrate(model.clone(frozen=frozen), PREPROCESSING, state, ResidentLoader(pictures), 16)
         ).batch_stats
-    loader = [torch_input(sample.image[start : start + 16][: 40 - start]) for start in (0, 16, 32)]
-    torch.optim.swa_utils.update_bn(loader, reference)
+    torch_batches = [torch_input(sample.image[start : start + 16][: 40 - start]) for start in (0, 16, 32)]
+    torch.optim.swa_utils.update_bn(torch_batches, reference)
     for name in ("bn1", "layer4.0.bn2"):
         ours: Any = found.batch_stats
         for part in name.split("."):
