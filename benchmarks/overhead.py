@@ -1,4 +1,4 @@
-"""What checkpoints and calls take from training: a ResNet-50 with momentum, 430 arrays, 205 MB.
+"""What checkpoints and calls take from training: a ResNet-50 with momentum, 430 arrays, 188 MB.
 
     python -m benchmarks.overhead --workdir DIR [--repeats 5] [--devices 1]
 
@@ -40,12 +40,15 @@ def main() -> None:
 
     import jax  # after the number of devices is set
 
-    from jaxft.checkpoint import Checkpoints, checksums, not_finite, to_host
     from jaxft.config import default_config
-    from jaxft.metrics import MetricsFile
-    from jaxft.optimizer import make_optimizer
-    from jaxft.resnet import make_model
-    from jaxft.steps import Batch, Counts, TrainState, abstract_train_state, create_train_state, replicate, train_steps
+    from jaxft.data.batches import Batch, replicate
+    from jaxft.models.resnet import make_model
+    from jaxft.run.checkpoints import Checkpoints, checksums, not_finite, to_host
+    from jaxft.run.metrics_file import MetricsFile
+    from jaxft.targets.classification import Counts
+    from jaxft.training.optimizer import make_optimizer
+    from jaxft.training.state import TrainState, abstract_train_state, create_train_state
+    from jaxft.training.steps import train_steps
 
     config = default_config()
     model = make_model(config.model, num_classes=10)
