@@ -78,6 +78,6 @@ def onednn_in_double_precision() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onednn, "convolution", convolution)
-        patch.setattr(onednn, "product", matmul)
+        patch.setattr(onednn, "matmul", matmul)
         patch.setattr(onednn, "DTYPES", (jnp.float64,))
         yield

@@ -24,7 +24,7 @@ def double_precision() -> Any:
 @pytest.fixture(params=["cpu", "cpu, as bfloat16", "gpu", "tpu"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if "bfloat16" in request.param:
-        monkeypatch.setattr(batch_norm_module, "_WIDE", 9)
+        monkeypatch.setattr(batch_norm_module, "WIDE_BYTES", 9)
     with as_if_on(request.param[:3]):
         yield
 
