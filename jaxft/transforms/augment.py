@@ -1,4 +1,4 @@
-"""Random changes of the training pictures: pure functions of a key, on the device, inside the step."""
+"""Random augmentation of training images: pure functions of a key that run on the device, inside the step."""
 
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jaxft.transforms.trivial_augment import trivial_augment
 
 
 class Augmentation(NamedTuple):
-    """What is changed by chance; see the config's `augment` section."""
+    """Settings of the random augmentation; the config's `augment` section explains them."""
 
     flip: bool = False
     shift: float = 0.0
@@ -29,12 +29,12 @@ NO_AUGMENTATION = Augmentation()
 
 
 def make_augmentation(config: ConfigDict) -> Augmentation:
-    """Of the config's `augment` section."""
+    """Reads the config's `augment` section."""
     return Augmentation(**{name: config[name] for name in Augmentation._fields})
 
 
 class Boxes(NamedTuple):
-    """Of each picture the part that is seen, in fractions of its sides; left > right shows it mirrored."""
+    """The crop of each image, in fractions of its sides; left > right mirrors it."""
 
     top: jax.Array  # (N,)
     bottom: jax.Array
@@ -43,20 +43,20 @@ class Boxes(NamedTuple):
 
 
 def picture_keys(seed: int, step: ArrayLike, index: ArrayLike) -> jax.Array:
-    """A key for each picture of a step, whichever device it is on: (N,) from its number in the data set, (N,)."""
+    """Derives a key per image from seed, step and its index in the dataset (N,), so that devices do not matter."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))
 
 
 def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width: int) -> Boxes:
-    """For each picture the central square, or a random part of it, shifted and mirrored by chance.
+    """Draws a crop for each image: the central square or a random part of it, randomly shifted and mirrored.
 
-    The part's area is at least `crop_area` of the square's, its sides' ratio at most `crop_ratio` (Szegedy et al.
-    2015, as torchvision's RandomResizedCrop).
+    The crop covers at least `crop_area` of the square, with an aspect ratio of at most `crop_ratio` (Szegedy et al.
+    2015; torchvision's RandomResizedCrop).
     """
 
     def box(key: jax.Array) -> Boxes:
-        chance = jax.random.uniform(key, (7,))  # each further draw takes a fifth of a second to compile
+        chance = jax.random.uniform(key, (7,))  # one draw, because each takes a fifth of a second to compile
         area = augmentation.crop_area + (1 - augmentation.crop_area) * chance[0]
         ratio = augmentation.crop_ratio ** (2 * chance[1] - 1)  # width to height
         size = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), 1.0)
@@ -73,9 +73,9 @@ def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width
 
 
 def sampling_weights(start: jax.Array, end: jax.Array, size_in: int, size_out: int) -> jax.Array:
-    """Pillow's bilinear filter for the part of a side from `start` to `end`: (size_out, size_in).
+    """Returns Pillow's bilinear filter for the part of a side from `start` to `end`: (size_out, size_in).
 
-    start, end: fractions of the side; mirrored where start > end. Rows sum to 1, and to 0 beyond the side's ends.
+    start, end: fractions of the side; start > end mirrors it. Rows sum to 1, or to 0 beyond the ends of the side.
     """
     scale = (end - start) * size_in / size_out
     support = jnp.maximum(jnp.abs(scale), 1.0)
@@ -86,20 +86,24 @@ def sampling_weights(start: jax.Array, end: jax.Array, size_in: int, size_out: i
 
 
 def crop_and_resize(images: jax.Array, boxes: Boxes, size: int, fill: ArrayLike) -> jax.Array:
-    """uint8 (N, H, W, 3) to float32 (N, size, size, 3) in 0..255: each picture's box, `fill` (3,) outside of it."""
+    """Resizes the crop of each uint8 image (N, H, W, 3) to float32 (N, size, size, 3) in 0..255.
+
+    fill: the colour (3,) outside of the image.
+    """
     _, height, width, _ = images.shape
     vertical = jax.vmap(lambda a, b: sampling_weights(a, b, height, size))(boxes.top, boxes.bottom)
     horizontal = jax.vmap(lambda a, b: sampling_weights(a, b, width, size))(boxes.left, boxes.right)
     pixels = images.astype(jnp.float32) - jnp.asarray(fill)
-    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # a TPU would round pixels to bfloat16
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # by default a TPU rounds pixels to bfloat16
     pixels = product("nvw,nhwc->nhvc", horizontal, pixels)
     return product("nuh,nhvc->nuvc", vertical, pixels) + jnp.asarray(fill)
 
 
 def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
-    """By chance a rectangle of 2 to 33 % of the area, sides in a ratio of up to 3.3, becomes the mean colour.
+    """Erases, with the given probability, a random rectangle of each normalised image (N, H, W, 3) to the mean colour.
 
-    Zhong et al. 2017, with torchvision's bounds. images: normalised (N, H, W, 3).
+    The rectangle covers 2 to 33 % of the area, with an aspect ratio of up to 3.3: Random Erasing (Zhong et al. 2017)
+    with torchvision's bounds.
     """
 
     def mask(key: jax.Array) -> jax.Array:
@@ -114,7 +118,10 @@ def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
 
 
 def _rectangle(corner: jax.Array, size: jax.Array, height: int, width: int) -> jax.Array:
-    """bool (height, width): the pixels inside. corner, size: (2,), vertical and horizontal, fractions of the sides."""
+    """Returns a mask, bool (height, width), of the pixels inside a rectangle.
+
+    corner, size: (2,), vertical and horizontal, in fractions of the sides.
+    """
     rows, columns = (
         (start <= places) & (places < start + extent)
         for start, extent, places in zip(
@@ -127,10 +134,10 @@ def _rectangle(corner: jax.Array, size: jax.Array, height: int, width: int) -> j
 def mix(
     images: jax.Array, partners: jax.Array, keys: jax.Array, augmentation: Augmentation
 ) -> tuple[jax.Array, jax.Array]:
-    """Pictures mixed with their partners, and the share (N,) of each that is its own.
+    """Mixes images with their partners; returns the mixed images and the weight (N,) of each image's own label.
 
-    mixup (Zhang et al. 2017) adds both up, cutmix (Yun et al. 2019) shows a rectangle of the partner; the share is
-    drawn from Beta(alpha, alpha) for each picture. With both alphas above 0, either half of the time.
+    mixup (Zhang et al. 2017) blends both; cutmix (Yun et al. 2019) pastes a rectangle of the partner. The weight is
+    drawn from Beta(alpha, alpha) per image. If both alphas are positive, each is used half of the time.
     """
 
     def blend(image: jax.Array, partner: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -151,7 +158,7 @@ def mix(
 
 
 def augment(images: ArrayLike, keys: jax.Array, augmentation: Augmentation, preprocessing: Preprocessing) -> jax.Array:
-    """uint8 (N, H, W, 3) to normalised float32 (N, size, size, 3), as preprocess(), with what the keys pick (N,)."""
+    """Preprocesses uint8 (N, H, W, 3) to float32 (N, size, size, 3) with random augmentation drawn from keys (N,)."""
     if augmentation._replace(mixup=0.0, cutmix=0.0) == NO_AUGMENTATION:
         return preprocess(images, preprocessing)
     images = jnp.asarray(images)

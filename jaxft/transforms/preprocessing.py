@@ -1,4 +1,4 @@
-"""uint8 pictures to the network's input: pure functions that run inside the jitted step."""
+"""Turns uint8 images into network inputs: pure functions that run inside the jitted step."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,30 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-_PRECISION_BITS = 22  # of Pillow's fixed-point coefficients (Resample.c: 32 - 8 - 2)
-
-
+_PRECISION_BITS = 22  # in Pillow's fixed-point coefficients (Resample.c: 32 - 8 - 2)
 _LOW_BITS = 11
 
 
 class Preprocessing(NamedTuple):
-    """What a picture goes through on its way to the network; kept with weights and checkpoints."""
+    """Image size and normalisation of a network's input; stored with weights and checkpoints."""
 
-    image_size: int  # pixels; of a rectangle, the central square
-    mean: tuple[float, float, float]  # of the RGB channels in [0, 1]
+    image_size: int  # pixels: the shorter side after resizing, and the side of the central crop
+    mean: tuple[float, float, float]  # per RGB channel, for values in [0, 1]
     std: tuple[float, float, float]
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def epoch_image_size(first: int, last: int, epoch: int, num_epochs: int) -> int:
-    """Pixels in an epoch, 1 to num_epochs: from `first` to `last` evenly, in eighths of `last`; first 0: `last`.
+    """Returns the image size of an epoch (1 to num_epochs): linear from `first` to `last`, in steps of `last` / 8.
 
-    Small pictures early cost little and lose little (Tan and Le 2021, EfficientNetV2).
+    first = 0 means `last` in every epoch. Small images in early epochs save time at little cost in accuracy (Tan and
+    Le 2021, EfficientNetV2).
     """
     if not first or num_epochs == 1:
         return last
@@ -41,9 +38,10 @@ def epoch_image_size(first: int, last: int, epoch: int, num_epochs: int) -> int:
 
 
 def resize_coefficients(size_in: int, size_out: int) -> np.ndarray:
-    """Pillow's bilinear filter along one side as an int32 matrix (size_out, size_in); rows sum to about 2^22.
+    """Returns Pillow's bilinear filter along one side: int32 (size_out, size_in), rows summing to about 2^22.
 
-    A triangle as wide as the scale when shrinking (antialiased), two neighbours when growing.
+    The filter is a triangle that widens with the scale when shrinking (antialiasing) and spans two neighbours when
+    growing.
     Source: precompute_coeffs and normalize_coeffs_8bpc in Pillow's Resample.c.
     """
     scale = size_in / size_out
@@ -59,10 +57,10 @@ def resize_coefficients(size_in: int, size_out: int) -> np.ndarray:
 
 
 def _filter(images: jax.Array, coefficients: np.ndarray | jax.Array, equation: str) -> jax.Array:
-    """One pass of Pillow's resize, rounded to whole pixel values as Pillow does, with no error at all.
+    """Applies one pass of Pillow's resize and rounds to whole pixel values, bit for bit as Pillow does.
 
-    The 22-bit coefficients are split into two halves whose products with 8-bit pixels are summed exactly in
-    float32 (while a picture shrinks 16-fold at most), so that the work is two matrix products on any device.
+    The 22-bit coefficients are split into two halves. Their products with 8-bit pixels sum exactly in float32 (up to
+    16-fold shrinking), so the work is two matrix products on any device.
     """
     product = partial(jnp.einsum, equation, images, precision=jax.lax.Precision.HIGHEST)
     high = product(jnp.asarray(coefficients >> _LOW_BITS, jnp.float32)).astype(jnp.int32)
@@ -72,9 +70,9 @@ def _filter(images: jax.Array, coefficients: np.ndarray | jax.Array, equation: s
 
 
 def resize(images: ArrayLike, height: int, width: int) -> jax.Array:
-    """uint8 (N, H, W, 3) to (N, height, width, 3), whole values 0..255 as float32: Pillow's BILINEAR.
+    """Resizes uint8 (N, H, W, 3) to float32 (N, height, width, 3) with whole values in 0..255, as Pillow's BILINEAR.
 
-    Bit for bit, but for some rectangles that Pillow 13 resizes in the other order of sides.
+    Equals Pillow bit for bit, except for some rectangles whose sides Pillow 13 resizes in the other order.
     """
     images = jnp.asarray(images, jnp.float32)
     _, old_height, old_width, _ = images.shape
@@ -86,7 +84,7 @@ def resize(images: ArrayLike, height: int, width: int) -> jax.Array:
 
 
 def resize_and_crop(images: ArrayLike, size: int) -> jax.Array:
-    """The shorter side to `size`, then the central square: torchvision's Resize(size) and CenterCrop(size)."""
+    """Resizes the shorter side to `size` and crops the centre: torchvision's Resize(size) and CenterCrop(size)."""
     _, height, width, _ = jnp.shape(images)
     shorter = min(height, width)
     images = resize(images, int(size * height / shorter), int(size * width / shorter))
@@ -95,7 +93,7 @@ def resize_and_crop(images: ArrayLike, size: int) -> jax.Array:
 
 
 def resize_and_crop_any(images: jax.Array, size: int) -> jax.Array:
-    """resize_and_crop where height and width are not known while tracing (jax.export's symbolic dimensions)."""
+    """Does the same as resize_and_crop for heights and widths unknown at trace time (jax.export's symbolic shapes)."""
     _, height, width, _ = images.shape
     shorter = jnp.minimum(jnp.asarray(height), jnp.asarray(width))
     pixels = images.astype(jnp.float32)
@@ -104,8 +102,8 @@ def resize_and_crop_any(images: jax.Array, size: int) -> jax.Array:
 
 
 def _central_coefficients(size_in: Any, shorter: jax.Array, size: int) -> jax.Array:
-    """The rows of resize_coefficients that the central square keeps, int32 (size, size_in)."""
-    with jax.enable_x64(True):  # 22 bits are more than float32 can tell
+    """Returns the rows of resize_coefficients that the central crop keeps, int32 (size, size_in)."""
+    with jax.enable_x64(True):  # float32 is too coarse for 22 bits
         side = jnp.asarray(size_in, jnp.float64)
         size_out = jnp.floor(size * side / shorter)
         row = jnp.arange(size) + jnp.round((size_out - size) / 2)
@@ -122,13 +120,13 @@ def _central_coefficients(size_in: Any, shorter: jax.Array, size: int) -> jax.Ar
 
 
 def preprocess(images: ArrayLike, preprocessing: Preprocessing) -> jax.Array:
-    """uint8 (N, H, W, 3) to normalised float32 (N, size, size, 3).
+    """Resizes, crops and normalises uint8 (N, H, W, 3) to float32 (N, size, size, 3).
 
-    torchvision's Resize, CenterCrop, ToTensor and Normalize.
+    Equals torchvision's Resize, CenterCrop, ToTensor and Normalize.
     """
     return normalize(resize_and_crop(images, preprocessing.image_size), preprocessing)
 
 
 def normalize(pixels: jax.Array, preprocessing: Preprocessing) -> jax.Array:
-    """0..255 to the network's input."""
+    """Normalises pixels in 0..255 by the mean and standard deviation."""
     return (pixels / 255 - jnp.array(preprocessing.mean)) / jnp.array(preprocessing.std)

@@ -1,7 +1,7 @@
-"""TrivialAugment (Müller and Hutter 2021, arXiv:2103.10158): one operation for each picture, of any strength.
+"""TrivialAugment (Müller and Hutter 2021, arXiv:2103.10158): one random operation of random strength per image.
 
-The operations, their strengths and what they do to pixels are those of torchvision's TrivialAugmentWide on Pillow's
-pictures. Pictures here are float32 (H, W, 3) in 0..255; a level is in [-1, 1], for some operations in [0, 1].
+The operations, their strengths and their effect on pixels equal torchvision's TrivialAugmentWide applied to Pillow
+images. Images are float32 (H, W, 3) in 0..255. A level is in [-1, 1], for some operations in [0, 1].
 """
 
 from collections.abc import Callable
@@ -11,22 +11,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 LEVELS = 31
-
-
 LARGEST_SHEAR = 0.99
-
-
 LARGEST_SHIFT = 32 / 224  # of the side
-
-
 LARGEST_ANGLE = 135  # degrees
-
-
-LARGEST_FACTOR = 0.99  # of brightness, colour, contrast and sharpness, to 1 + or 1 - so much
+LARGEST_FACTOR = 0.99  # brightness, colour, contrast and sharpness change by a factor of 1 + or - this
 
 
 def trivial_augment(images: jax.Array, keys: jax.Array, fill: ArrayLike) -> jax.Array:
-    """(N, H, W, 3), each with one operation by its key (N,); `fill` (3,) where the picture moved away."""
+    """Applies one random operation to each image (N, H, W, 3), drawn from its key (N,).
+
+    fill: the colour (3,) of pixels that a geometric operation uncovers.
+    """
 
     def changed(image: jax.Array, key: jax.Array) -> jax.Array:
         chance = jax.random.uniform(key, (3,))  # in [0, 1)
@@ -41,13 +36,13 @@ def trivial_augment(images: jax.Array, keys: jax.Array, fill: ArrayLike) -> jax.
 def apply_operation(
     image: jax.Array, operation: ArrayLike, level: ArrayLike, signed: ArrayLike, fill: ArrayLike
 ) -> jax.Array:
-    """The operation of this number in OPERATIONS."""
+    """Applies the operation with this index in OPERATIONS."""
     moved = warp(image, jax.lax.switch(operation, MATRICES, signed, *image.shape[:2]), fill)
     return jax.lax.switch(operation, COLOURS, moved, level, signed)
 
 
 def warp(image: jax.Array, matrix: jax.Array, fill: ArrayLike) -> jax.Array:
-    """The nearest pixel at matrix (2, 3) @ (x, y, 1), in pixels from the upper left corner, as Pillow's AFFINE."""
+    """Samples the nearest pixel at matrix (2, 3) @ (x, y, 1), in pixels from the upper left (Pillow's AFFINE)."""
     height, width, _ = image.shape
     x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
     column, row = (jnp.floor(a * x + b * y + c).astype(jnp.int32) for a, b, c in matrix)
@@ -81,7 +76,7 @@ def _translate_y(level: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _rotate(level: jax.Array, height: int, width: int) -> jax.Array:
-    """Counter-clockwise about the centre."""
+    """Rotates counter-clockwise about the centre."""
     angle = jnp.deg2rad(level * LARGEST_ANGLE)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x, y = width / 2, height / 2
@@ -89,7 +84,7 @@ def _rotate(level: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _blend(image: jax.Array, other: jax.Array, signed: jax.Array) -> jax.Array:
-    """From `other` at -1 over the picture at 0 to its opposite at 1, as Pillow's ImageEnhance."""
+    """Blends from `other` (at -1) to the image (at 0) and extrapolates up to 1, as Pillow's ImageEnhance."""
     return jnp.clip(other + (1 + signed * LARGEST_FACTOR) * (image - other), 0, 255)
 
 
@@ -115,7 +110,7 @@ def _contrast(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Arra
 
 
 def _sharpness(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Array:
-    """Against a picture smoothed by ((1, 1, 1), (1, 5, 1), (1, 1, 1)) / 13, but for its edge."""
+    """Blends with the image smoothed by ((1, 1, 1), (1, 5, 1), (1, 1, 1)) / 13; border pixels are not smoothed."""
     rows = image[:-2] + image[1:-1] + image[2:]
     nine = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
     inner = jnp.round((nine + 4 * image[1:-1, 1:-1]) / 13)
@@ -123,24 +118,24 @@ def _sharpness(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Arr
 
 
 def _posterize(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Array:
-    """Leaves 8 to 2 bits."""
+    """Keeps the 8 to 2 highest bits."""
     step = 2 ** jnp.round(6 * level)
     return jnp.floor(jnp.round(image) / step) * step
 
 
 def _solarize(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Array:
-    """Inverts what is as bright as a threshold or brighter."""
+    """Inverts all values at or above a threshold."""
     return jnp.where(image < 255 * (1 - level), image, 255 - image)
 
 
 def _autocontrast(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Array:
-    """Each channel to the full range."""
+    """Stretches each channel to the full range."""
     low, high = image.min((0, 1)), image.max((0, 1))
     return jnp.where(high > low, (image - low) * 255 / jnp.maximum(high - low, 1), image)
 
 
 def _equalize(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Array:
-    """Each channel to a flat histogram, as Pillow's ImageOps.equalize."""
+    """Equalises the histogram of each channel, as Pillow's ImageOps.equalize."""
 
     def channel(values: jax.Array) -> jax.Array:
         histogram = jnp.zeros(256, jnp.int32).at[values].add(1)
@@ -153,12 +148,10 @@ def _equalize(image: jax.Array, level: jax.Array, signed: jax.Array) -> jax.Arra
 
 
 Motion = Callable[[jax.Array, int, int], jax.Array]
-
-
 Colour = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-OPERATIONS: dict[str, tuple[Motion, Colour]] = {  # by torchvision's names
+OPERATIONS: dict[str, tuple[Motion, Colour]] = {  # keyed by torchvision's names
     "Identity": (_no_motion, _same),
     "ShearX": (_shear_x, _same),
     "ShearY": (_shear_y, _same),
@@ -177,6 +170,4 @@ OPERATIONS: dict[str, tuple[Motion, Colour]] = {  # by torchvision's names
 
 
 MATRICES = [motion for motion, _ in OPERATIONS.values()]
-
-
 COLOURS = [colour for _, colour in OPERATIONS.values()]
