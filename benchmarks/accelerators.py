@@ -1,13 +1,13 @@
-"""What XLA makes of jaxft's steps for a TPU or a GPU that is not there: compiled for it, and looked at.
+"""Compiles jaxft's steps for a TPU or a GPU that this machine does not have, and inspects the programs.
 
     pip install libtpu, or 'jax[cuda13]'
     python -m benchmarks.accelerators --target v5e:2x4|v6e:2x2|v5p:2x2x1|h100|h200 [--config configs/cifar10.py] \
         [--devices 1] [--batch 64] [--steps train,evaluation] [--hlo DIR] [--config.KEY=VALUE ...]
 
-The compiler is the accelerator's own, and so is the program. Of a TPU's it tells the cycles that the compiler expects
-of each of its parts, but for those of which it says nothing (a max-pool's gradient); of a GPU's, which are not tuned
-without one, the kernels and the bytes that they read and write, which memory bounds. Both are predictions. --batch:
-pictures a device. --devices: of the target's, from the first on.
+Compiler and program are the accelerator's own. For a TPU the benchmark sums the cycles that the compiler expects of
+each part; it gives none for a max-pool's gradient. For a GPU, whose kernels cannot be tuned without one, it sums the
+bytes that kernels read and write, since memory bounds them. Both are predictions. --batch: images per device.
+--devices: the number of the target's devices to use.
 """
 
 import json
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# libtpu would ask the cloud which machine this is, and JAX would look for the accelerator.
+# libtpu would ask the cloud which machine this is, and JAX would search for the accelerator.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
 
 import jax
@@ -32,31 +32,31 @@ from jax.experimental import topologies
 from jaxft.config import load_config, parse_overrides
 from jaxft.data.batches import Batch, Examples
 from jaxft.errors import ArgumentParser, UserError, run_command
-from jaxft.models.partition import freeze
+from jaxft.models.partition import make_policy
 from jaxft.models.resnet import make_model
 from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import abstract_train_state
-from jaxft.training.steps import eval_step, map_batches
+from jaxft.training.steps import EvalConfig, eval_step, make_step_config, map_batches
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 CIFAR10 = (50_000, 32, 32, 3)
-HERTZ = {  # by the makers' figures: products of bfloat16 a second, of 128x128 (v6e: 256x256) units
+HERTZ = {  # from the makers' figures of bfloat16 products per second, and units of 128x128 (v6e: 256x256)
     "TPU v4": 1.05e9,  # 275e12 of 8, four in each core, which is a device here
     "TPU v5 lite": 1.5e9,  # 197e12 of 4 units
     "TPU v5": 1.75e9,  # 459e12 of 8
     "TPU v6 lite": 1.75e9,  # 918e12 of 4
 }
-GPUS = {  # their names, bytes a second by the maker's figures, bytes of memory
+GPUS = {  # name, bytes per second by the maker's figures, bytes of memory
     "h100": ("NVIDIA H100 80GB HBM3", 3.35e12, 85e9),
     "h200": ("NVIDIA H200", 4.8e12, 151e9),
 }
-BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.3e12}  # the H200's by a measured copy
+BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.3e12}  # the H200's is a measured copy
 BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 
 def devices_of(target: str) -> list[Any]:
-    """Of a topology that is not there: v5e:2x4 are eight chips of a TPU."""
+    """Returns the devices of a topology that need not exist here: v5e:2x4 has eight TPU chips."""
     if target not in GPUS:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
     name, bytes_per_second, memory = GPUS[target]
@@ -77,29 +77,30 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_descripti
 
 
 def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any:
-    """A single one, with `share` pictures a device; all of CIFAR-10's training pictures are there."""
-    model = freeze(make_model(config.model, num_classes=10), config.optimizer, config.num_epochs)
+    """Compiles one step with `share` images per device, and with all of CIFAR-10's training images on the devices."""
+    model = make_model(config.model, num_classes=10, formulation=devices[0].platform)
+    policy = make_policy(config, model, config.num_epochs)
     tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
-    state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
+    state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
     shapes = jax.ShapeDtypeStruct
-    pictures = jax.eval_shape(Examples.packed, shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32))
+    examples = jax.eval_shape(Examples.packed, shapes(CIFAR10, jnp.uint8), shapes(CIFAR10[:1], jnp.int32))
     index = shapes((len(devices), 1, share), jnp.int32)
     batch = jax.eval_shape(Batch, index, index, shapes(index.shape, jnp.float32))
     if which == "train":
-        steps = pmap_train_steps(config, model, tx, preprocessing, devices=devices)
-        lowered = steps.lower(state, pictures, batch, None, None)
+        steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing), devices)
+        lowered = steps.lower(state, examples, batch, None, None)
     else:
-        step = partial(map_batches, step=eval_step, model=model, preprocessing=preprocessing)
+        step = partial(map_batches, step=eval_step, config=EvalConfig(model, preprocessing, policy))
         in_axes = (None, None, 0)
-        p_step = jax.pmap(step, axis_name=model.axis_name, in_axes=in_axes, out_axes=None, devices=devices)
-        lowered = p_step.lower(state, pictures, batch)
-    # Without a GPU nothing can be tried to see which is fastest.
+        p_step = jax.pmap(step, axis_name=policy.axis_name, in_axes=in_axes, out_axes=None, devices=devices)
+        lowered = p_step.lower(state, examples, batch)
+    # Autotuning needs a GPU.
     return lowered.compile({"xla_gpu_autotune_level": 0} if devices[0].platform == "gpu" else None)
 
 
 def bytes_of(shape: str) -> int:
-    """Of HLO's notation, tuples too: f32[2,3]{1,0} has 24."""
+    """Returns the bytes of a shape in HLO's notation, also of tuples: f32[2,3]{1,0} has 24."""
     return sum(
         BYTES[dtype] * math.prod(int(side) for side in sides.split(",") if side)
         for dtype, sides in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
@@ -108,9 +109,9 @@ def bytes_of(shape: str) -> int:
 
 
 def kernels(hlo: str) -> Iterator[tuple[str, int]]:
-    """Of a GPU's program: each one's name without its number, and the bytes that it reads and writes.
+    """Yields the kernels of a GPU's program: the name without its number, and the bytes that it reads and writes.
 
-    Where it picks pictures from the data set, it reads what it writes.
+    A kernel that gathers images from the dataset reads as much as it writes.
     """
     sizes: dict[str, int] = {}
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
@@ -129,7 +130,7 @@ def kernels(hlo: str) -> Iterator[tuple[str, int]]:
 
 
 def cycles(hlo: str) -> Iterator[tuple[str, int]]:
-    """Of a TPU's program: what each part belongs to, and the cycles that the compiler expects of it."""
+    """Yields the parts of a TPU's program: the layer they belong to, and the cycles that the compiler expects."""
     for line in hlo.splitlines():
         expected = re.search(r'"estimated_cycles":"(\d+)"', line)
         if not expected:
@@ -141,8 +142,8 @@ def cycles(hlo: str) -> Iterator[tuple[str, int]]:
         yield f"{'backward' if 'transpose(' in of else 'forward'} {kind}", int(expected[1])
 
 
-def look_at(compiled: Any, device: Any, pictures: int) -> dict[str, Any]:
-    """`pictures`: that a device sees in the program."""
+def inspect(compiled: Any, device: Any, images: int) -> dict[str, Any]:
+    """Returns a program's predicted speed, its memory and its most expensive parts. images: per device."""
     hlo = compiled.as_text()
     total: Counter[str] = Counter()
     count: Counter[str] = Counter()
@@ -154,15 +155,15 @@ def look_at(compiled: Any, device: Any, pictures: int) -> dict[str, Any]:
     cost = sum(total.values())
     if device.platform == "gpu":
         rate = BYTES_PER_SECOND[device.device_kind]
-        figures = {"kernels": sum(count.values()), "megabytes_per_picture": round(cost / pictures / 1e6, 1)}
-        each = {name: round(part / pictures / 1e6, 1) for name, part in total.most_common(12)}
+        figures = {"kernels": sum(count.values()), "megabytes_per_picture": round(cost / images / 1e6, 1)}
+        each = {name: round(part / images / 1e6, 1) for name, part in total.most_common(12)}
     else:
         rate = HERTZ.get(device.device_kind, 0)
         figures = {"megacycles": round(cost / 1e6, 2)}
         each = {name: round(part / 1e6, 2) for name, part in total.most_common(12)}
     return {
         **figures,
-        "pictures_per_second": round(pictures * rate / cost),
+        "pictures_per_second": round(images * rate / cost),
         "memory_gib": round(needed / 2**30, 2),
         "most": each,
     }
@@ -183,7 +184,6 @@ def main(argv: list[str]) -> None:
     except Exception as error:  # JAX raises several kinds
         what = f"there is no compiler for {args.target} ({error}): pip install libtpu, or 'jax[cuda13]'"
         raise UserError(what) from error
-    jax.default_backend = lambda: devices[0].platform  # by which the formulations are chosen
     results: dict[str, Any] = {"device": devices[0].device_kind, "devices": len(devices), "batch": args.batch}
     for which in args.steps.split(","):
         started = time.perf_counter()
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
         if args.hlo:
             args.hlo.mkdir(parents=True, exist_ok=True)
             (args.hlo / f"{args.target.replace(':', '-')}-{which}-{args.batch}.txt").write_text(compiled.as_text())
-        results[which] = look_at(compiled, devices[0], args.batch) | {"seconds_to_compile": round(seconds)}
+        results[which] = inspect(compiled, devices[0], args.batch) | {"seconds_to_compile": round(seconds)}
     print(json.dumps(results, indent=1))
 
 

@@ -1,10 +1,11 @@
-"""How large and how fast an exported ResNet-50 is with weights of each type, on this machine's CPU.
+"""Measures an exported ResNet-50 with weights of each dtype, and exported for every platform or only for CPUs.
 
 python -m benchmarks.compression [--rounds 5] [--image_size 224] [--batch_size 8]
 
-The files that `python -m jaxft.export --to stablehlo --dtype ...` writes, run by jax.export as examples/run_exported.py
-does, taking turns; medians of wall time. int8 and float16 weights become float32 inside, so that files shrink and not
-the arithmetic. One JSON line. Accuracies before and after are what the command itself tells.
+The files are those that `python -m jaxft.export --to stablehlo [--dtype D] [--platform cpu]` writes. They are run by
+jax.export as in examples/run_exported.py and take turns on this machine's CPU. int8 and float16 weights become float32
+inside, so the files shrink and the arithmetic stays. Prints one JSON line with medians of wall time; the command itself
+prints accuracies.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import optax
 
 from jaxft.config import load_config
 from jaxft.export import DTYPES, export_stablehlo
+from jaxft.models.policy import Policy
 from jaxft.models.resnet import make_model
 from jaxft.training.restore import LoadedCheckpoint
 from jaxft.training.state import create_train_state
@@ -40,25 +42,32 @@ def main() -> None:
     state = jax.jit(partial(create_train_state, model, optax.sgd(0.1)))(jax.random.key(0))
     preprocessing = {"image_size": args.image_size, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     info = {"config": config.to_dict(), "class_names": [], "preprocessing": preprocessing}
-    checkpoint = LoadedCheckpoint(0, info, model, state)
-    pictures = np.random.default_rng(0).integers(0, 256, (args.batch_size, 256, 256, 3), np.uint8)
+    checkpoint = LoadedCheckpoint(0, info, model, Policy(), state)
+    image = np.random.default_rng(0).integers(0, 256, (args.batch_size, 256, 256, 3), np.uint8)
     networks, megabytes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in DTYPES["stablehlo"]:
-            path = Path(folder) / f"{dtype}.zip"
-            export_stablehlo(checkpoint, path, dtype)
-            megabytes[dtype] = round(path.stat().st_size / 1e6, 1)
+        exports: list[tuple[str, str | None]] = [*((dtype, None) for dtype in DTYPES["stablehlo"]), ("float32", "cpu")]
+        for dtype, platform in exports:
+            name = f"{dtype}, {platform} only" if platform else dtype
+            path = Path(folder) / f"{name}.zip"
+            export_stablehlo(checkpoint, path, dtype, platform)
+            megabytes[name] = round(path.stat().st_size / 1e6, 1)
             with zipfile.ZipFile(path) as archive:
-                networks[dtype] = jax.jit(jax.export.deserialize(bytearray(archive.read("model.stablehlo"))).call)
-    seconds: dict[str, list[float]] = {dtype: [] for dtype in networks}
+                networks[name] = jax.jit(jax.export.deserialize(bytearray(archive.read("model.stablehlo"))).call)
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
     for turn in range(args.rounds + 1):
-        for dtype, network in networks.items():
+        for name, network in networks.items():
             started = time.monotonic()
-            jax.block_until_ready(network(pictures))
+            jax.block_until_ready(network(image))
             if turn:
-                seconds[dtype].append(time.monotonic() - started)
-    rates = {dtype: round(args.batch_size / statistics.median(times), 2) for dtype, times in seconds.items()}
-    print(json.dumps({"megabytes": megabytes, "images_per_second": rates}))
+                seconds[name].append(time.monotonic() - started)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    result = {
+        "megabytes": megabytes,
+        "images_per_second": {name: round(args.batch_size / median, 2) for name, median in medians.items()},
+        "cpu_only_speed_up": round(medians["float32"] / medians["float32, cpu only"], 2),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

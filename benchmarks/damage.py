@@ -1,11 +1,11 @@
-"""Checkpoints that are damaged at random: each damage is noticed, or harms nothing.
+"""Damages checkpoints at random, and verifies that each damage is detected or harmless.
 
     python -m benchmarks.damage --workdir DIR [--damages 1000] [--seed 0]
 
-The checkpoint of a ResNet-18 of width 8 with momentum. A damage flips, overwrites, inserts or removes bytes, cuts,
-empties or removes a file, swaps two, or removes a folder. Half of the time every file is as likely as another, half of
-the time every byte. Then the latest is restored: that must raise DamagedCheckpointError or give the very bits that were
-saved. Prints JSON.
+The checkpoint is that of a ResNet-18 of width 8 with momentum. A damage flips, overwrites, inserts or removes bytes,
+truncates, empties or removes a file, swaps two files, or removes a folder. Half of the time every file is equally
+likely, half of the time every byte. Then the latest checkpoint is restored: this must raise DamagedCheckpointError or
+return the very bits that were saved. Prints JSON.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from jaxft.data.batches import replicate
 from jaxft.models.resnet import make_model
 from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
 from jaxft.run.metrics_file import MetricsFile
+from jaxft.run.workdir import Workdir
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state
 
@@ -38,7 +39,7 @@ def bits(state: TrainState) -> list[bytes]:
 
 
 def damage(folder: Path, rng: random.Random) -> str:
-    """One, somewhere; what it was."""
+    """Makes one random damage and describes it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     (path,) = rng.choices(files, [path.stat().st_size for path in files] if rng.random() < 0.5 else None)
     name = path.relative_to(folder)
@@ -87,7 +88,7 @@ def main() -> None:
     state = jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)).replace(step=np.int32(STEP))
     saved = bits(state)
     pristine = args.workdir / "pristine"
-    checkpoints = Checkpoints(pristine, MetricsFile(pristine / "metrics.jsonl"))
+    checkpoints = Checkpoints(Workdir(pristine), MetricsFile(Workdir(pristine).metrics))
     checkpoints.save(replicate(state), {"config": config.to_dict()})
     checkpoints.close()
 
@@ -103,7 +104,7 @@ def main() -> None:
         kind = what.split(":")[0]
         started = time.monotonic()
         try:
-            checkpoints = Checkpoints(workdir)
+            checkpoints = Checkpoints(Workdir(workdir))
             _, restored = checkpoints.restore_latest(abstract_train_state(model, tx), "refuse")
             (harmless.update([kind]) if bits(restored) == saved else silent.append(what))
         except DamagedCheckpointError:

@@ -1,8 +1,9 @@
-"""One CPU device and eight forced ones on the same job: the loss curves, and one checkpoint's evaluation counts.
+"""Compares one CPU device with eight forced ones: the loss curves, and one checkpoint's evaluation counts.
 
     python -m benchmarks.devices --weights resnet50.pth --workdir DIR [--data_dir DIR]
 
-configs/cifar10.py (synchronised statistics) on 1,000 + 1,000 pictures at 64 pixels for an epoch. Prints JSON.
+Trains configs/cifar10.py (synchronised BatchNorm statistics) for one epoch at 64 pixels, on 1,000 images to train and
+1,000 to test. Prints JSON.
 """
 
 import argparse
@@ -22,9 +23,9 @@ def run(devices: int, *arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, help="an ImageNet ResNet-50, torchvision's layout")
+    parser.add_argument("--weights", required=True, help="an ImageNet ResNet-50 in torchvision's layout")
     parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument("--data_dir", default="", help="of prepared TFDS sets")
+    parser.add_argument("--data_dir", default="", help="folder of prepared TFDS data sets")
     args = parser.parse_args()
     losses = {}
     for devices in (1, 8):

@@ -1,13 +1,13 @@
-"""A whole epoch, from pictures on disk to the accuracy: jaxft's command beside the script that it replaces.
+"""Times a whole epoch, from image files to the accuracy: `jaxft train` against the PyTorch script that it replaces.
 
 python -m benchmarks.epoch [--rounds 3] [--image_size 64] [--pictures FOLDER] [--config.KEY=VALUE ...]
 
-One epoch of a ResNet-50 over the 2,000 training pictures of the sample of CIFAR-10 and its 1,000 test pictures, or
-over those of FOLDER/train/CLASS and FOLDER/test/CLASS, as configs/cifar10.py does it, each contender a process of its
-own, taking turns; seconds of wall time from the start of the process to its end, so with imports, compilation,
-checkpoint and report. jaxft runs twice, at first with an empty compilation cache. PyTorch with channels_last, on a GPU
-if there is one, and pictures resized by Pillow in two workers of its DataLoader. --config.KEY=VALUE is for jaxft
-alone. One JSON line.
+Trains a ResNet-50 for one epoch with the settings of configs/cifar10.py and evaluates it: on the sample of CIFAR-10
+(2,000 images to train, 1,000 to test), or on the images in FOLDER/train/CLASS and FOLDER/test/CLASS. The contenders
+take turns, each in its own process. Their wall time includes imports, compilation, checkpoint and report. jaxft runs
+twice, the first time with an empty compilation cache. PyTorch uses channels_last, a GPU if there is one, and two
+DataLoader workers in which Pillow resizes the images. --config.KEY=VALUE applies to jaxft only. Prints one JSON line
+with the median seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 def torch_epoch(folder: Path, image_size: int) -> None:
-    """The usual script."""
+    """Trains and evaluates as the usual torchvision script does."""
     from typing import Any
 
     from tests.helpers.reference import torch, torchvision

@@ -1,18 +1,17 @@
-"""The least time that a picture's train step and evaluation can take on a machine, by its operations and its bytes.
+"""Computes the least time of an image's train step and evaluation on a machine, from its operations and bytes.
 
 python -m benchmarks.floor [--arch resnet50] [--image_size 224] [--batch 256] [--dtype bfloat16]
     [--teraflops 790] [--terabytes 4.3] [--measure]
 
 The machine's rates are an H200's by default, measured with a bfloat16 product and a copy; --measure takes those of this
-one, by a product of matrices and a pass over memory. Nothing else runs but this arithmetic. A convolution takes as long
-as its operations or as its bytes at best, a pass over memory as long as its bytes. BatchNorm is reckoned twice: as
-passes of its own, which is how XLA has it in training, and within the convolutions, which is how jaxft evaluates (in
-training sums would be taken as values are written, which no library does). One JSON object.
+machine, from a matrix product and a pass over memory. Everything else is arithmetic. At best, a convolution takes as
+long as its operations or its bytes, whichever is more, and a pass over memory as long as its bytes. BatchNorm counts
+twice: as separate passes, which is how XLA computes it in training, and within the convolutions, which is how jaxft
+evaluates (in training no library sums values while it writes them). Prints one JSON object.
 """
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,27 +23,30 @@ import jax.numpy as jnp
 
 from jaxft.models.resnet import ARCHITECTURES, BasicBlock, Bottleneck, Conv, ResNet
 from jaxft.ops import onednn
+from jaxft.ops.formulation import default_formulation
+from jaxft.process import disable_compilation_cache
 
-UPDATE_BYTES = 4 + 20  # of a parameter: its gradient, SGD with momentum in float32
+UPDATE_BYTES = 4 + 20  # per parameter: its gradient, and SGD with momentum in float32
 
 
 class Convolution(NamedTuple):
-    seen: int  # values
-    made: int
+    inputs: int  # values
+    outputs: int
     parameters: int
     multiply_adds: int
 
 
 class Network(NamedTuple):
-    convolutions: list[Convolution]  # of one picture; the first sees the picture itself
+    convolutions: list[Convolution]  # for one image; the first reads the image itself
     block_ends: int  # values
 
 
 def measure(model: ResNet, image_size: int) -> Network:
+    """Records the convolutions of one image's forward pass, and the values at the ends of blocks."""
     convolutions: list[Convolution] = []
     block_ends = 0
 
-    def note(call: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
+    def record(call: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal block_ends
         result, module = call(*arguments, **keywords), context.module
         if isinstance(module, Conv):
@@ -56,37 +58,38 @@ def measure(model: ResNet, image_size: int) -> Network:
             block_ends += result.size
         return result
 
-    with nn.intercept_methods(note):
-        picture = jnp.zeros((1, image_size, image_size, 3))
-        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), picture)
+    with nn.intercept_methods(record):
+        image = jnp.zeros((1, image_size, image_size, 3))
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
     return Network(convolutions, block_ends)
 
 
-Part = tuple[float, float]  # operations, and values that are read or written
+Part = tuple[float, float]  # operations, and values read or written
 
 
 def parts(network: Network, batch_norm_apart: bool) -> dict[str, list[Part]]:
+    """Lists the parts of a train step and of an evaluation."""
     layers, ends = network
-    made = sum(layer.made for layer in layers)
-    forward: list[Part] = [(2 * layer.multiply_adds, layer.seen + layer.made) for layer in layers]
-    # What a gradient is formed of as it is read: the gradient behind BatchNorm, and what BatchNorm has seen.
+    outputs = sum(layer.outputs for layer in layers)
+    forward: list[Part] = [(2 * layer.multiply_adds, layer.inputs + layer.outputs) for layer in layers]
+    # Within convolutions a gradient is computed as it is read, from that behind BatchNorm and from BatchNorm's input.
     read = 1 if batch_norm_apart else 2
-    backward: list[Part] = [(2 * layer.multiply_adds, read * layer.made + layer.seen) for layer in layers]
-    backward += [(2 * layer.multiply_adds, read * (layer.made + layer.seen)) for layer in layers[1:]]
-    if not batch_norm_apart:  # a block's end is written once for two readers, and has a gradient from both
+    backward: list[Part] = [(2 * layer.multiply_adds, read * layer.outputs + layer.inputs) for layer in layers]
+    backward += [(2 * layer.multiply_adds, read * (layer.outputs + layer.inputs)) for layer in layers[1:]]
+    if not batch_norm_apart:  # a block's end is written once for two consumers, and has a gradient from both
         return {"evaluation": [*forward, (0, ends)], "train": [*forward, *backward, (0, 4 * ends)]}
-    normalise = 2 * made + ends  # the shortcut is read too
-    # Forward sums. Backward a block end's two gradients, added and masked by its ReLU, two sums, and the gradient.
+    normalise = 2 * outputs + ends  # the shortcut is read too
+    # Forward: sums. Backward: a block end's two gradients, added and masked by its ReLU, two sums, and the gradient.
     return {
         "evaluation": [*forward, (0, normalise)],
-        "train": [*forward, *backward, (0, made + normalise + 5 * made + 4 * ends)],
+        "train": [*forward, *backward, (0, outputs + normalise + 5 * outputs + 4 * ends)],
     }
 
 
 def least(
     network: Network, batch: int, operations_per_second: float, bytes_per_second: float, value: int = 2
 ) -> dict[str, Any]:
-    """value: bytes of one."""
+    """Returns the least time and traffic per image. value: bytes of one."""
     read_twice = 2 * value  # a parameter, forward and backward
     update = sum(layer.parameters for layer in network.convolutions) * (read_twice + UPDATE_BYTES) / batch
     result: dict[str, Any] = {}
@@ -108,10 +111,11 @@ def least(
 
 
 def rates(dtype: Any) -> tuple[float, float]:
-    """Operations and bytes a second of the machine: the best of several products and passes."""
-    on_cpu = jax.default_backend() == "cpu"
-    by_onednn = on_cpu and onednn.is_chosen("auto", math.inf)
-    multiply = jax.jit(onednn.matmul if by_onednn else jnp.dot)
+    """Measures the machine's operations and bytes per second: the best of several products and passes."""
+    with_onednn = default_formulation() == "cpu" and onednn.self_test()
+    if with_onednn:
+        disable_compilation_cache()
+    multiply = jax.jit(onednn.matmul if with_onednn else jnp.dot)
     matrix = jnp.ones((4096, 4096), dtype)
 
     def best(function: Callable[[], Any]) -> float:
@@ -137,9 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet50", choices=ARCHITECTURES)
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=256, help="pictures that share an update of the parameters")
+    parser.add_argument("--batch", type=int, default=256, help="images that share an update of the parameters")
     parser.add_argument("--teraflops", type=float, default=790)
-    parser.add_argument("--terabytes", type=float, default=4.3, help="that memory moves in a second")
+    parser.add_argument("--terabytes", type=float, default=4.3, help="moved by memory per second")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--measure", action="store_true", help="this machine's rates instead")
     args = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Mutated weights files: each gives tensors or one clear error, runs nothing and allocates in proportion.
+"""Reads mutated weights files: each must give tensors or one clear error, run no code and use little memory.
 
     python -m benchmarks.fuzz_weights [--count 20000] [--seed 0]
 
-Flipped bits, truncations, spliced and repeated parts, forged lengths and shapes, and hostile pickles, in the zip, the
-legacy and the safetensors format. Prints JSON with the counts; exit code 1 where a file broke a promise.
+The mutations are flipped bits, truncations, spliced and repeated parts, forged lengths and shapes, and hostile pickles,
+in PyTorch's zip and legacy formats and in safetensors. Prints JSON with the counts; the exit code is 1 if any file
+breaks a promise.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from jaxft.errors import UserError
 from jaxft.pretrained.torch_files import read_tensors
 from tests.helpers.reference import torch
 
-ALLOWED_GROWTH = 10  # times the file's size, above what any file takes
-BASE_BYTES = 2_000_000
+ALLOWED_GROWTH = 10  # bytes per byte of the file, on top of BASE_BYTES
+BASE_BYTES = 2_000_000  # allowed for a file of any size
 HOSTILE_NAMES = (b"os\nsystem", b"builtins\neval", b"builtins\nexec", b"subprocess\nPopen", b"torch\nload", b"io\nopen")
 SAFETENSORS, ZIP, LEGACY = "safetensors", "zip", "legacy"
 
@@ -50,7 +51,7 @@ def originals() -> dict[str, bytes]:
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """One to four random changes."""
+    """Makes one to four random changes."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(changed) or 1)
@@ -72,7 +73,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_pickle(rng: random.Random, data: bytes) -> bytes:
-    """A change to the pickle inside, or a call of what nobody should call in its place."""
+    """Changes bytes of a pickle, or inserts a call of a function that a weights file must never call."""
     if rng.random() < 0.5:
         return mutate_bytes(rng, data)
     call = b"c" + rng.choice(HOSTILE_NAMES) + b"\n(X\x09\x00\x00\x00touch ranitR."
@@ -88,7 +89,7 @@ def mutate(rng: random.Random, kind: str, data: bytes) -> bytes:
         (length,) = struct.unpack("<Q", data[:8])
         header = mutate_bytes(rng, data[8 : 8 + length])
         return struct.pack("<Q", len(header)) + header + data[8 + length :]
-    if kind == ZIP and rng.random() < 0.7:  # with right checksums, or only the zip's own would be tested
+    if kind == ZIP and rng.random() < 0.7:  # with valid checksums: otherwise zipfile rejects the file first
         buffer = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", rng.choice([0, 8])) as new:
             for name in old.namelist():
@@ -120,7 +121,7 @@ def main() -> None:
             audited.append(f"{event} {arguments[:1]}")
 
     with tempfile.TemporaryDirectory() as folder:
-        for kind, data in files.items():  # once, so that what is imported late is imported by now
+        for kind, data in files.items():  # lazy imports must not count as audit events
             (path := Path(folder, f"warm.{'safetensors' if kind == SAFETENSORS else 'pth'}")).write_bytes(data)
             read_tensors(path)
         for codec in ("cp437", "raw_unicode_escape", "unicode_escape"):
@@ -143,7 +144,7 @@ def main() -> None:
             except UserError as error:
                 outcome = "refused"
                 if path.name not in str(error):
-                    broken.append(f"{i}: an error without the file's name: {error}")
+                    broken.append(f"{i}: the error does not name the file: {error}")
             except BaseException as error:
                 outcome = "crashed"
                 broken.append(f"{i}: {type(error).__name__}: {error}")
@@ -151,7 +152,7 @@ def main() -> None:
             outcomes[f"{kind} {outcome}"] += 1
             used = tracemalloc.get_traced_memory()[1] - before
             if used > ALLOWED_GROWTH * len(content) + BASE_BYTES:
-                broken.append(f"{i}: {used} bytes for a file of {len(content)}")
+                broken.append(f"{i}: allocated {used} bytes for a file of {len(content)}")
     broken += [f"it ran {event}" for event in audited]
     print(
         json.dumps({"files": args.count, "outcomes": dict(sorted(outcomes.items())), "broken": broken[:20]}, indent=1)

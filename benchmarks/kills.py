@@ -1,10 +1,11 @@
-"""Runs that are killed by kill -9 at random moments, each compared bit for bit with one that nothing disturbed.
+"""Kills runs with SIGKILL at random moments and compares each, bit for bit, with an uninterrupted run.
 
     python -m benchmarks.kills --workdir DIR [--kills 100] [--seed 0]
 
-A tiny ResNet-18 on the sample, with all augmentation, checkpoints each 4 steps. The moments: while starting, after some
-steps, while a checkpoint is written, as it is committed and older ones are deleted, as an evaluation's line appears. A
-run ends when it is through; the next begins until so many kills are done. Prints JSON.
+Trains a tiny ResNet-18 on the sample with flips, shifts and random crops, and a checkpoint every 4 steps. A run is
+killed while it starts, after some steps, while it writes a checkpoint, when it commits one and deletes older ones, or
+when an evaluation's line appears, and then resumes. When a run completes, the next one begins, until --kills is
+reached. Prints JSON.
 """
 
 import argparse
@@ -37,7 +38,7 @@ MOMENTS = ("starting", "step", "saving", "committing", "evaluated")
 
 def start(workdir: Path, compiled: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),  # or most of the time goes into compiling the same again
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),  # shared: otherwise most of the time is compilation
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "JAX_PLATFORMS": "cpu",
     }
@@ -55,13 +56,13 @@ def newest(workdir: Path) -> int:
 
 
 def kill(process: subprocess.Popen[bytes], workdir: Path, moment: str, rng: random.Random) -> bool:
-    """False where the run was through before its moment came."""
+    """Kills the process at the given moment; returns False if it ended before that."""
     train, evaluated = lines(workdir, "train"), lines(workdir, "eval")
     steps, checkpoint = rng.randint(1, 20), newest(workdir)
     begun = time.monotonic()
     reached: dict[str, Callable[[], bool]] = {
         "starting": lambda: time.monotonic() - begun > delay,
-        # An interrupted run's lines are cut back first: more than before is later than so many steps.
+        # Resuming first truncates metrics.jsonl to the checkpoint, so this can take more than `steps` steps.
         "step": lambda: lines(workdir, "train") >= train + steps,
         "saving": lambda: any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")),
         "committing": lambda: newest(workdir) > checkpoint,
@@ -100,7 +101,7 @@ def main() -> None:
     args.workdir.mkdir(parents=True)
     reference, compiled = args.workdir / "undisturbed", args.workdir / "compiled"
     if start(reference, compiled).wait():
-        sys.exit(f"the undisturbed run failed; see {reference}.log")
+        sys.exit(f"the uninterrupted run failed; see {reference}.log")
 
     rng = random.Random(args.seed)
     kills: Counter[str] = Counter()
@@ -117,7 +118,7 @@ def main() -> None:
                 at_step.append(lines(workdir, "train"))
                 print(f"kill {kills.total()}: {moment}, step {at_step[-1]} of run {len(runs)}", file=sys.stderr)
             elif code := process.wait():
-                sys.exit(f"a run that went on after a kill failed with {code}; see {workdir}.log")
+                sys.exit(f"a run failed with exit code {code} when it resumed after a kill; see {workdir}.log")
             else:
                 break
         runs.append({"kills": kills.total() - before, "same_bits": compare(workdir, reference)})

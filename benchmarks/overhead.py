@@ -1,10 +1,10 @@
-"""What checkpoints and calls take from training: a ResNet-50 with momentum, 430 arrays, 188 MB.
+"""Measures the time that checkpoints and calls cost a run: a ResNet-50 with momentum, 430 arrays, 188 MB.
 
     python -m benchmarks.overhead --workdir DIR [--repeats 5] [--devices 1]
 
-The time that a save keeps the loop waiting, of it the checksums and the search for NaN, the time until it is on disk,
-and a verified restore; then a step with nothing to compute (every array, of one number, is multiplied by one), in calls
-of 1 and of 10 steps. Medians; prints JSON.
+Measures how long a save blocks the loop, how much of this are checksums and the search for NaN, the time until it is on
+disk, and a verified restore; then an empty step (every array has one number, which is multiplied by one) in calls of 1
+and of 10 steps. Prints medians as JSON.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def main() -> None:
     from jaxft.models.resnet import make_model
     from jaxft.run.checkpoints import Checkpoints, checksums, not_finite, to_host
     from jaxft.run.metrics_file import MetricsFile
+    from jaxft.run.workdir import Workdir
     from jaxft.targets.classification import Counts
     from jaxft.training.optimizer import make_optimizer
     from jaxft.training.state import TrainState, abstract_train_state, create_train_state
@@ -56,7 +57,7 @@ def main() -> None:
     abstract = abstract_train_state(model, tx)
     state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
     host = to_host(state)
-    checkpoints = Checkpoints(args.workdir, MetricsFile(args.workdir / "metrics.jsonl"))
+    checkpoints = Checkpoints(Workdir(args.workdir), MetricsFile(Workdir(args.workdir).metrics))
     blocked, whole = [], []
     for step in range(1, args.repeats + 1):
         newest = state.replace(step=replicate(np.int32(step)))
@@ -94,7 +95,7 @@ def main() -> None:
         )
         index = np.zeros((args.devices, steps, 1), np.int32)
         batch = Batch(index, index, (index == 0).astype(np.float32) / args.devices)
-        small = jax.tree.map(lambda a: replicate(np.ones(1, a.dtype)), state)  # as many arrays, nothing to compute
+        small = jax.tree.map(lambda a: replicate(np.ones(1, a.dtype)), state)  # as many arrays, but nothing to compute
         small, _ = p_step(small, None, batch)
 
         def call(p_step: Any = p_step, batch: Batch = batch) -> None:

@@ -1,10 +1,10 @@
-"""The original recipe in jaxft and in PyTorch, side by side: the loss of every step and the accuracies.
+"""Trains the original recipe in jaxft and in PyTorch, and compares the loss of every step and the accuracies.
 
     python -m benchmarks.parity_cifar10 --weights resnet50.pth --workdir DIR [--data_dir DIR]
 
-1,000 training and 1,000 test pictures of CIFAR-10 at 224 pixels, 2 epochs of configs/cifar10.py. The same weights,
-the same new head, the same order of pictures; PyTorch's own model, resize, loss and optimizer. About half an hour
-on two CPU cores. Prints JSON.
+1,000 training and 1,000 test images of CIFAR-10 at 224 pixels, 2 epochs of configs/cifar10.py. Both have the same
+weights, the same new head and the same order of images; PyTorch has its own model, resize, loss and optimizer. Takes
+about half an hour on two CPU cores. Prints JSON.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from PIL import Image
 from jaxft.config import load_config
 from jaxft.data import datasets
 from jaxft.data.batches import epoch_order
+from jaxft.data.dataset import DataOptions
+from jaxft.models.policy import Policy
 from jaxft.models.resnet import make_model
 from jaxft.pretrained.torch_files import read_tensors
 from jaxft.train import train_and_evaluate
@@ -31,7 +33,7 @@ from tests.helpers.reference import torch, torchvision
 
 
 def torch_model(weights: str, head: dict[str, np.ndarray]) -> torch.nn.Module:
-    """torchvision's ResNet-50 with the file's weights and the given head."""
+    """Returns torchvision's ResNet-50 with the file's weights and the given head."""
     state = {key: torch.from_numpy(array.copy()) for key, array in read_tensors(weights).items()}
     state["fc.weight"], state["fc.bias"] = torch.from_numpy(head["kernel"].T.copy()), torch.from_numpy(head["bias"])
     model = torchvision.models.resnet50(num_classes=len(head["bias"]))
@@ -55,7 +57,7 @@ def torch_batch(data: datasets.Dataset, index: np.ndarray) -> tuple[torch.Tensor
 def train_torch(
     model: torch.nn.Module, train: datasets.Dataset, test: datasets.Dataset, config: ConfigDict
 ) -> list[dict]:
-    """The rows that jaxft writes to metrics.jsonl."""
+    """Trains in PyTorch; returns the rows that jaxft writes to metrics.jsonl."""
     rows, step, size = [], 0, len(train.label)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     for epoch in range(1, config.num_epochs + 1):
@@ -110,10 +112,11 @@ def main() -> None:
         train_and_evaluate(config, args.workdir)
     jaxft_rows = [json.loads(line) for line in (args.workdir / "metrics.jsonl").read_text().splitlines()]
 
-    state, _ = initial_state(config, make_model(config.model, 10), make_optimizer(config.optimizer, 1, 1))
+    state, _ = initial_state(config, make_model(config.model, 10), Policy(), make_optimizer(config.optimizer, 1, 1))
     head = {name: np.array(value) for name, value in state.params["fc"].items()}
     train, test = (
-        datasets.load("cifar10", split, args.data_dir) for split in (config.data.train_split, config.data.eval_split)
+        datasets.load("cifar10", split, DataOptions(dir=args.data_dir))
+        for split in (config.data.train_split, config.data.eval_split)
     )
     torch_rows = train_torch(torch_model(args.weights, head), train, test, config)
 

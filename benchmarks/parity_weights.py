@@ -1,10 +1,10 @@
-"""A real ImageNet ResNet-50 in jaxft and, exported, in torchvision: the same predictions on 1,000 pictures.
+"""Compares a real ImageNet ResNet-50 in jaxft and, exported, in torchvision: predictions on 1,000 images.
 
     python -m benchmarks.parity_weights --weights resnet50.pth [--data_dir DIR]
 
-The file is read by jaxft, written back by it, and loaded by torchvision with strict=True. The pictures are the first
-1,000 of CIFAR-10's test set at 224 pixels; what is compared is which of ImageNet's classes each network says.
-Prints JSON. Some five minutes on two CPU cores.
+jaxft reads the file and writes it back; torchvision loads that with strict=True. The images are the first 1,000 of
+CIFAR-10's test set at 224 pixels; both networks classify them into ImageNet's classes. Prints JSON. Takes about five
+minutes on two CPU cores.
 """
 
 import argparse
@@ -19,8 +19,11 @@ import numpy as np
 from PIL import Image
 
 from jaxft.data import datasets
+from jaxft.data.dataset import DataOptions
 from jaxft.models.resnet import ARCHITECTURES
-from jaxft.pretrained.convert import load_pretrained, to_torch
+from jaxft.ops.formulation import default_formulation
+from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.load import load_pretrained
 from jaxft.pretrained.torch_files import write_tensors
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
 from tests.helpers.reference import torch, torchvision
@@ -33,10 +36,10 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="an ImageNet ResNet-50, a file or a name")
     parser.add_argument("--data_dir", default="", help="of prepared TFDS sets")
     args = parser.parse_args()
-    pictures = datasets.load("cifar10", "test[:10%]", args.data_dir).image
+    images = datasets.load("cifar10", "test[:10%]", DataOptions(dir=args.data_dir)).image
 
     weights = load_pretrained(args.weights, "resnet50")
-    model = ARCHITECTURES["resnet50"](num_classes=weights.provenance["num_classes"])
+    model = ARCHITECTURES["resnet50"](num_classes=weights.provenance["num_classes"], formulation=default_formulation())
     preprocessing = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD)
     forward = jax.jit(partial(model.apply, train=False))
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +53,8 @@ def main() -> None:
     )
 
     ours, theirs = [], []
-    for start in range(0, len(pictures), BATCH):
-        batch = np.asarray(pictures[start : start + BATCH])
+    for start in range(0, len(images), BATCH):
+        batch = np.asarray(images[start : start + BATCH])
         ours.append(np.asarray(forward(weights.variables, preprocess(batch, preprocessing))))
         with torch.no_grad():
             theirs.append(reference(torch.stack([transform(Image.fromarray(image)) for image in batch])).numpy())

@@ -1,8 +1,9 @@
-"""What pretraining brings to the quickstart: its accuracy on the sample over seeds, and that from random weights.
+"""Measures what pretraining gains in the quickstart: its accuracy from pretrained and from random weights.
 
     python -m benchmarks.quickstart --workdir DIR [--seeds 5]
 
-Prints one JSON object: the accuracy after the last epoch of each run, in percent, with mean and standard deviation.
+Prints one JSON object: the accuracy of each seed's run after its last epoch, in percent, with mean and standard
+deviation.
 """
 
 import argparse

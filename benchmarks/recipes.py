@@ -1,11 +1,11 @@
-"""What each way of fine-tuning an ImageNet ResNet-50 reaches on the sample of CIFAR-10, and how long it takes.
+"""Measures the accuracy and duration of each way to fine-tune an ImageNet ResNet-50, on the sample of CIFAR-10.
 
     python -m benchmarks.recipes --weights resnet50.pth --workdir DIR [--image_size 96]
 
-2,000 pictures to train, 1,000 to test. Prints one JSON object a recipe: the accuracies after each epoch in percent,
-and the seconds from the first step to the last evaluation, without compilation where the machine has compiled before.
-The last two are configs/ of their names as they are, but for their data, their size and, of the first, its batch: these
-are few pictures for a batch of 256. image_folder has 500 pictures to train, in folders.
+There are 2,000 images to train and 1,000 to test. Prints one JSON object per recipe: the accuracy after each epoch in
+percent, and the run's seconds, which include compilation unless the compilation cache holds the programs. The last two
+recipes are configs/cifar10_fast.py and configs/image_folder.py with other data and another image size. cifar10_fast
+also has a smaller batch, because 256 is large for 2,000 images; image_folder trains on 500 images in folders.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jaxft.run.metrics_file import read_lines
 from jaxft.train import train_and_evaluate
 
 ORIGINAL = {"batch_size": "50", "optimizer.schedule": "cosine"}
-FEW = 50  # pictures a class
+FEW = 50  # images per class
 RECIPES: dict[str, dict[str, str]] = {
     "linear probe": ORIGINAL
     | {
@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, str]] = {
 
 
 def write_few(folder: Path) -> None:
-    """The first FEW training pictures of each class, and all test pictures, as a person has them."""
+    """Writes the first FEW training images of each class, and all test images, as folder/{train,val}/CLASS/*.png."""
     for split, name in (("train", "train"), ("test", "val")):
         data = datasets.load("sample:cifar10", split)
         for label, class_name in enumerate(data.class_names):
@@ -77,7 +77,7 @@ def main() -> None:
             "data.name": "sample:cifar10",
             "image_size": str(args.image_size),
             "model.pretrained": args.weights,
-            "model.onednn": "never",  # to be compared with figures of all machines
+            "model.onednn": "never",  # numbers must be comparable between machines
         }
         if name == "cifar10_fast":
             overrides["augment.first_image_size"] = str(args.image_size // 2)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.same_bits [--base 1a59e0d] [--only NAME]
 
-Copies both trees into a temporary folder and trains, evaluates and predicts with each in processes of their own, on
-the CPU and with separate caches. There are three short runs of a small pretrained ResNet-18 with a new head: "plain"
+Copies both trees into a temporary folder and trains, evaluates and predicts with each in separate processes, on the
+CPU and with separate caches. There are three short runs of a small pretrained ResNet-18 with a new head: "plain"
 SGD on the sample of CIFAR-10; "augmented" with all random augmentation, EMA, gradient accumulation and a stage that is
 unfrozen later; "streamed" with AdamW, recalibrated BatchNorm and oneDNN's convolutions. The last two read a folder of
 images of several sizes, with more in some classes than in others, made from the sample.
@@ -99,7 +99,7 @@ def copy_working_tree(tree: Path) -> None:
 
 
 def write_images(folder: Path) -> None:
-    """Writes {train,test}/CLASS/*.png: 20 to 74 images of a class to train and 30 to test, 40 to 79 pixels a side."""
+    """Writes {train,test}/CLASS/*.png: 20 to 74 images per class to train and 30 to test, sides of 40 to 79 pixels."""
     (sample,) = (ROOT / "jaxft").rglob("cifar10.tar.xz")
     counts: dict[tuple[str, str], int] = {}
     rng = np.random.default_rng(0)
@@ -173,7 +173,7 @@ def different_array(base: dict[str, np.ndarray], tree: dict[str, np.ndarray]) ->
 
 
 def different_entry(what: str, base: list[dict[str, Any]], tree: list[dict[str, Any]]) -> str | None:
-    """Describes the first key that differs of the first object that does."""
+    """Describes the first difference: the object's index, its key and both values."""
     empty: dict[str, Any] = {}
     for i, (a, b) in enumerate(zip_longest(base, tree, fillvalue=empty)):
         for key in a | b:
@@ -215,7 +215,7 @@ def main() -> None:
                 sys.exit(f"jaxft was imported from {imported}, not from {side}")
         for run_name in [args.only] if args.only else RUNS:
             started = time.monotonic()
-            with ThreadPoolExecutor() as pool:  # at once: much of the time is compilation, in one thread
+            with ThreadPoolExecutor() as pool:  # in parallel: much of the time is compilation, in one thread
                 outcome = compare(*pool.map(partial(run, name=run_name, folder=folder), (base, tree)))
             print(f"{run_name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
             all_same = all_same and "first_difference" not in outcome

@@ -1,11 +1,11 @@
-"""What more devices cost and would give: measured on forced CPU devices, reckoned for GPUs and TPUs.
+"""Measures the cost of more devices on forced CPU devices, and computes it for GPUs and TPUs.
 
 python -m benchmarks.scaling [--rounds 3]
 
-A ResNet-18 of width 8 at 32 pixels, 64 pictures a step over all devices, with synchronised statistics: as the same
-cores do the same work however many devices they pretend to be, the time beyond one device's is what the devices cost.
-Then, by arithmetic alone, for a ResNet-50: bytes that each device sends in a step, and the time of that beside the
-step's. One JSON line.
+A ResNet-18 of width 8 at 32 pixels, 64 images per step over all devices, with synchronised statistics. The same cores
+do the same work however many devices they pretend to be, so the time beyond one device's is the cost of the devices.
+Then, by arithmetic only, for a ResNet-50: the bytes that each device sends in a step, and their time compared with the
+step's. Prints one JSON line.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import sys
 
 DEVICES = (1, 2, 4, 8)
 STEPS = 12
-# Bytes a second that a device can send to a neighbour while it receives as many, by the makers' figures.
+# Bytes per second that a device can send to a neighbour while it receives as many, by the makers' figures.
 LINKS = {"8 x H100, NVLink 4": (8, 450e9), "TPU v4-32, 3D torus": (16, 100e9), "8 GPUs over 100 Gb/s": (8, 12.5e9)}
 PARAMETERS = 25_557_032  # of a ResNet-50
 STATISTICS = 2 * 26_560  # means and variances of its BatchNorms
-PICTURES, RATE = 256, 2500.0  # a device's share and its pictures a second: an assumption, of a GPU in bfloat16
+PICTURES, RATE = 256, 2500.0  # images per device and images per second of each: assumed, for a GPU in bfloat16
 
 
 def measure(devices: int) -> None:
-    """Seconds of a step on so many devices, the median."""
+    """Prints the median seconds of a step on this many devices."""
     import time
     from functools import partial
 
@@ -34,30 +34,35 @@ def measure(devices: int) -> None:
     import optax
 
     from jaxft.data.batches import Examples, make_batches, replicate
+    from jaxft.models.policy import Policy
     from jaxft.models.resnet import BasicBlock, ResNet
+    from jaxft.ops.formulation import default_formulation
     from jaxft.training.state import create_train_state
-    from jaxft.training.steps import train_step
+    from jaxft.training.steps import StepConfig, train_step
     from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
     rng = np.random.default_rng(0)
-    pictures = Examples(rng.integers(0, 256, (1024, 32, 32, 3), np.uint8), rng.integers(0, 10, 1024).astype(np.int32))
-    model = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=10, width=8, stem="small", batch_norm="sync")
+    examples = Examples(rng.integers(0, 256, (1024, 32, 32, 3), np.uint8), rng.integers(0, 10, 1024).astype(np.int32))
+    formulation = default_formulation()
+    model = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=10, width=8, stem="small", formulation=formulation)
+    policy = Policy(batch_norm="sync")
     tx = optax.sgd(0.1, momentum=0.9)
-    step = partial(train_step, model=model, tx=tx, preprocessing=Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD))
-    p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+    config = StepConfig(model, tx, Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD), policy)
+    step = partial(train_step, config=config)
+    p_step = jax.pmap(step, axis_name=policy.axis_name, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
     state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
-    pictures = replicate(pictures)
+    examples = replicate(examples)
     times = []
     for batch in list(make_batches(np.arange(1024).repeat(2), 64, devices))[:STEPS]:
         started = time.monotonic()
-        state, counts = p_step(state, pictures, batch)
+        state, counts = p_step(state, examples, batch)
         jax.block_until_ready(counts)
         times.append(time.monotonic() - started)
     print(statistics.median(times[2:]))
 
 
 def reckon() -> dict[str, dict[str, float]]:
-    """A ring sends 2 (n - 1) / n of the gradients, float32, and of the statistics; nothing of it overlapped."""
+    """Computes the traffic of a ring, 2 (n - 1) / n of the float32 gradients and statistics, without overlap."""
     found = {}
     for name, (devices, bandwidth) in LINKS.items():
         sent = 2 * (devices - 1) / devices * 4 * (PARAMETERS + STATISTICS)

@@ -1,9 +1,9 @@
-"""How long the quickstart takes from its start to its first training step, and from there to its end.
+"""Times the quickstart from the start of its process to the first training step and to the end.
 
 python -m benchmarks.startup [--rounds 3]
 
-Each round runs it twice, at first with an empty compilation cache; seconds of wall time, medians, as one JSON line. The
-first step is done when metrics.jsonl has its line.
+Each round runs it twice, the first time with an empty compilation cache. The first step counts as done when its line is
+in metrics.jsonl. Prints one JSON line with the median seconds of wall time.
 """
 
 import argparse

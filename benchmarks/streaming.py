@@ -1,13 +1,17 @@
-"""How fast a folder of JPEGs streams, beside the decoder alone on the same cores and PyTorch's DataLoader.
+"""Measures how fast a folder of JPEGs streams, compared with a bare JPEG decoder and PyTorch's DataLoader.
 
 python -m benchmarks.streaming [--pictures 1500] [--rounds 5] [--workers 2]
 
-Needs simplejpeg. Pictures of 500 x 375 pixels, as ImageNet's are on average, of noise that compresses to about its 110
-kB, are written to a temporary folder. Each contender in turn reads all of them once: libjpeg-turbo by simplejpeg (which
-only decodes), in as many threads as there are cores; jaxft's first reading, which checks them all and keeps squares of
-224 pixels on the disk; its stream of batches of 64 of those, by threads and by processes; its stream from the files, as
-data.cache=never has it; torch.utils.data.DataLoader with torchvision's Resize and CenterCrop, in `--workers` processes.
-One JSON line: quartiles.
+Needs simplejpeg. Writes synthetic JPEGs to a temporary folder, 500 x 375 pixels and about 110 kB each, ImageNet's
+averages. In every round each contender reads all of them once:
+
+decoder_alone: libjpeg-turbo through simplejpeg, without resizing, in one thread per core;
+jaxft_first_reading: checks all files and writes images of 224 x 224 pixels to the cache on disk;
+jaxft_threads, jaxft_N_processes: batches of 64 from that cache;
+jaxft_threads_from_files: batches of 64 decoded from the files (data.cache=never);
+torch_N_processes: torch.utils.data.DataLoader with torchvision's Resize and CenterCrop.
+
+N is --workers. Prints one JSON line with quartiles of images per second.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxft.data import datasets
+from jaxft.data.dataset import DataOptions
 from jaxft.data.loader import make_loader
 from tests.helpers.reference import torchvision
 
@@ -89,13 +94,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_pictures(Path(folder), args.pictures)
         os.environ["JAXFT_CACHE"] = f"{folder}/cache"
-        load = partial(datasets.load, f"folder:{folder}", "train", side=SIDE)
-        kept, in_files = load(cache="always"), load(cache="never")
+        load = partial(datasets.load, f"folder:{folder}", "train")
+        always, never = (DataOptions(side=SIDE, cache=cache) for cache in ("always", "never"))
+        kept, in_files = load(always), load(never)
 
         def first_reading() -> None:
             nonlocal kept
             shutil.rmtree(f"{folder}/cache")
-            kept = load(cache="always")
+            kept = load(always)
 
         contenders: dict[str, Callable[[], None]] = {
             "decoder_alone": lambda: decode_alone(paths),

@@ -1,24 +1,23 @@
-"""jaxft's train and evaluation step beside PyTorch's on the same work, taking turns: images/s as JSON.
+"""Compares jaxft's train and evaluation steps with PyTorch's on the same work, taking turns: images/s as JSON.
 
     python -m benchmarks.train_step [--arch resnet50] [--work 64x32,224x16] [--steps train,forward] \
         [--contenders jaxft-float32,torch-float32,...] [--rounds 9] [--steps_per_turn 6]
 
-Each contender is a process of its own that keeps its compiled step; they run one after the other, round by round, so
-that whatever else the machine does hits all of them alike. In its turn each makes a step that does not count, for what
-was idle has to warm up, and then --steps_per_turn steps, of which it waits for the last alone. All have their memory in
-huge pages, as jaxft's commands do. PyTorch's threads wait for each other by spinning, so on a busy machine only
-images per second of CPU time on one core compare: --cores 0. Work is pixels x batch size. A train step is forward,
-backward and SGD with momentum (jaxft's from uint8 pictures, PyTorch's from normalised ones, channels_last); a forward
-step is evaluation without gradients. On a CPU, jaxft's convolutions are oneDNN's but for jaxft-float32-xla;
-torch-float32-compile takes minutes to compile. With -frozen (jaxft-bfloat16-frozen) norms keep their statistics.
+Each contender is a process of its own that keeps its compiled step. They run one after the other, round by round, so
+that other load on the machine affects all of them alike. In its turn each makes one step to warm up, which does not
+count, and then --steps_per_turn steps, of which it waits only for the last. All have their memory in huge pages, as
+jaxft's commands do. PyTorch's threads wait for each other by spinning, so on a busy machine only images per second of
+CPU time on one core are comparable: --cores 0. Work is pixels x batch size. A train step is forward, backward and SGD
+with momentum (jaxft's from uint8 images, PyTorch's from normalised ones, channels_last); a forward step is evaluation
+without gradients. On a CPU, jaxft's convolutions are oneDNN's except for jaxft-float32-xla; torch-float32-compile takes
+minutes to compile. With -frozen (jaxft-bfloat16-frozen) norms keep their statistics.
 
 Runs on whatever device JAX and PyTorch find; on a GPU, where PyTorch's optimizer is fused, for instance:
 
     python -m benchmarks.train_step --work 224x64,224x256 --steps_per_turn 20 \
         --contenders jaxft-bfloat16,torch-bfloat16,torch-bfloat16-compile,torch-bfloat16-compile-graphs
 
-(graphs: CUDA graphs, by torch.compile's mode "reduce-overhead".) Contenders share its memory. Not tried: no GPU was at
-hand.
+(graphs: CUDA graphs, by torch.compile's mode "reduce-overhead".) Contenders share its memory.
 """
 
 import argparse
@@ -42,38 +41,43 @@ from jaxft import process
 
 CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "jaxft-float32-xla", "torch-float32", "torch-bfloat16")
 NUM_CLASSES = 10
-Steps = Callable[[int], float]  # makes so many steps and gives a figure of the last one
+Steps = Callable[[int], float]  # makes this many steps and returns a value of the last one
 
 
 def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, options: list[str]) -> Steps:
-    """As `python -m jaxft.train` makes them: on a CPU several a call."""
+    """Makes steps as `python -m jaxft.train` does: on a CPU several per call."""
     import jax
     import numpy as np
     import optax
 
     from jaxft.config import default_config
     from jaxft.data.batches import Batch, Examples, replicate
+    from jaxft.models.partition import make_policy
     from jaxft.models.resnet import make_model
     from jaxft.ops import onednn
-    from jaxft.process import set_up_backend
+    from jaxft.process import disable_compilation_cache, set_up
     from jaxft.training.evaluation import pmap_eval_steps
     from jaxft.training.loop import pmap_train_steps
     from jaxft.training.state import create_train_state
-    from jaxft.training.steps_per_call import batches_per_call, scan_length, stack_batches
+    from jaxft.training.steps import EvalConfig, make_step_config
+    from jaxft.training.steps_per_call import choose_steps_per_call, stack_batches
     from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
-    set_up_backend()
+    set_up()
     config = default_config()
     config.update(image_size=size, batch_size=batch)
     config.model.update(arch=arch, width=width, dtype=options[0])
     if "frozen" in options:
         config.model.batch_norm = "frozen"
-    by_onednn = onednn.is_chosen("never" if "xla" in options else "always", 0)
-    model = make_model(config.model, NUM_CLASSES).clone(by_onednn=by_onednn)
+    model = make_model(config.model, NUM_CLASSES)
+    if model.formulation == "cpu" and onednn.is_worthwhile("never" if "xla" in options else "always", 0):
+        disable_compilation_cache()
+        model = model.clone(formulation="cpu-onednn")
+    policy = make_policy(config, model, 1)
     tx = optax.sgd(0.01, momentum=0.9)
     preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
     random = np.random.default_rng(0)
-    pictures = replicate(
+    examples = replicate(
         Examples.packed(
             random.integers(0, 256, (batch, size, size, 3), np.uint8),
             random.integers(0, NUM_CLASSES, batch, np.int32),
@@ -81,23 +85,21 @@ def jaxft_steps(arch: str, size: int, batch: int, which: str, width: int, option
     )
     index = np.arange(batch, dtype=np.int32).reshape(jax.local_device_count(), -1)
     batches = repeat(Batch(index, index, np.ones(index.shape, np.float32)))
-    state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
+    state = replicate(jax.jit(partial(create_train_state, model, tx, policy=policy))(jax.random.key(0)))
     train = which == "train"
-    per_call = batches_per_call(config, model, state, train=train)
-    p_train_steps, p_eval_steps = (
-        pmap_train_steps(config, model, tx, preprocessing),
-        pmap_eval_steps(model, preprocessing),
-    )
+    per_call = choose_steps_per_call(config, model, train=train)
+    p_train_steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing))
+    p_eval_steps = pmap_eval_steps(EvalConfig(model, preprocessing, policy))
 
     def steps(number: int) -> float:
         nonlocal state
         loss: Any = None
         for call, count in stack_batches(batches, number, per_call):
             if train:
-                state, counts = p_train_steps(state, pictures, call, None, scan_length(count))
+                state, counts = p_train_steps(state, examples, call, None, per_call.scan_length(count))
                 loss = counts.loss
             else:
-                loss = p_eval_steps(state, pictures, call, scan_length(count)).loss
+                loss = p_eval_steps(state, examples, call, per_call.scan_length(count)).loss
         return float(np.sum(loss))
 
     return steps
@@ -147,7 +149,7 @@ def torch_steps(arch: str, size: int, batch: int, which: str, width: int, option
 
 
 def peak_memory(library: str) -> float:
-    """In bytes: of the GPU, if there is one, or else of the process."""
+    """Returns the peak memory in bytes: of the GPU, if there is one, else of the process."""
     if library == "jaxft":
         import jax
 
@@ -160,7 +162,7 @@ def peak_memory(library: str) -> float:
 
 
 def work(name: str, arch: str, size: int, batch: int, which: str, width: int, number: int) -> None:
-    """A contender: makes its first step, then some for each line on stdin, and prints what one took as JSON."""
+    """Runs a contender: a first step, then `number` steps per line on stdin; prints seconds per step as JSON."""
     library, *options = name.split("-")
     started = time.perf_counter()
     steps = {"jaxft": jaxft_steps, "torch": torch_steps}[library](arch, size, batch, which, width, options)
@@ -176,7 +178,7 @@ def work(name: str, arch: str, size: int, batch: int, which: str, width: int, nu
 
 
 def compare(arch: str, size: int, batch: int, which: str, width: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Of each contender: images/s (median, and from the slowest to the fastest quarter), start and memory."""
+    """Returns each contender's images/s (median and quartiles), seconds to start and memory."""
     task = [arch, str(size), str(batch), which, str(width), str(args.steps_per_turn)]
     children: dict[str, subprocess.Popen[str]] = {}
     result: dict[str, Any] = {}
@@ -239,21 +241,21 @@ def main() -> None:
         return work(name, arch, int(size), int(batch), which, int(width), int(steps))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--width", type=int, default=64, help="other than 64 for jaxft alone")
+    parser.add_argument("--width", type=int, default=64, help="other than 64: for jaxft only")
     parser.add_argument("--work", default="64x32,224x16", help="pixels x batch size")
     parser.add_argument("--steps", default="train,forward")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps_per_turn", type=int, default=6)
-    parser.add_argument("--cores", default="", help="such as 0 or 0-3, to which to keep; on a busy machine one core")
+    parser.add_argument("--cores", default="", help="cores to use, such as 0 or 0-3; one core on a busy machine")
     parser.add_argument("--verbose", action="store_true", help="show what the contenders write to stderr")
     args = parser.parse_args()
     args.contenders = args.contenders.split(",")
     results: dict[str, Any] = {"arch": args.arch, "machine": machine()}
     for task in args.work.split(","):
-        pixels, pictures = map(int, task.split("x"))
+        pixels, images = map(int, task.split("x"))
         for which in args.steps.split(","):
-            results[f"{which} {task}"] = compare(args.arch, pixels, pictures, which, args.width, args)
+            results[f"{which} {task}"] = compare(args.arch, pixels, images, which, args.width, args)
     print(json.dumps(results, indent=1))
 
 

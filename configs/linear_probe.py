@@ -1,11 +1,11 @@
-"""Only a new head on a frozen ImageNet ResNet-50: the quickest look at what its features tell about your pictures.
+"""Trains only a new head on a frozen ImageNet ResNet-50: the quickest test of its features on your images.
 
 python -m jaxft.train --config configs/linear_probe.py
 
-Without augmentation the backbone sees each picture once, so thirty epochs cost about one forward pass. On two cores,
-with 2,000 pictures of CIFAR-10 at 96 pixels and ImageNet weights of 72.2 % top-1, such a probe reaches 73.5 % (python
--m benchmarks.recipes). All of CIFAR-10 at 224 pixels is not measured yet; published: 93.6 % by a linear probe of a
-supervised ResNet-50 (Chen et al. 2020, SimCLR, table 8).
+Without augmentation the backbone runs once per image, so thirty epochs cost little more than one. On two CPU cores,
+2,000 images of CIFAR-10 at 96 pixels, ImageNet weights of 72.2 % top-1 and a learning rate of 0.05 give 73.5 % in 84 s
+(python -m benchmarks.recipes). Not measured on all of CIFAR-10 at 224 pixels. Published for a linear probe of a
+supervised ResNet-50: 93.6 % (Chen et al. 2020, SimCLR, table 8).
 """
 
 from ml_collections import ConfigDict

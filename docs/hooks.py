@@ -9,7 +9,7 @@ from jaxft.config import CHOICES, RANGES, default_config, explanations, flatten
 TABLE = "<!-- the table of config keys -->"
 FILE = re.compile(r"<!-- the file (\S+) -->")
 ROOT = Path(__file__).parent.parent
-TYPES = {int: "whole number", float: "number", bool: "True or False", str: "text"}
+TYPES = {int: "whole number", float: "number", bool: "True or False", str: "string"}
 
 
 def config_table() -> str:

@@ -1,4 +1,4 @@
-"""The config: every key with its default and meaning, files and overrides that are checked against it."""
+"""The config: every key with its default and meaning; config files and overrides are checked against them."""
 
 import ast
 import difflib
@@ -16,96 +16,97 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
-from jaxft.models.resnet import ARCHITECTURES
+from jaxft.models.architectures import RESNETS
 
 
+# More than 60 lines: one line per key, with all keys in one place.
 def default_config() -> ConfigDict:
-    """Every key with its default."""
+    """Returns every key with its default. The comments are the help of `jaxft train` and the page of config keys."""
     return ConfigDict(
         {
             "note": "",  # printed at the end of a run
-            "seed": 0,  # of the new head and of the order of pictures
-            "num_epochs": 10,  # times that all pictures are trained on
-            "batch_size": 64,  # over all devices; 0: the largest power of two on each that fits into its memory
-            "image_size": 224,  # pixels of the shorter side after resizing; the central square is seen
+            "seed": 0,  # random seed of the new head, the order of images and augmentation
+            "num_epochs": 10,  # passes over the training images
+            "batch_size": 64,  # over all devices; 0: the largest power of two per device that fits into its memory
+            "image_size": 224,  # pixels: the shorter side is resized to this, then the central square is cropped
             "model": {
                 "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ...
-                "pretrained": "",  # a name (weights/convert.py --list), a file, or '' for random weights
-                "stem": "imagenet",  # or small: one 3x3 convolution, for pictures of about 32 pixels
-                "width": 64,  # channels of the first stage; torchvision's ResNets have 64
-                "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
-                "precision": "high",  # of float32's products: a GPU's TF32, a TPU's three of bfloat16; highest: float32
-                "onednn": "auto",  # or always or never: a CPU's convolutions by oneDNN; auto: of long runs
-                "remat": False,  # a block's activations are computed again for its gradient: less memory, more time
-                "test_flip": False,  # tested and used with the mean of a picture's and its mirror image's logits
-                "batch_norm": "update",  # or sync, over all devices; frozen; recalibrate, over all pictures at the end
+                "pretrained": "",  # a name (`jaxft convert --list`), a weights file, or '' for random weights
+                "stem": "imagenet",  # imagenet, or small: one 3x3 convolution, for images of about 32 pixels
+                "width": 64,  # channels of the first stage; 64 in torchvision's networks
+                "dtype": "float32",  # dtype of the computation: float32 or bfloat16; parameters are always float32
+                "precision": "high",  # float32 products: default, high (GPU: TF32; TPU: 3 bfloat16 passes) or highest
+                "onednn": "auto",  # oneDNN's convolutions on a CPU: always, never, or auto (in long runs)
+                "remat": False,  # recompute each block's activations in the backward pass: less memory, more time
+                "test_flip": False,  # average the logits of each image and its mirror image, except in training
+                "batch_norm": "update",  # update (per device), sync (all devices), frozen, recalibrate (after training)
             },
             "data": {
                 "name": "cifar10",  # a TFDS name, folder:PATH, or sample:cifar10
-                "dir": "",  # of prepared TFDS sets; '' for $TFDS_DATA_DIR or ~/tensorflow_datasets
-                "train_split": "train",  # in TFDS's syntax: train[:90%]
-                "eval_split": "test",  # tested on after each epoch
-                "stored_size": 0,  # pixels of the squares that pictures of differing sizes are kept as; 0: image_size
-                "holdout": 0.2,  # fraction of a folder's pictures to test with, where it has no folders by split
-                "unreadable": "refuse",  # a folder's files that are no pictures; or skip
-                "cache": "auto",  # decoded pictures on the disk, if half of what is free holds them; or always or never
-                "stream": "auto",  # batch by batch what would take much of the memory; or always or never
-                "workers": 0,  # processes that read streamed pictures; 0: threads
+                "dir": "",  # folder of prepared TFDS datasets; '' for $TFDS_DATA_DIR or ~/tensorflow_datasets
+                "train_split": "train",  # split to train on; TFDS's syntax is allowed: train[:90%]
+                "eval_split": "test",  # split to evaluate on after each epoch
+                "stored_size": 0,  # images of different sizes are stored as squares of this side; 0: image_size
+                "holdout": 0.2,  # fraction of a folder's images to evaluate on, if it has no folder for each split
+                "unreadable": "refuse",  # files of a folder that are not images: refuse or skip
+                "cache": "auto",  # keep decoded images on disk: always, never, or auto (up to half of the free space)
+                "stream": "auto",  # read images batch by batch: always, never, or auto (if too large for the devices)
+                "workers": 0,  # processes that read streamed images; 0: threads
             },
             "optimizer": {
-                "name": "sgd",  # or adamw, adabelief, lamb, lion
-                "learning_rate": 0.001,  # at its highest, where a schedule changes it
-                "momentum": 0.9,  # of sgd
-                "nesterov": False,  # of sgd
-                "weight_decay": 0.0,  # sgd adds it to the gradient as torch's does; the others decouple it
-                "decay_all": True,  # also biases and BatchNorm's parameters
-                "schedule": "constant",  # or cosine or linear, to 0 at the end, or step
-                "step_epochs": 30.0,  # of the schedule step: the learning rate falls after each so many,
-                "step_factor": 0.1,  # by this
-                "warmup_epochs": 0.0,  # of linear growth from 0
-                "clip_norm": 0.0,  # largest norm of the whole gradient; 0: any
-                "ema_decay": 0.0,  # of the average of weights that is tested, kept and used instead of the last ones
-                "accumulate_steps": 1,  # batches behind one update
-                "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; commas between
-                "unfreeze": "",  # from which epoch on what trains again: '3: stage4, 5: stage3'
-                "head_factor": 1.0,  # on the learning rate of the head
-                "layer_decay": 1.0,  # on the learning rate, from each part to the one before: stage4, stage3, ...
+                "name": "sgd",  # sgd, adamw, adabelief, lamb or lion
+                "learning_rate": 0.001,  # peak value, if a schedule changes it
+                "momentum": 0.9,  # momentum of sgd
+                "nesterov": False,  # Nesterov momentum for sgd
+                "weight_decay": 0.0,  # added to the gradient by sgd, as torch does; decoupled in the other optimizers
+                "decay_all": True,  # apply weight decay to biases and BatchNorm's parameters too
+                "schedule": "constant",  # constant, cosine or linear (to 0 at the end), or step
+                "step_epochs": 30.0,  # epochs between two drops of the step schedule
+                "step_factor": 0.1,  # factor of each drop of the step schedule
+                "warmup_epochs": 0.0,  # epochs of linear warm-up from 0
+                "clip_norm": 0.0,  # largest global norm of the gradient; 0: no clipping
+                "ema_decay": 0.0,  # decay of an EMA of the weights, for evaluation, prediction and export; 0: no EMA
+                "accumulate_steps": 1,  # gradient accumulation: batches per update
+                "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; comma-separated
+                "unfreeze": "",  # epochs from which frozen parts train again: '3: stage4, 5: stage3'
+                "head_factor": 1.0,  # multiplies the learning rate of the head
+                "layer_decay": 1.0,  # each part's learning rate relative to the next; 0.7: stage4 has 0.7, stage3 0.49
             },
-            "class_weights": "none",  # or balanced: classes with few pictures count as much as those with many
-            "label_smoothing": 0.0,  # share of a label that is spread over all classes
-            "augment": {  # of the training pictures, each time anew
-                "flip": False,  # mirrored half of the time
-                "shift": 0.0,  # at most, as a fraction of the side
-                "first_image_size": 0,  # pixels in the first epoch, growing to image_size in the last; 0: no growth
-                "crop_area": 1.0,  # smallest part of the area that is seen; 1: all of it
-                "crop_ratio": 1.0,  # of its width to its height, at most, and at least the inverse
-                "trivial": False,  # one operation of TrivialAugment for each picture: moved, turned, recoloured, ...
-                "erase": 0.0,  # probability that a rectangle is blotted out
-                "mixup": 0.0,  # alpha: how evenly two pictures and their labels are added up; 0: not at all
-                "cutmix": 0.0,  # the same, one picture showing through a hole in the other
+            "class_weights": "none",  # none, or balanced: weigh the loss so that rare classes count as much as others
+            "label_smoothing": 0.0,  # fraction of each label that is spread evenly over all classes
+            "augment": {  # random changes of the training images, different in each epoch
+                "flip": False,  # mirror half of the images
+                "shift": 0.0,  # largest random shift, as a fraction of the side
+                "first_image_size": 0,  # image size of the first epoch, growing to image_size in the last; 0: constant
+                "crop_area": 1.0,  # smallest area of a random crop, as a fraction of the image; 1: no cropping
+                "crop_ratio": 1.0,  # largest aspect ratio of a random crop; its inverse is the smallest
+                "trivial": False,  # TrivialAugment: one random operation for each image (shear, rotate, brighten, ...)
+                "erase": 0.0,  # probability that a random rectangle is erased
+                "mixup": 0.0,  # alpha of mixup, which blends pairs of images and labels; 0: off
+                "cutmix": 0.0,  # alpha of CutMix, which pastes a rectangle of another image; 0: off
             },
             "distill": {
-                "teacher": "",  # workdir of a run on the same classes, whose predictions are learnt; '' for none
-                "weight": 0.5,  # of what the teacher says; the rest is for the labels
-                "temperature": 2.0,  # that softens both networks' predictions
+                "teacher": "",  # workdir of the teacher's run on the same classes; '' for none
+                "weight": 0.5,  # weight of the teacher's predictions in the loss; the labels have the rest
+                "temperature": 2.0,  # softens the predictions of teacher and student
             },
-            "steps_per_call": 0,  # 0: one, on a CPU several. On a GPU or TPU 10 save time where one takes few ms
-            "log": {  # besides metrics.jsonl
-                "tensorboard": False,  # DIR/tensorboard; needs pip install 'jaxft[tensorboard]'
+            "steps_per_call": 0,  # steps per device call; 0: several on a CPU, else 1. 10 help if a step takes a few ms
+            "log": {  # in addition to metrics.jsonl
+                "tensorboard": False,  # write DIR/tensorboard; needs pip install 'jaxft[tensorboard]'
                 "wandb": "",  # a project of Weights & Biases; needs pip install wandb
             },
             "checkpoint": {
-                "every_steps": 0,  # besides the one after each epoch; 0: none
-                "keep_latest": 2,  # newest kept; two, for a run may diverge right after the newest
-                "keep_best": 1,  # checkpoints of the highest accuracy kept besides
-                "on_damage": "refuse",  # to resume from a damaged checkpoint; or newest_good: take one that is whole
+                "every_steps": 0,  # steps between checkpoints within an epoch; 0: only one after each epoch
+                "keep_latest": 2,  # newest checkpoints to keep; 2, since a run may diverge right after the newest
+                "keep_best": 1,  # most accurate checkpoints to keep in addition
+                "on_damage": "refuse",  # refuse to resume from a damaged checkpoint, or use the newest_good one
             },
         }
     )
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.arch": tuple(ARCHITECTURES),
+    "model.arch": tuple(RESNETS),
     "model.stem": ("imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.precision": ("default", "high", "highest"),
@@ -158,7 +159,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-# What an interrupted run may go on with another value of: the results are the same.
+# Keys that may change when a run is resumed: they do not affect its results.
 MAY_CHANGE = {
     "note",
     "steps_per_call",
@@ -169,7 +170,7 @@ MAY_CHANGE = {
 
 
 def explanations() -> dict[str, str]:
-    """{'optimizer.learning_rate': what the comment beside it in default_config says, or ''}"""
+    """Returns {'optimizer.learning_rate': the comment beside it in default_config, or ''}."""
     source = inspect.getsource(default_config)
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -191,14 +192,14 @@ def explanations() -> dict[str, str]:
 
 
 def resolve(stored: Mapping[str, Any]) -> ConfigDict:
-    """A config as a run has kept it, with the defaults of keys that were not there yet."""
+    """Returns a run's stored config, with defaults for keys that it lacks."""
     config = default_config()
     _update(config, flatten(ConfigDict(stored)), "of the run")
     return config
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{'optimizer.learning_rate': 0.001, ...}"""
+    """Returns {'optimizer.learning_rate': 0.001, ...}."""
 
     def leaves(node: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
@@ -211,8 +212,9 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def load_config(path: str, overrides: dict[str, str]) -> ConfigDict:
-    """The defaults, changed by the file's get_config() and then by overrides ({'optimizer.learning_rate': '0.01'}).
+    """Returns the defaults, changed by a config and then by overrides ({'optimizer.learning_rate': '0.01'}).
 
+    path: a Python file with get_config(), a run's config.json, or the name of a config that ships ('quickstart').
     Raises UserError for a missing or broken file, an unknown key (with its nearest neighbour), a wrong type or a
     value out of range.
     """
@@ -223,8 +225,15 @@ def load_config(path: str, overrides: dict[str, str]) -> ConfigDict:
     return config
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Returns {'quickstart': its file, ...} of the configs that ship with jaxft."""
+    package = Path(__file__).parent  # of an installed wheel, or of a clone, where configs/ is beside it
+    files = sorted((package / "configs").glob("*.py")) or sorted((package.parent / "configs").glob("*.py"))
+    return {file.stem: file for file in files}
+
+
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
-    """['--config.seed=1', '--config.batch_size', '32'] -> {'seed': '1', 'batch_size': '32'}"""
+    """Parses ['--config.seed=1', '--config.batch_size', '32'] to {'seed': '1', 'batch_size': '32'}."""
     overrides = {}
     rest = iter(arguments)
     for argument in rest:
@@ -236,13 +245,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def _get_config(path: str) -> ConfigDict:
-    file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [other.name for other in file.parent.glob("*.py")], 1, 0.4)
-        hint = f"did you mean {file.parent / near[0]}?" if near else "see configs/ for the ones that ship"
-        raise UserError(f"there is no config file {path}; {hint}")
+    file = _find(path)
     try:
-        if file.suffix == ".json":  # of a workdir
+        if file.suffix == ".json":  # written into a workdir
             return ConfigDict(json.loads(file.read_text()))
         spec = importlib.util.spec_from_file_location("jaxft_config_file", file)
         assert spec and spec.loader, "its name must end in .py or .json"
@@ -255,13 +260,29 @@ def _get_config(path: str) -> ConfigDict:
         raise UserError(f"{path} gives no config: {type(error).__name__}: {error}{where}") from error
 
 
+def _find(path: str) -> Path:
+    """Returns the file of a path or of a shipped config's name. Raises UserError that suggests the closest one."""
+    file, shipped = Path(path), shipped_configs()
+    if path in shipped:
+        return shipped[path]
+    if file.is_file():
+        return file
+    is_name = file.name == path and not file.suffix
+    candidates = {other.name: str(other) for other in file.parent.glob("*.py")} | {name: name for name in shipped}
+    matches = difflib.get_close_matches(file.name, candidates, 1, 0.4)
+    hint = f"did you mean {candidates[matches[0]]}?" if matches else ""
+    if is_name or not matches:
+        hint = f"{hint} jaxft ships {', '.join(shipped)}".lstrip()
+    raise UserError(f"there is no config {'named' if is_name else 'file'} {path}; {hint}")
+
+
 def _unknown_key(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
-    return f"there is no config key '{key}'; " + (f"did you mean '{near[0]}'?" if near else "see jaxft/config.py")
+    matches = difflib.get_close_matches(key, known, 1)
+    return f"there is no config key '{key}'; " + (f"did you mean '{matches[0]}'?" if matches else "see jaxft/config.py")
 
 
 def _parse(key: str, text: str, config: ConfigDict) -> Any:
-    """An override's value, by the type of the value it replaces."""
+    """Returns an override's value, converted to the type of the value that it replaces."""
     known = flatten(config)
     if key not in known:
         raise UserError(_unknown_key(key, list(known)))
@@ -270,7 +291,7 @@ def _parse(key: str, text: str, config: ConfigDict) -> Any:
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
-        return text  # of a wrong type, which _update tells
+        return text  # of a wrong type, which _update reports
 
 
 def _update(config: ConfigDict, values: dict[str, Any], where: str) -> None:
@@ -291,15 +312,15 @@ def _update(config: ConfigDict, values: dict[str, Any], where: str) -> None:
 
 
 def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[kind]
 
 
 def _check_values(config: ConfigDict) -> None:
     values = flatten(config)
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            near = difflib.get_close_matches(values[key], choices, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"one of {', '.join(choices)}"
+            matches = difflib.get_close_matches(values[key], choices, 1)
+            hint = f"did you mean '{matches[0]}'?" if matches else f"one of {', '.join(choices)}"
             raise UserError(f"config key '{key}' cannot be '{values[key]}'; {hint}")
     for key, (low, high) in RANGES.items():
         if not low <= values[key] <= high:

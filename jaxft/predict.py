@@ -1,18 +1,22 @@
-"""What pictures show, by a trained checkpoint: its workdir is all that is needed.
+"""Classifies images with a trained checkpoint.
 
-python -m jaxft.predict --workdir runs/cifar10 picture.jpg folder/ [--top_k 3] [--json]
+python -m jaxft.predict --workdir runs/cifar10 image.jpg folder/ [--top_k 3] [--json]
 
-A line for each picture, with the likeliest classes first. Folders are searched with all that is in them.
---json prints one object a line: {"file", "label", "probability", "top_k": [{"label", "probability"}, ...]}, or
-{"file", "error"} for a file that is no picture; the exit code is then 2, after all others are done.
+Prints a line for each image, with the most probable classes first. Folders are searched recursively.
+--json prints one object per line: {"file", "label", "probability", "top_k": [{"label", "probability"}, ...]}, or
+{"file", "error"} for a file that cannot be read as an image; the exit code is then 2, after all others are done.
 
 python -m jaxft.predict --workdir runs/cifar10 --serve
 
-A web page on this machine, for pictures that a person drops there.
+Serves a web page on this machine that classifies the images dropped there.
 """
 
+if __name__ == "__main__":  # a command's process is prepared before JAX is imported
+    from jaxft.cli import run
+
+    run("predict")
+
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,29 +24,32 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from jaxft.classifier import Classifier, Prediction, load, rank
+from jaxft.classifier import Classifier, load
 from jaxft.data import image_folder
-from jaxft.errors import ArgumentParser, UserError, run_command
-from jaxft.process import set_up_backend
+from jaxft.errors import ArgumentParser, UserError
 from jaxft.progress import Progress
+from jaxft.targets.classification import Prediction, rank
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The files named, and all pictures in the folders named, at any depth, in the order of their names."""
+    """Returns the named files and all images below the named folders, sorted by name.
+
+    Raises UserError if a folder has no images.
+    """
     files = []
     for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = image_folder.pictures_below(path)
+        inside = image_folder.image_paths(path)
         if not inside:
-            raise UserError(f"there are no pictures in {path}")
+            raise UserError(f"there are no images in {path}")
         files.extend(inside)
     return files
 
 
 class Table:
-    """A line for each picture; on a terminal with colours (unless NO_COLOR is set) and within its width."""
+    """Prints a line for each image; on a terminal in colour (unless NO_COLOR is set) and cut to its width."""
 
     def __init__(self, files: Sequence[Path], class_names: Sequence[str], top_k: int) -> None:
         self._console = Console(highlight=False)
@@ -71,12 +78,12 @@ class Table:
 
 
 def _printable(text: object) -> str:
-    """Without what would move a terminal's cursor or cannot be encoded."""
+    """Replaces characters that would move a terminal's cursor or cannot be encoded."""
     return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
 
 
 def _fit(text: str, width: int) -> str:
-    """Padded to a width in terminal cells, or cut at its beginning, for files differ at their ends."""
+    """Pads a text to a width in terminal cells, or cuts off its beginning, because file names differ at the end."""
     if cell_len(text) <= width:
         return set_cell_size(text, width)
     while cell_len(text) > width - 1:
@@ -87,8 +94,7 @@ def _fit(text: str, width: int) -> str:
 def json_line(file: Path, found: Prediction | UserError) -> str:
     if isinstance(found, UserError):
         return json.dumps({"file": str(file), "error": str(found)})
-    top = [{"label": label, "probability": probability} for label, probability in found.top_k]
-    return json.dumps({"file": str(file), "label": found.label, "probability": found.probability, "top_k": top})
+    return json.dumps({"file": str(file)} | found.to_json())
 
 
 def show_page(classifier: Classifier, host: str, port: int, top_k: int) -> None:
@@ -101,24 +107,25 @@ def show_page(classifier: Classifier, host: str, port: int, top_k: int) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.predict", __doc__)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
-    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step's number")
-    parser.add_argument("--top_k", type=int, default=3, metavar="K", help="classes shown of each picture (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--serve", action="store_true", help="show a web page instead (pip install 'jaxft[serve]')")
-    parser.add_argument("--host", default="127.0.0.1", help="of --serve (default: 127.0.0.1, this machine alone)")
-    parser.add_argument("--port", type=int, default=8765, help="of --serve (default: 8765; 0: any that is free)")
-    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="workdir of the run")
+    parser.add_argument("--checkpoint", default="best", help="best (default), latest or the number of a step")
+    parser.add_argument("--top_k", type=int, default=3, metavar="K", help="classes shown for each image (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--serve", action="store_true", help="serve a web page instead (pip install 'jaxft[serve]')")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of --serve (default: 127.0.0.1, only this machine)"
+    )
+    parser.add_argument("--port", type=int, default=8765, help="port of --serve (default: 8765; 0: any free one)")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE_OR_FOLDER")
     args = parser.parse_args(argv)
-    set_up_backend()
     if args.top_k < 1:
         raise UserError(f"--top_k must be at least 1, not {args.top_k}")
-    if args.serve == bool(args.pictures):
-        raise UserError("name pictures or folders, or else --serve")
+    if args.serve == bool(args.images):
+        raise UserError("name either images and folders, or --serve")
     if args.serve:
         show_page(load(args.workdir, args.checkpoint), args.host, args.port, args.top_k)
         return
-    files = find_files(args.pictures)
+    files = find_files(args.images)
     classifier = load(args.workdir, args.checkpoint)
     table = Table(files, classifier.class_names, args.top_k)
     unreadable = []
@@ -126,7 +133,7 @@ def main(argv: list[str]) -> None:
         for file, row in zip(files, classifier.stream(files), strict=True):
             if isinstance(row, UserError):
                 found: Prediction | UserError = row
-                unreadable.append(row)
+                unreadable.append((file, row))
             else:
                 found = rank(row, classifier.class_names, args.top_k)
             if args.json:
@@ -135,10 +142,8 @@ def main(argv: list[str]) -> None:
                 table.print(file, found)
             progress.update(1)
     if unreadable:
-        more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-        text = _printable("; ".join(map(str, unreadable[:5]))) + more
-        raise UserError(f"{len(unreadable)} of {len(files)} files are not predicted: {text}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+        (_, error), *others = unreadable
+        also = f"; also {', '.join(file.name for file, _ in others[:5])}" if others else ""
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        text = f"{len(unreadable)} of {len(files)} files could not be classified: {error}{also}{more}"
+        raise UserError(_printable(text))

@@ -1,21 +1,22 @@
-"""How far the work is: a bar on a terminal, a plain line now and then in a log."""
+"""Progress: a bar on a terminal, or a plain line every LOG_SECONDS in a log."""
 
 import sys
 import time
 from types import TracebackType
 
-import jax
 from tqdm import tqdm
+
+from jaxft.main_process import is_main_process
 
 LOG_SECONDS = 30
 
 
 class Progress:
-    """Counts pictures. Everything goes to stderr; stdout keeps the results."""
+    """Counts images and shows their rate on stderr; stdout is for results. Only process 0 shows anything."""
 
     def __init__(self, description: str, total: int, bar: bool = True) -> None:
         self._description = description
-        self._silent = jax.process_index() > 0  # process 0 tells for all
+        self._silent = not is_main_process()
         hidden = self._silent or not (bar and sys.stderr.isatty())
         self._bar = tqdm(desc=description, total=total, unit=" images", disable=hidden, leave=False, smoothing=0.1)
         self._done = 0

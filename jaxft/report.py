@@ -1,28 +1,28 @@
-"""A run's report, DIR/report.html: one file to look at, which needs no network. Training writes it each minute.
+"""Writes a run's report, DIR/report.html: one file that needs no network. Training updates it every minute.
 
 python -m jaxft.report --workdir runs/cifar10                          writes runs/cifar10/report.html again
 python -m jaxft.report --workdir runs/a --compare runs/b runs/c        writes runs/a/compare.html, runs side by side
 """
 
-import sys
+if __name__ == "__main__":  # a command's process is prepared before JAX is imported
+    from jaxft.cli import run
 
-from jaxft.errors import ArgumentParser, run_command
-from jaxft.reporting.page import _write, load_run, render, render_comparison
+    run("report")
+
+from jaxft.errors import ArgumentParser
+from jaxft.reporting.page import load_run, render, render_comparison, write_page
 from jaxft.run import remote_workdir
+from jaxft.run.workdir import Workdir
 
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.report", __doc__)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="workdir of the run")
     parser.add_argument("--compare", nargs="+", metavar="DIR", default=[], help="workdirs of other runs")
     args = parser.parse_args(argv)
-    folders = [remote_workdir.reading_folder(workdir) for workdir in (args.workdir, *args.compare)]
-    runs = [load_run(folder) for folder in folders]
-    path = folders[0] / ("compare.html" if args.compare else "report.html")
-    _write(path, render_comparison(runs) if args.compare else render(runs[0]))
+    workdirs = [Workdir(remote_workdir.reading_folder(workdir)) for workdir in (args.workdir, *args.compare)]
+    runs = [load_run(workdir) for workdir in workdirs]
+    path = workdirs[0].comparison if args.compare else workdirs[0].report
+    write_page(path, render_comparison(runs) if args.compare else render(runs[0]))
     remote_workdir.upload(args.workdir, path)
     print(path)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))

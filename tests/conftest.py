@@ -1,6 +1,9 @@
-"""What several test files share: paths, and commands run as a user runs them."""
+"""What all test files share: the process's settings, folders, and runs that several of them look at."""
 
+import importlib
+import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,28 +15,37 @@ import hypothesis
 import pytest
 from filelock import FileLock
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is slow
-hypothesis.settings.load_profile("any machine")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
 os.environ["NPROC"] = "16"  # threads, or eight devices on few cores wait for each other for ever
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-ROOT = Path(__file__).parent.parent
+import jax
 
-LONGEST = ("test_survival", "test_steps", "test_quickstart", "test_train", "test_resnet", "test_export")
+from jaxft.errors import run_command
+from tests.helpers.runs import ROOT, SMALL_RUN, TINY, Run, environment
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is slow
+hypothesis.settings.load_profile("any machine")
+
+# By duration; two files that begin with the same run are not neighbours, or one worker would wait for the other.
+LONGEST = (
+    "test_survival",
+    "test_resnet",
+    "test_conv",
+    "test_train",
+    "test_steps",
+    "test_convert",
+    "test_quickstart",
+    "test_compatibility",
+    "test_augment",
+    "test_export",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process of pytest-xdist is left with one when the others are done."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def environment(devices: int) -> dict[str, str]:
-    """Of a process on a number of forced CPU devices."""
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    """Runs the longest files first, so that no worker of pytest-xdist is left with one when the others are done."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +56,13 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, of_all_workers: Path) -> None:
+def empty_caches(tmp_path_factory: pytest.TempPathFactory, of_all_workers: Path) -> None:
+    """Compiles each program once per session: one cache for the commands' processes, one for each worker."""
     os.environ["JAXFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(of_all_workers / "compiled")  # of the commands' processes
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(of_all_workers / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")
@@ -62,40 +77,64 @@ def run() -> Run:
 
 
 @pytest.fixture
-def fails(run: Run) -> Callable[..., str]:
-    """Runs a command that must fail by the user's mistake; its one line."""
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command that must fail with a UserError; returns its one line.
 
-    def run_failing(*arguments: object, **options: object) -> str:
-        result = run(*arguments, **options)
-        assert result.returncode == 2, result.stderr
-        assert result.stdout == ""
-        (line,) = result.stderr.splitlines()
+    The command ("-m", MODULE, ... or SCRIPT, ...) runs in this process, with its eight devices.
+    """
+
+    def run_failing(*arguments: object) -> str:
+        first, *argv = map(str, arguments)
+        module = vars(importlib.import_module(argv.pop(0))) if first == "-m" else runpy.run_path(str(ROOT / first))
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(ROOT)
+            code = run_command(module["main"], argv)
+        stdout, stderr = capsys.readouterr()
+        assert (code, stdout) == (2, ""), stderr
+        (line,) = stderr.splitlines()
         assert line.startswith("error: ")
         return line
 
     return run_failing
 
 
-SMALL_RUN = (
-    "-m",
-    "jaxft.train",
-    "--config=configs/quickstart.py",
-    "--config.image_size=32",
-    "--config.model.pretrained=",
-    "--config.model.width=8",
-    "--config.num_epochs=2",
-    "--config.data.train_split=test",
-)
+def run_once(run: Run, output: Path, *arguments: object) -> str:
+    """Runs a command, unless another worker of pytest-xdist has; returns what it printed, which `output` keeps."""
+    with FileLock(output.with_suffix(".lock")):
+        if not output.exists():
+            result = run(*arguments)
+            assert result.returncode == 0, result.stderr
+            output.write_text(result.stdout)
+    return output.read_text()
 
 
 @pytest.fixture(scope="session")
 def small_run(run: Run, of_all_workers: Path) -> Path:
-    """The workdir of two short epochs on the sample, for the commands that follow training. Not to be changed."""
+    """The workdir of three short epochs on the sample, for the commands that follow training. Not to be changed."""
     workdir = of_all_workers / "small"
-    with FileLock(of_all_workers / "small.lock"):
-        if not (workdir / "report.html").exists():
-            result = run(*SMALL_RUN, "--workdir", workdir)
-            assert result.returncode == 0, result.stderr
+    run_once(run, workdir.with_suffix(".txt"), *SMALL_RUN, "--workdir", workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def small_run_output(small_run: Path) -> str:
+    """What the training of `small_run` printed."""
+    return small_run.with_suffix(".txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def small_run_scores(run: Run, small_run: Path) -> dict[str, Any]:
+    """What `evaluate --json` prints about the best checkpoint of `small_run`."""
+    output = small_run.with_name("small_scores.json")
+    return json.loads(run_once(run, output, "-m", "jaxft.evaluate", "--workdir", small_run, "--json"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(run: Run, of_all_workers: Path) -> Path:
+    """The workdir of TINY, which nothing interrupted. Not to be changed."""
+    workdir = of_all_workers / "undisturbed"
+    run_once(run, workdir.with_suffix(".txt"), *TINY, "--workdir", workdir)
     return workdir
 
 

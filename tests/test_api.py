@@ -1,4 +1,4 @@
-"""What `import jaxft` offers."""
+"""The public names of `import jaxft`."""
 
 import subprocess
 import sys
@@ -14,11 +14,11 @@ def test_importing_jaxft_is_light() -> None:
 
 
 @pytest.mark.parametrize("name", jaxft.__all__)
-def test_everything_offered_is_there_and_explained(name: str) -> None:
+def test_every_public_name_exists_and_has_a_docstring(name: str) -> None:
     assert getattr(jaxft, name).__doc__
     assert name in dir(jaxft)
 
 
-def test_anything_else_is_not() -> None:
+def test_other_names_raise_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'tensor'"):
         jaxft.tensor  # noqa: B018

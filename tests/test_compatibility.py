@@ -17,7 +17,7 @@ from PIL import Image
 import jaxft
 from jaxft import evaluate, export, predict, report, train
 from jaxft.errors import run_command
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 
 FIXTURES = ROOT / "tests" / "fixtures"
 WEIGHTS = FIXTURES / "weights" / "width4.safetensors"

@@ -1,4 +1,4 @@
-"""Config files and overrides: what is taken, and the one line for what is not."""
+"""Config files and overrides: the values accepted, and one-line errors for all others."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
+from jaxft.config import (
+    CHOICES,
+    default_config,
+    explanations,
+    flatten,
+    load_config,
+    parse_overrides,
+    shipped_configs,
+)
 from jaxft.errors import UserError
-from tests.conftest import ROOT
+from jaxft.models.resnet import ARCHITECTURES
+from tests.helpers.runs import ROOT
 
 CIFAR10 = str(ROOT / "configs" / "cifar10.py")
 
@@ -20,7 +29,7 @@ def message(path: str | Path, overrides: dict[str, str]) -> str:
     return str(error.value)
 
 
-def test_the_original_recipe_to_the_letter() -> None:
+def test_cifar10_is_exactly_the_original_recipe() -> None:
     config = flatten(load_config(CIFAR10, {}))
     assert config["data.name"] == "cifar10"
     assert (config["image_size"], config["batch_size"], config["num_epochs"]) == (224, 64, 10)
@@ -44,7 +53,7 @@ def test_overrides_take_the_type_of_the_key() -> None:
 
 
 @given(st.floats(min_value=0, allow_infinity=False), st.integers(1, 2**31 - 1))
-def test_any_number_comes_through(rate: float, batch_size: int) -> None:
+def test_any_number_survives_an_override(rate: float, batch_size: int) -> None:
     config = load_config(CIFAR10, {"optimizer.learning_rate": repr(rate), "batch_size": str(batch_size)})
     assert (config.optimizer.learning_rate, config.batch_size) == (rate, batch_size)
 
@@ -59,7 +68,7 @@ def test_any_text_gives_a_config_or_a_user_error(text: str, key: str) -> None:
         assert type(flatten(config)[key]) is type(flatten(default_config())[key])
 
 
-def test_unknown_keys_are_named_with_their_nearest_neighbour() -> None:
+def test_unknown_keys_are_refused_with_the_nearest_key() -> None:
     assert "did you mean 'optimizer.learning_rate'?" in message(CIFAR10, {"optimizer.learning_rat": "1"})
     assert "no config key 'colour'" in message(CIFAR10, {"colour": "red"})
     assert "no config key 'model'" in message(CIFAR10, {"model": "resnet50"})
@@ -81,7 +90,7 @@ def test_unknown_keys_are_named_with_their_nearest_neighbour() -> None:
         ("model.batch_norm", "x", "one of update, frozen, sync"),
     ],
 )
-def test_wrong_values(key: str, value: str, part: str) -> None:
+def test_wrong_values_are_refused_with_their_key(key: str, value: str, part: str) -> None:
     text = message(CIFAR10, {key: value})
     assert part in text
     assert key in text
@@ -99,34 +108,61 @@ def test_wrong_values(key: str, value: str, part: str) -> None:
         ("def get_config():\n    return 3", "gives no config"),
     ],
 )
-def test_broken_files(tmp_path: Path, content: str, part: str) -> None:
+def test_broken_config_files_are_explained(tmp_path: Path, content: str, part: str) -> None:
     (tmp_path / "broken.py").write_text(content)
     text = message(tmp_path / "broken.py", {})
     assert part in text
     assert "broken.py" in text
 
 
-def test_a_missing_file_with_its_nearest_neighbour() -> None:
+def test_a_missing_file_is_refused_with_the_nearest_file() -> None:
     assert "did you mean" in message(ROOT / "configs" / "cifar.py", {})
     assert "no config file" in message("nowhere/at_all.py", {})
 
 
-def test_arguments() -> None:
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_shipped_config_is_found_by_its_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a folder has the same name, as runs/NAME may."""
+    (tmp_path / path.stem).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shipped_configs()[path.stem] == path
+    assert load_config(path.stem, {}) == load_config(str(path), {})
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "cifar10, cifar100, cifar10_fast, image_folder, linear_probe, pretrain_tiny, quickstart"
+    assert ", ".join(shipped_configs()) == names
+    text = message("quikstart", {})
+    assert text == f"there is no config named quikstart; did you mean quickstart? jaxft ships {names}"
+    assert message("zzz", {}) == f"there is no config named zzz; jaxft ships {names}"
+    monkeypatch.chdir(tmp_path)
+    assert message("configs/quickstart.py", {}).endswith("did you mean quickstart?")
+    (tmp_path / "my_photos.py").touch()
+    assert "did you mean my_photos.py?" in message("my_photos", {})
+
+
+def test_the_architectures_are_those_that_can_be_built() -> None:
+    assert CHOICES["model.arch"] == tuple(ARCHITECTURES)
+
+
+def test_overrides_are_parsed_and_other_arguments_refused() -> None:
     assert parse_overrides(["--config.seed=1", "--config.data.name", "a=b"]) == {"seed": "1", "data.name": "a=b"}
     for stray in (["configs/cifar10.py"], ["--confg.seed=1"], ["--seed", "1"]):
         with pytest.raises(UserError, match="unknown argument"):
             parse_overrides(stray)
 
 
-def test_every_key_is_explained_where_it_is_set() -> None:
+def test_every_config_key_has_an_explanation() -> None:
     found = explanations()
     assert found.keys() == flatten(default_config()).keys()
-    assert found["image_size"] == "pixels of the shorter side after resizing; the central square is seen"
-    assert found["data.dir"].startswith("of prepared TFDS sets")
+    assert found["image_size"] == "pixels: the shorter side is resized to this, then the central square is cropped"
+    assert found["data.dir"].startswith("folder of prepared TFDS datasets")
     assert [key for key, meaning in found.items() if not meaning] == []
 
 
-def test_the_config_that_a_workdir_holds_can_be_given(tmp_path: Path) -> None:
+def test_a_workdirs_config_json_can_be_given(tmp_path: Path) -> None:
     config = load_config(CIFAR10, {"seed": "7"})
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert load_config(str(tmp_path / "config.json"), {}) == config

@@ -1,4 +1,4 @@
-"""The documentation: what it shows is what happens."""
+"""The documentation: its commands work and its errors are the real ones."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from jaxft import evaluate, predict, train
 from jaxft.config import default_config, flatten, load_config, parse_overrides
 from jaxft.data import datasets
 from jaxft.errors import run_command
-from tests.conftest import ROOT, environment
+from tests.helpers.runs import ROOT, SMALL_RUN, environment
 
-FIRST = ROOT / "docs" / "index.md"  # which makes runs/quickstart
+FIRST = ROOT / "docs" / "index.md"  # its commands create runs/quickstart
 PAGES = [FIRST, ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {FIRST})]
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
 
@@ -28,14 +28,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Of all bash blocks, those that begin with python, without comments."""
+    """Returns the words of each line in bash blocks that begins with python, without comments."""
     lines = "".join(blocks(page, "bash")).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
 
 
 @pytest.fixture
 def desk(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the documentation takes it for granted: the repository's files, pictures and a finished run."""
+    """Creates the folder that the documentation assumes: the repository's files, images and a finished run."""
     for name in ("configs", "weights", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     sample = datasets.load("sample:cifar10", "test")
@@ -52,7 +52,7 @@ def desk(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_names_what_there_is(page: Path) -> None:
+def test_every_command_names_existing_modules_files_and_keys(page: Path) -> None:
     for words in commands(page):
         if words[1] == "-m":
             module, *arguments = words[2:]
@@ -72,25 +72,20 @@ def test_every_config_key_is_in_the_table() -> None:
         assert f"| `{value!r}` |" in table
 
 
-def test_errors_are_as_they_are_shown(desk: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every console block, in this process and its eight devices."""
+def test_errors_are_exactly_as_shown(desk: Path, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs every console block in this process, which has eight devices."""
     shutil.copytree(small_run, "runs/quickstart")
-    small = (
-        "--config.image_size=32",
-        "--config.model.width=8",
-        "--config.model.pretrained=",
-        "--config.num_epochs=2",
-        "--config.data.train_split=test",
-    )
     shown = "".join(block for page in PAGES for block in blocks(page, "console"))
     examples = re.findall(r"^\$ python -m jaxft\.(\w+) (.*)\n((?:(?!\$ ).*\n)*)", shown, re.MULTILINE)
     assert len(examples) >= 10
     for name, arguments, expected in examples:
         argv = shlex.split(arguments, comments=True)
         if "runs/quickstart" in argv and name == "train":
-            argv += small  # as it was made
+            argv += [
+                argument for argument in SMALL_RUN if argument.startswith("--config.")
+            ]  # the settings of small_run
         elif "runs/new" in argv:
-            argv.insert(2, "--config.batch_size=64")  # of which eight devices can have equal shares
+            argv.insert(2, "--config.batch_size=64")  # divisible by eight devices
         code = run_command(COMMANDS[name], argv)
         output = capsys.readouterr()
         assert output.out + output.err == expected, arguments
@@ -99,7 +94,7 @@ def test_errors_are_as_they_are_shown(desk: Path, small_run: Path, capsys: pytes
 
 @pytest.mark.slow
 def test_every_command_works(desk: Path) -> None:
-    """In the order of the pages, with networks, pictures and data made small."""
+    """Runs them in the order of the pages, with small networks, images and data."""
     make_small = [
         "--config.image_size=32",
         "--config.model.width=8",
@@ -131,7 +126,7 @@ def test_every_command_works(desk: Path) -> None:
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    """Its cells, one after the other, from the folder that it is in."""
+    """Runs its cells in order, in the folder that contains it."""
     notebook = json.loads((ROOT / "examples" / "finetune.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     env = environment(1) | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}
@@ -140,3 +135,26 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for part in ("fc trained", "layer4 the same", "bn1 the same", "accuracy", "for cpu, cuda, tpu"):
         assert part in result.stdout
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs" / "notes").glob("*.md"))], ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    named = re.findall(
+        r"\b(?:jaxft|tests|benchmarks|configs|weights|examples)/[\w/]+\.(?:py|md|ipynb)\b", page.read_text()
+    )
+    misspelt_on_purpose = {"configs/quikstart.py"}
+    assert not [name for name in {*named} - misspelt_on_purpose if not (ROOT / name).exists()]
+
+
+def test_comments_name_headings_of_the_notes() -> None:
+    """`# NOTES: HEADING (docs/notes/PAGE.md)`, and further headings after a comma."""
+    count = 0
+    for module in (ROOT / "jaxft").rglob("*.py"):
+        for comment in re.findall(r"# NOTES: (.*?\(docs/notes/[\w-]+\.md\))", module.read_text()):
+            headings, _, name = comment.removesuffix(")").rpartition(" (")
+            for heading in headings.split(", "):
+                assert (
+                    f"\n## {heading}\n" in (ROOT / name).read_text() or f"\n# {heading}\n" in (ROOT / name).read_text()
+                )
+                count += 1
+    assert count > 20

@@ -1,4 +1,4 @@
-"""What a terminal shows, and what is left on it."""
+"""The lines that a terminal shows, and those left after Ctrl-C."""
 
 import os
 import pty
@@ -11,21 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, environment
-
-QUICK = (
-    "--config=configs/quickstart.py",
-    "--config.image_size=32",
-    "--config.model.width=8",
-    "--config.model.pretrained=",
-)
+from jaxft.progress import Progress
+from tests.helpers.runs import ROOT, SMALL_RUN, environment
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_half_drawn_line(tmp_path: Path) -> None:
     leader, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    command = [sys.executable, "-m", "jaxft.train", *QUICK, "--workdir", str(tmp_path / "run")]
+    command = [sys.executable, *SMALL_RUN, "--workdir", str(tmp_path / "run")]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(1), stdin=terminal, stdout=terminal, stderr=terminal
     ) as process:
@@ -34,10 +28,10 @@ def test_ctrl_c_leaves_no_half_drawn_line(tmp_path: Path) -> None:
         try:
             while part := os.read(leader, 4096):
                 output += part
-                if b"loss" in output and not interrupted:  # in the midst of an epoch's bar
+                if b"loss" in output and not interrupted:  # in the middle of an epoch's progress bar
                     process.send_signal(signal.SIGINT)
                     interrupted = True
-        except OSError:  # Linux's way to say that the other side is closed
+        except OSError:  # on Linux: the other side is closed
             pass
     os.close(leader)
     assert process.returncode == 130
@@ -47,7 +41,7 @@ def test_ctrl_c_leaves_no_half_drawn_line(tmp_path: Path) -> None:
 
 
 def shown(output: str) -> list[str]:
-    """The lines as a terminal shows them in the end: a carriage return goes back to the line's beginning."""
+    """Returns the lines that a terminal finally shows: a carriage return moves to the start of the line."""
     lines = []
     for line in re.sub("\x1b\\[A", "", output).replace("\r\n", "\n").split("\n"):
         screen = ""
@@ -55,3 +49,13 @@ def shown(output: str) -> list[str]:
             screen = part + screen[len(part) :]
         lines.append(screen.rstrip())
     return lines
+
+
+def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal: the share that is done, the latest loss, the rate and the time left."""
+    times = iter([0.0, 10.0, 40.0])
+    monkeypatch.setattr("jaxft.progress.time.monotonic", lambda: next(times))
+    with Progress("epoch 1/2", 1000) as progress:
+        progress.update(100, 2.5)
+        progress.update(100, 0.25)
+    assert capsys.readouterr() == ("", "epoch 1/2: 200/1000 images, loss 0.2500, 5.0 images/s, 160 s left\n")

@@ -1,1 +1,1 @@
-"""Reads labelled images and brings them to the devices."""
+"""Labelled images: their sources (samples, folders, TFDS), the array cache, batches, and loaders for the devices."""

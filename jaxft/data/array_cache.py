@@ -1,10 +1,8 @@
-"""Labelled pictures as arrays in a folder: written once, checked by whoever opens them, memory-mapped."""
+"""A cache of labelled images: uint8 arrays in a folder, written once, checked when opened and memory-mapped."""
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,17 @@ import numpy as np
 
 from jaxft.data.dataset import Dataset
 from jaxft.data.image_file import shrink
-from jaxft.files import cache_dir
+from jaxft.files import atomic_directory, cache_dir
+
+
+def cached_arrays_dir(name: str, split: str, *more: str) -> Path:
+    """Returns the cache folder of a split. more: everything else that its content depends on."""
+    key = hashlib.sha256(json.dumps([name, split, *more]).encode()).hexdigest()[:16]
+    return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"
 
 
 def open_arrays(arrays_dir: Path) -> tuple[Dataset, dict[str, Any]] | None:
-    """The arrays and what write_arrays was told of their source; None where they are missing or incomplete."""
+    """Returns the memory-mapped dataset and its info.json, which includes the `source` given; None if incomplete."""
     try:
         info = json.loads((arrays_dir / "info.json").read_text())
         label = np.load(arrays_dir / "label.npy")
@@ -27,15 +31,6 @@ def open_arrays(arrays_dir: Path) -> tuple[Dataset, dict[str, Any]] | None:
     return Dataset(image, label, tuple(info["class_names"])), info
 
 
-def as_stored(picture: np.ndarray, side: int | None) -> np.ndarray:
-    """uint8 (H, W, 3) of a picture (H, W, 1 or 3), shrunk to a square of `side` pixels unless None; or ValueError."""
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3):
-        kind = f"{picture.dtype} of shape {picture.shape}"
-        raise ValueError(f"has a picture that is {kind}; jaxft reads uint8 with 1 or 3 channels")
-    picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
-    return picture if side is None else shrink(np.ascontiguousarray(picture), side)
-
-
 def write_arrays(
     arrays_dir: Path,
     examples: Iterable[tuple[np.ndarray, int]],
@@ -43,39 +38,36 @@ def write_arrays(
     side: int | None,
     source: dict[str, Any],
 ) -> None:
-    """Of (picture, label), pictures uint8 (H, W, 1 or 3), in a folder that appears all at once.
+    """Writes (image, label) pairs into a folder, atomically.
 
-    side: pictures are shrunk to a square of so many pixels; None takes them as they are, all of one size.
-    Raises ValueError where there is no picture, or one of another size or kind.
+    Images are uint8 (H, W, 1 or 3). They are shrunk to squares of `side` pixels, or must all have one size if it is
+    None. source: describes where they come from, for open_arrays. Raises ValueError if there are no images, or if one
+    has another size or dtype.
     """
-    partial_dir = arrays_dir.with_name(f"{arrays_dir.name}.partial-{os.getpid()}")
-    partial_dir.mkdir(parents=True)
     labels = []
     shape: tuple[int, ...] | None = None
-    try:
+    with atomic_directory(arrays_dir) as partial_dir:
         with (partial_dir / "image.bin").open("wb") as file:
-            for picture, label in examples:
-                picture = as_stored(picture, side)
-                shape = shape or picture.shape
-                if picture.shape != shape:
-                    raise ValueError(f"has pictures of {shape} and of {picture.shape}, and says they are of one size")
-                file.write(np.ascontiguousarray(picture).data)
+            for image, label in examples:
+                image = as_stored(image, side)
+                shape = shape or image.shape
+                if image.shape != shape:
+                    raise ValueError(f"has images of {shape} and of {image.shape}, although it declares one size")
+                file.write(np.ascontiguousarray(image).data)
                 labels.append(label)
         if not labels:
-            raise ValueError("has no pictures")
+            raise ValueError("has no images")
         np.save(partial_dir / "label.npy", np.array(labels, np.int32))
         info = {"class_names": list(class_names), "picture_shape": shape} | source
         (partial_dir / "info.json").write_text(json.dumps(info))
-        shutil.rmtree(arrays_dir, ignore_errors=True)
-        try:
-            partial_dir.rename(arrays_dir)
-        except OSError:
-            if not arrays_dir.exists():  # else a process that started beside this one was faster
-                raise
-    finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
 
 
-def cached_arrays_dir(name: str, split: str, *more: str) -> Path:
-    key = hashlib.sha256(json.dumps([name, split, *more]).encode()).hexdigest()[:16]
-    return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"
+def as_stored(image: np.ndarray, side: int | None) -> np.ndarray:
+    """Converts an image (H, W, 1 or 3) to uint8 (H, W, 3), shrunk to a square of `side` pixels unless that is None.
+
+    Raises ValueError for another dtype or shape.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise ValueError(f"has an image that is {image.dtype} of shape {image.shape}; expected uint8, 1 or 3 channels")
+    image = np.broadcast_to(image, (*image.shape[:2], 3))
+    return image if side is None else shrink(np.ascontiguousarray(image), side)

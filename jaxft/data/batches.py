@@ -10,70 +10,71 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Array = jax.Array | np.ndarray  # in a step, and on the host
-
-
+Array = jax.Array | np.ndarray  # on the devices or on the host
 _LINE = 128  # bytes
+AXIS_NAME = "batch"  # of the mapped axis over the devices that share a batch
 
 
 @struct.dataclass
 class Examples:
-    """Of a whole data set on every device, or of a batch alone."""
+    """Images and labels: a whole dataset resident on every device, or one batch."""
 
-    image: Array  # uint8 (N, H, W, 3), or `packed`; or float32 (N, F): the features that a frozen backbone gives
+    image: Array  # uint8 (N, H, W, 3) or `packed`; or float32 (N, F), the features of a frozen backbone
     label: Array  # int32 (N,)
-    dataset_index: Array | None = None  # int32 (N,), in the data set; None: 0 to N - 1
-    shape: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)  # of a picture that is in lines
+    dataset_index: Array | None = None  # int32 (N,), positions in the dataset; None means 0 to N - 1
+    shape: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)  # (H, W, 3) of packed images
 
     @classmethod
     def packed(cls, image: Array, label: Array, dataset_index: Array | None = None) -> "Examples":
-        """Of (..., H, W, 3): each picture's bytes in lines of 128, as a TPU keeps them.
+        """Packs each image (..., H, W, 3) into rows of 128 bytes.
 
-        Of (N, H, W, 3) it would copy the whole data set in every step, to have each picture's bytes together.
+        TPUs lay NHWC arrays out with N innermost; gathering a batch from them would transpose the whole dataset in
+        every step.
         """
         shape = image.shape[-3:]
         lines = (-1, _LINE) if math.prod(shape) % _LINE == 0 else (-1,)
         return cls(image.reshape(*image.shape[:-3], *lines), label, dataset_index, shape)
 
     def gather(self, index: Array) -> jax.Array:
-        """(B, H, W, 3), or features (B, F)."""
+        """Returns the images (B, H, W, 3) or features (B, F) at these positions."""
         image = jnp.asarray(self.image)[index]
         return image if self.shape is None else image.reshape(*index.shape, *self.shape)
 
 
 @struct.dataclass
 class Batch:
-    """Which pictures make a batch, in each device's part of it."""
+    """Positions of a batch's examples: (B,) for one device, or (devices, B) for all devices."""
 
-    index: Array  # int32 (B,), among the pictures
-    partner: Array  # int32 (B,): the next picture of the whole batch, to be mixed with
+    index: Array  # int32 (B,), positions among the examples
+    partner: Array  # int32 (B,), position of the example to mix with: the next one in the whole batch
     mask: Array  # float32 (B,), 0 for padding
-    examples: Examples | None = None  # where the batch brings its own
+    examples: Examples | None = None  # the batch's own examples, if it is streamed
 
 
 def examples_for(examples: Examples | None, batch: Batch) -> Examples:
-    """The batch's own, or else those that are there for all batches."""
+    """Returns the resident examples, or those that the batch carries."""
     found = batch.examples if examples is None else examples
-    assert found is not None, "a batch without pictures"
+    assert found is not None, "a batch without examples"
     return found
 
 
 def replicated_sharding() -> NamedSharding:
-    """On every local device, in natural shape: what a mapped step with in_axes=None takes and donates."""
-    return NamedSharding(Mesh(np.array(jax.local_devices()), ("batch",)), PartitionSpec())
+    """Returns the sharding that a pmapped step with in_axes=None takes and donates: replicated on local devices."""
+    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS_NAME,)), PartitionSpec())
 
 
 def replicate(tree: Any) -> Any:
+    """Copies a pytree to every local device."""
     return jax.device_put(tree, replicated_sharding())
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of an epoch's pictures, int64 (size,): a fresh permutation, a pure function of its arguments."""
+    """Returns the order of an epoch's examples, int64 (size,): a permutation that depends only on the arguments."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
 
 
 def make_batches(order: np.ndarray, batch_size: int, num_devices: int) -> Iterator[Batch]:
-    """Batches of shape (num_devices, batch_size // num_devices) in the given order, the last padded and masked."""
+    """Yields batches (num_devices, batch_size // num_devices) in the given order; the last one is padded and masked."""
     shape = (num_devices, batch_size // num_devices)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
@@ -87,7 +88,7 @@ def make_batches(order: np.ndarray, batch_size: int, num_devices: int) -> Iterat
 
 
 def local_shard(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Of batches (devices of all processes, B): the rows of this process's devices."""
+    """Yields this process's rows of batches whose first axis is the devices of all processes."""
     rows = [row for row, device in enumerate(jax.devices()) if device.process_index == jax.process_index()]
     for batch in batches:
         yield jax.tree.map(lambda array: array[rows], batch)

@@ -1,4 +1,4 @@
-"""How much disk and memory the images of a split may take."""
+"""Decides how much disk and memory the images of a split may take."""
 
 import math
 import os
@@ -9,30 +9,29 @@ import jax
 from jaxft.data.dataset import Dataset
 from jaxft.files import cache_dir
 
-MEMORY_SHARE = 0.3  # of a device's memory that the pictures of one split may take
+# NOTES: Thresholds without a measurement (docs/notes/memory.md)
+MEMORY_SHARE = 0.3  # of a device's memory that the images of one split may take
 
 
-def room_for_pictures(cache: str) -> float:
-    """Bytes of the disk that the decoded pictures of a split may take: config key data.cache."""
+def room_for_images(cache: str) -> float:
+    """Returns the bytes of disk that the decoded images of a split may take. cache: the config key data.cache."""
     if cache != "auto":
         return {"always": math.inf, "never": -1}[cache]
     existing = next(path for path in (cache_dir().absolute(), *cache_dir().absolute().parents) if path.is_dir())
     return shutil.disk_usage(existing).free / 2
 
 
-def memory_for_pictures(stream: str) -> float:
-    """Bytes beyond which the pictures of a split are streamed: config key data.stream."""
+def is_streamed(data: Dataset, stream: str) -> bool:
+    """Returns whether batches carry their images, because the split is too large to stay on the devices.
+
+    stream: the config key data.stream.
+    """
     if stream != "auto":
-        return {"always": -1, "never": math.inf}[stream]
-    return MEMORY_SHARE * device_memory()
+        return stream == "always"
+    return data.image.nbytes > MEMORY_SHARE * device_memory()
 
 
 def device_memory() -> int:
-    """Bytes of one device; an equal share of the machine's where devices have none of their own."""
-    of_device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return of_device or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-
-
-def is_streamed(data: Dataset, stream: str) -> bool:
-    """Whether each batch brings its pictures; stream: config key data.stream."""
-    return data.image.nbytes > memory_for_pictures(stream)
+    """Returns the bytes of one device's memory; CPU devices share the machine's memory equally."""
+    reported = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return reported or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()

@@ -1,4 +1,4 @@
-"""A folder of the user's own pictures: which files there are, their classes, and which are held out."""
+"""Loads the user's own images from a folder with one subfolder per class, ROOT/SPLIT/CLASS/** or ROOT/CLASS/**."""
 
 import dataclasses
 import hashlib
@@ -15,17 +15,16 @@ import numpy as np
 from PIL import Image
 
 from jaxft.data.array_cache import cached_arrays_dir, open_arrays, write_arrays
-from jaxft.data.budget import room_for_pictures
-from jaxft.data.dataset import Dataset
-from jaxft.data.image_file import SUFFIXES, ImageError, decode
+from jaxft.data.budget import room_for_images
+from jaxft.data.dataset import DataOptions, Dataset
+from jaxft.data.image_file import ImageError, decode, suffixes
 from jaxft.data.lazy_images import LazyImages
 from jaxft.errors import UserError
-from jaxft.files import cache_dir
+from jaxft.files import atomic_write, cache_dir
 from jaxft.progress import Progress
 
 SHOWN = 10  # names in a message
-
-
+EXIF_ORIENTATION = 0x0112
 Result = TypeVar("Result")
 
 
@@ -35,20 +34,51 @@ class LabelledFiles(NamedTuple):
     class_names: tuple[str, ...]
 
     def fingerprint(self) -> str:
-        """Of the files' names, sizes and times: another one means other pictures."""
+        """Returns a hash of the files' names, labels, sizes and times, which changes with the images."""
         digest = hashlib.sha256()
         for path, label in zip(self.paths, self.label, strict=True):
-            stat = path.stat() if path.exists() else None  # a dangling link, which decoding will tell
+            stat = path.stat() if path.exists() else None  # a dangling link, which decoding reports
             digest.update(f"{path}\0{label}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
         return digest.hexdigest()
 
 
-def find_files(root: Path, split: str, holdout: float, class_names: tuple[str, ...] | None) -> LabelledFiles:
-    """The pictures of `split`: of ROOT/SPLIT/CLASS/**, or else the part of ROOT/CLASS/** that is held out or is not.
+def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple[str, ...] | None = None) -> Dataset:
+    """Returns a split of the images below `root`, decoded once and memory-mapped from the cache.
 
-    In the second case "train" names the pictures that are trained on and any other name those held out: of each
-    class the fraction `holdout`, chosen by the files' names alone. class_names: None takes the folders' names;
-    otherwise a class may lack pictures but not have another name. Raises UserError.
+    If the cache has no room for them, they are decoded whenever they are used. Raises UserError.
+    """
+    files = find_files(root, split, options.holdout, class_names)
+    name = f"folder:{root}"
+    arrays_dir = cached_arrays_dir(name, split)
+    source = {"fingerprint": files.fingerprint(), "unreadable": options.unreadable, "side": options.side}
+    opened = open_arrays(arrays_dir)
+    if opened and options.cache != "never" and _matches(opened[1], source):
+        return opened[0]
+    try:
+        if len(files.paths) * options.side**2 * 3 > room_for_images(options.cache):
+            return _open_lazily(files, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
+        _, side = stored_size(files, options.side)
+        images = read_images(files, side, options.unreadable)
+        examples = ((image, files.label[number]) for image, number in images)
+        write_arrays(arrays_dir, examples, files.class_names, None, source)
+    except ValueError as error:
+        raise UserError(f"{name} {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"the images cannot be kept in {cache_dir()} ({error.strerror or error}): make room there, name another "
+            "folder with the environment variable JAXFT_CACHE, or set --config.data.cache=never"
+        ) from error
+    opened = open_arrays(arrays_dir)
+    assert opened, f"{arrays_dir} was just written"
+    return opened[0]
+
+
+def find_files(root: Path, split: str, holdout: float, class_names: tuple[str, ...] | None) -> LabelledFiles:
+    """Returns the image files of a split: those of ROOT/SPLIT/CLASS/**, or a part of ROOT/CLASS/**.
+
+    In the second case any split but "train" is the held-out part: of each class the fraction `holdout`, chosen by a
+    hash of the files' names; "train" is the rest. class_names: None takes the names of the folders that hold images;
+    otherwise a class may have no images here, but no other class may have any. Raises UserError.
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; data.name is folder:PATH, with PATH/train/CLASS/*.jpg")
@@ -56,19 +86,19 @@ def find_files(root: Path, split: str, holdout: float, class_names: tuple[str, .
     top = root / split if has_splits else root
     if not top.is_dir():
         raise UserError(f"{root} has no split '{split}'; it has {', '.join(_folders(root))}")
-    found = {name: pictures_below(top / name) for name in _folders(top)}
+    found = {name: image_paths(top / name) for name in _folders(top)}
     if class_names is None:
         class_names = tuple(name for name, paths in found.items() if paths)
     if not any(found.values()):
-        raise UserError(f"{top} has no pictures in folders named by class: {top}/CLASS/*.jpg")
+        raise UserError(f"{top} has no images in folders named by class: {top}/CLASS/*.jpg")
     if unknown := sorted(name for name, paths in found.items() if paths and name not in class_names):
-        raise UserError(f"{top} has classes that the training pictures lack: {_shortened(unknown)}")
+        raise UserError(f"{top} has classes that the training images lack: {_shortened(unknown)}")
     if len(class_names) < 2:
-        raise UserError(f"{top} has pictures of one class alone, {class_names[0]}; there must be two or more")
+        raise UserError(f"{top} has images of only one class, {class_names[0]}; there must be two or more")
     if not has_splits:
         found = {name: _part(root, paths, split, holdout) for name, paths in found.items()}
         if not any(found.values()):
-            raise UserError(f"a data.holdout of {holdout} leaves no picture of {root} for the split '{split}'")
+            raise UserError(f"a data.holdout of {holdout} leaves no image of {root} for the split '{split}'")
     pairs = [(path, label) for label, name in enumerate(class_names) for path in found.get(name, [])]
     return LabelledFiles([path for path, _ in pairs], [label for _, label in pairs], class_names)
 
@@ -77,18 +107,21 @@ def _folders(top: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """Every file with a picture's ending, dangling links too, in the order of names."""
-    return [
-        Path(parent, name)
-        for parent, folders, names in os.walk(folder)
-        for name in (folders.sort() or sorted(names))  # os.walk goes down in the order that it finds here
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    ]
+def image_paths(folder: Path) -> list[Path]:
+    """Returns all files below `folder` with an image's suffix, dangling links included, sorted by name."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders.sort()  # os.walk descends in this order
+        images = (name for name in sorted(names) if Path(name).suffix.lower() in suffixes() and name[0] != ".")
+        found += [Path(parent, name) for name in images]
+    return found
 
 
 def _part(root: Path, paths: list[Path], split: str, holdout: float) -> list[Path]:
-    """By the names' hashes, so that most pictures stay where they are when others come or go."""
+    """Returns the training or the held-out part of a class.
+
+    It is chosen by hashes of names, so that most images stay in their part when others are added or removed.
+    """
 
     def by_name(path: Path) -> bytes:
         return hashlib.sha256(str(path.relative_to(root)).encode(errors="surrogateescape")).digest()
@@ -98,65 +131,55 @@ def _part(root: Path, paths: list[Path], split: str, holdout: float) -> list[Pat
 
 
 def stored_size(files: LabelledFiles, side: int) -> tuple[tuple[int, int], int | None]:
-    """(height, width) of what is kept of each picture, and the side of the square that it is shrunk to, if it is.
+    """Returns (height, width) of the stored images, and the side of the square they are shrunk to, or None.
 
-    Pictures stay as they are where all that can be read have one size, as their headers tell, and no larger one.
+    Reads only the headers. If all images have one size, and its shorter side is at most `side`, they are stored
+    unchanged. Files without a readable header are ignored.
     """
     common: tuple[int, int] | None = None
     with ThreadPoolExecutor() as pool:
         for size in _map_ahead(pool, _header_size, files.paths):
-            if size and (min(size) > side or size != (common := common or size)):
+            if size is None:
+                continue
+            if common is None:
+                common = size
+            if min(size) > side or size != common:
                 return (side, side), side
     return (common, None) if common else ((side, side), side)
 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
     try:
-        with Image.open(path) as picture:
-            turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: lying on its side
-            return picture.size if turned else picture.size[::-1]
-    except Exception:  # Pillow's plugins raise whatever they like; decoding tells it
+        with Image.open(path) as image:
+            on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            return image.size if on_its_side else image.size[::-1]
+    except Exception:  # Pillow's plugins raise exceptions of any type; decoding reports them
         return None
 
 
-def read_pictures(files: LabelledFiles, side: int | None, unreadable: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Each picture and its number among the files, in order, shrunk to a square of `side` pixels unless None.
+def read_images(files: LabelledFiles, side: int | None, unreadable: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields each image with the index of its file, shrunk to a square of `side` pixels unless that is None.
 
-    unreadable: "refuse" raises UserError with the files that are no pictures, "skip" lists them and goes on.
+    unreadable: "refuse" raises UserError with the files that are not images; "skip" lists them on stderr.
     """
     problems: list[str] = []
-    with ThreadPoolExecutor() as pool, Progress("reading pictures", len(files.paths)) as progress:
+    with ThreadPoolExecutor() as pool, Progress("reading images", len(files.paths)) as progress:
         read = partial(_read, side=side)
-        for number, picture in enumerate(_map_ahead(pool, read, files.paths)):
+        for number, image in enumerate(_map_ahead(pool, read, files.paths)):
             progress.update(1)
-            if isinstance(picture, ImageError):
-                problems.append(str(picture))
+            if isinstance(image, ImageError):
+                problems.append(str(image))
             elif not problems or unreadable == "skip":
-                yield picture, number
+                yield image, number
     if problems and unreadable == "refuse":
         raise UserError(
             f"{len(problems)} of {len(files.paths)} files cannot be used: {_shortened(problems)}; "
-            "mend or remove them, or pass over them by --config.data.unreadable=skip"
+            "fix or remove them, or skip them with --config.data.unreadable=skip"
         )
     for problem in problems[:SHOWN]:
         print(f"skipped: {problem}", file=sys.stderr)
     if len(problems) > SHOWN:
         print(f"skipped: {len(problems) - SHOWN} more", file=sys.stderr, flush=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFiles:
-    """Reads the pictures of files by their numbers."""
-
-    paths: list[Path]
-    side: int | None  # of the squares that pictures are shrunk to
-
-    def __call__(self, number: int) -> np.ndarray:
-        """Raises ImageError where a file is no longer what it was."""
-        return decode(self.paths[number], side=self.side)
-
-    def where(self, number: int) -> str:
-        return str(self.paths[number])
 
 
 def _read(path: Path, side: int | None) -> np.ndarray | ImageError:
@@ -167,7 +190,7 @@ def _read(path: Path, side: int | None) -> np.ndarray | ImageError:
 
 
 def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[Path], Result], paths: list[Path]) -> Iterator[Result]:
-    """pool.map that holds a few results at a time, not all pictures of the folder."""
+    """Like pool.map, but holds only a few results at a time instead of all images of the folder."""
     ahead = 4 * (os.cpu_count() or 1)
     waiting = [pool.submit(function, path) for path in paths[:ahead]]
     for i in range(len(paths)):
@@ -176,63 +199,50 @@ def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[Path], Result], pat
             waiting[i % ahead] = pool.submit(function, paths[i + ahead])
 
 
-def _shortened(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _open_lazily(files: LabelledFiles, source: dict[str, Any], checked: Path) -> Dataset:
+    """Returns a dataset whose images stay in their files. Raises ValueError if no file is an image.
 
-
-def load_folder(files: LabelledFiles, name: str, split: str, side: int, unreadable: str, cache: str) -> Dataset:
-    source = {"fingerprint": files.fingerprint(), "unreadable": unreadable, "side": side}
-    arrays_dir = cached_arrays_dir(name, split)
-    opened = open_arrays(arrays_dir)
-    if opened and cache != "never" and all(opened[1].get(key) == value for key, value in source.items()):
-        return opened[0]
-    if len(files.paths) * side**2 * 3 > room_for_pictures(cache):
-        data = _read_lazily(files, side, unreadable, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
-        if not len(data.label):
-            raise UserError(f"{name} has no pictures")
-        return data
-    _, side_or_none = stored_size(files, side)
-    pictures = read_pictures(files, side_or_none, unreadable)
-    examples = ((picture, files.label[number]) for picture, number in pictures)
-    try:
-        write_arrays(arrays_dir, examples, files.class_names, None, source)
-    except ValueError as error:
-        raise UserError(f"{name} {error}") from None
-    except OSError as error:
-        raise _cannot_cache(error) from error
-    opened = open_arrays(arrays_dir)
-    assert opened, f"{arrays_dir} was just written"
-    return opened[0]
-
-
-def _read_lazily(files: LabelledFiles, side: int, unreadable: str, source: dict[str, Any], checked: Path) -> Dataset:
-    """checked: a file that remembers which of these files are pictures, for which all have to be read once."""
+    checked: a file in the cache that records which files are images, since finding out means reading all of them.
+    """
     try:
         found = json.loads(checked.read_text())
     except (OSError, ValueError):
         found = {}
-    if any(found.get(key) != value for key, value in source.items()):
-        size, side_or_none = stored_size(files, side)
-        numbers = [number for _, number in read_pictures(files, side_or_none, unreadable)]
-        found = source | {"numbers": numbers, "size": size, "shrunk_to": side_or_none}
-        partial = checked.with_suffix(f".partial-{os.getpid()}")
-        try:
-            checked.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(found))
-            partial.replace(checked)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise _cannot_cache(error) from error
+    if not _matches(found, source):
+        size, side = stored_size(files, source["side"])
+        numbers = [number for _, number in read_images(files, side, source["unreadable"])]
+        found = source | {"numbers": numbers, "size": size, "shrunk_to": side}
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(checked, "w") as file:
+            json.dump(found, file)
     numbers = found["numbers"]
+    if not numbers:
+        raise ValueError("has no images")
     height, width = found["size"]
     reader = ImageFiles([files.paths[i] for i in numbers], found["shrunk_to"])
     image = LazyImages(reader, len(numbers), height, width)
     return Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
 
 
-def _cannot_cache(error: OSError) -> UserError:
-    return UserError(
-        f"what was read of the pictures cannot be kept in {cache_dir()} ({error.strerror or error}): make room there, "
-        "or name another folder by the environment variable JAXFT_CACHE; --config.data.cache=never needs next to none"
-    )
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """Reads images from files, by index."""
+
+    paths: list[Path]
+    side: int | None  # pixels of the square that images are shrunk to
+
+    def __call__(self, number: int) -> np.ndarray:
+        """Returns uint8 (H, W, 3). Raises ImageError if the file has changed and cannot be read."""
+        return decode(self.paths[number], side=self.side)
+
+    def where(self, number: int) -> str:
+        return str(self.paths[number])
+
+
+def _matches(info: dict[str, Any], source: dict[str, Any]) -> bool:
+    return all(info.get(key) == value for key, value in source.items())
+
+
+def _shortened(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

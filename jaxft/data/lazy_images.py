@@ -1,4 +1,4 @@
-"""Pictures that stay in their files, and are read each time they are asked for."""
+"""Images that stay in their files and are read whenever they are indexed."""
 
 import dataclasses
 import math
@@ -14,18 +14,18 @@ from jaxft.errors import UserError
 
 
 class Reader(Protocol):
-    """For worker processes it is pickled."""
+    """Reads one image; it is pickled for worker processes."""
 
     def __call__(self, number: int) -> np.ndarray:
-        """uint8 (H, W, 3)"""
+        """Returns an image, uint8 (H, W, 3). Raises UserError if it cannot be read."""
 
     def where(self, number: int) -> str:
-        """For a message."""
+        """Returns the location of an image, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyImages:
-    """Indexed as an array uint8 (N, H, W, 3) is."""
+    """Images that can be indexed like an array uint8 (N, H, W, 3)."""
 
     read: Reader
     count: int
@@ -41,23 +41,23 @@ class LazyImages:
         return math.prod(self.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Raises UserError where a file is no longer what it was."""
-        numbers, places = np.unique(index, return_inverse=True)  # a batch's padding is one picture many times
-        pictures = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+        """Gathers images (*index.shape, H, W, 3), read in parallel threads. Raises UserError if a file has changed."""
+        numbers, inverse = np.unique(index, return_inverse=True)  # a batch's padding repeats one image
+        images = np.empty((len(numbers), *self.shape[1:]), np.uint8)
 
-        def read(place: int) -> None:
-            picture = self.read(int(numbers[place]))
-            if picture.shape != self.shape[1:]:
-                raise UserError(f"{self.read.where(int(numbers[place]))} has changed its size since the run began")
-            pictures[place] = picture
+        def read(i: int) -> None:
+            image = self.read(int(numbers[i]))
+            if image.shape != self.shape[1:]:
+                raise UserError(f"{self.read.where(int(numbers[i]))} has changed its size since the run began")
+            images[i] = image
 
         list(_reading_threads(os.getpid()).map(read, range(len(numbers))))
-        return pictures[places.reshape(np.shape(index))]
+        return images[inverse.reshape(np.shape(index))]
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedImages:
-    """A memory-mapped array uint8 (N, H, W, 3), of which worker processes get no copy but its file's name."""
+    """A memory-mapped array uint8 (N, H, W, 3) that is pickled as its file's name, not as a copy."""
 
     path: Path
     inode: int
@@ -69,18 +69,18 @@ class MappedImages:
         return cls(path, path.stat().st_ino, image.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Raises UserError where the file is no longer what it was."""
+        """Gathers images from the file. Raises UserError if it has been replaced."""
         return _mapped(self)[index]
 
 
 @cache
-def _mapped(pictures: MappedImages) -> np.ndarray:
-    if not pictures.path.exists() or pictures.path.stat().st_ino != pictures.inode:
-        raise UserError(f"{pictures.path} has changed since the run began; run the command again")
-    return np.memmap(pictures.path, np.uint8, "r", shape=pictures.shape)
+def _mapped(images: MappedImages) -> np.ndarray:
+    if not images.path.exists() or images.path.stat().st_ino != images.inode:
+        raise UserError(f"{images.path} has changed since the run began; run the command again")
+    return np.memmap(images.path, np.uint8, "r", shape=images.shape)
 
 
 @cache
 def _reading_threads(process: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork."""
+    """Returns the thread pool of this process; `process` is its id, because threads do not survive a fork."""
     return ThreadPoolExecutor(os.cpu_count(), "reading")

@@ -1,4 +1,4 @@
-"""How pictures come to the devices: all of them once and for good, or each batch when its turn comes."""
+"""Brings images to the devices: the whole split once, or a stream of batches."""
 
 import ctypes
 import dataclasses
@@ -16,16 +16,15 @@ from jaxft.data.batches import Array, Batch, Examples, local_shard, make_batches
 from jaxft.data.budget import is_streamed
 from jaxft.data.dataset import Dataset
 from jaxft.data.lazy_images import LazyImages, MappedImages
+from jaxft.process import allow_large_images
 
-BATCHES_AHEAD = 3  # that are read before the devices ask for them
-
-
-_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+BATCHES_AHEAD = 3  # batches to prefetch
+_PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
 @dataclasses.dataclass(frozen=True)
 class ResidentLoader:
-    """All pictures are on every device already."""
+    """A split whose images are on every device."""
 
     examples: Examples
 
@@ -34,17 +33,17 @@ class ResidentLoader:
         return self.examples.label
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        """Batches of pictures in this order, of each the part of this process's devices."""
+        """Yields batches in this order: of each, this process's shard with shape (local devices, B)."""
         return local_shard(make_batches(order, batch_size, jax.device_count()))
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamingLoader:
-    """Batches bring their pictures, which are read by threads, or by `workers` processes, while the devices work."""
+    """A split whose batches carry their images, prefetched by threads or by `workers` processes."""
 
     data: Dataset
     workers: int = 0
-    partners: bool = False  # whether pictures are mixed with others
+    partners: bool = False  # also read the mixing partners that belong to another device's share (mixup, CutMix)
     examples: None = None
 
     @property
@@ -52,16 +51,17 @@ class StreamingLoader:
         return self.data.label
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        """As ResidentLoader: the same pictures in the same order."""
-        import grain  # takes a second, which is for those who need it
+        """Yields the same batches as ResidentLoader, with their images."""
+        import grain  # takes a second
 
-        parts = local_shard(make_batches(order, batch_size, jax.device_count()))
-        reader = BatchReader(self.data, list(parts), self.partners)
+        shards = local_shard(make_batches(order, batch_size, jax.device_count()))
+        reader = BatchReader(self.data, list(shards), self.partners)
         threads = 0 if self.workers else BATCHES_AHEAD
         stream = grain.MapDataset.source(reader).to_iter_dataset(grain.ReadOptions(threads, BATCHES_AHEAD))
         if self.workers:
-            flags.FLAGS.mark_as_parsed()  # which Grain asks for, though it needs none of them here
-            # Pipes instead: containers have little shared memory, and Grain leaves the last of it behind.
+            flags.FLAGS.mark_as_parsed()  # Grain insists on it, although it needs no flags here
+            # Use pipes: containers have little shared memory, and Grain does not free its last block.
+            # NOTES: Worker processes answer through pipes (docs/notes/input-and-startup.md)
             no_shared_memory = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
             stream = grain.experimental.WithOptionsIterDataset(stream, no_shared_memory)
             workers = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=1)
@@ -74,43 +74,44 @@ Loader = ResidentLoader | StreamingLoader
 
 
 def make_loader(data: Dataset, config: ConfigDict, *, partners: bool = False) -> Loader:
-    """config: its `data` section. partners: whether pictures are mixed with others."""
+    """Makes the loader of a split. config: the `data` section. partners: whether images are mixed with others."""
     if is_streamed(data, config.stream):
         if isinstance(data.image, np.memmap):
             data = data._replace(image=MappedImages.of(data.image))
         return StreamingLoader(data, config.workers, partners)
-    in_files = isinstance(data.image, LazyImages)
-    image = data.image[np.arange(len(data.label))] if in_files else data.image
+    lazy = isinstance(data.image, LazyImages)
+    image = data.image[np.arange(len(data.label))] if lazy else data.image
     return ResidentLoader(replicate(Examples.packed(image, data.label)))
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """A sequence of batches (devices, B) with their own pictures, read when they are asked for."""
+    """A random-access source of batches (devices, B) that carry their images; indexing it reads a batch's images."""
 
     data: Dataset
-    parts: list[Batch]
+    shards: list[Batch]
     partners: bool
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.shards)
 
     def __getitem__(self, i: int) -> Batch:
-        """Each device has its own pictures and, to mix its last one with, the first of the next device."""
-        part = self.parts[i]
-        devices, size = part.index.shape
-        count = part.mask.sum(1).astype(int)  # of each device's pictures
-        number, partner = part.index, np.tile(np.arange(size), (devices, 1))
+        """Reads each device's images and, if they are mixed, the next device's first one as partner of its last."""
+        shard = self.shards[i]
+        devices, size = shard.index.shape
+        count = shard.mask.sum(1).astype(int)  # images of each device, without padding
+        dataset_index, partner = shard.index, np.tile(np.arange(size), (devices, 1))
         if self.partners:
-            number = np.c_[number, part.partner[np.arange(devices), count - 1]]
+            dataset_index = np.c_[dataset_index, shard.partner[np.arange(devices), count - 1]]
             partner = np.where(partner == count[:, None] - 1, size, partner + 1)
-        examples = Examples.packed(self.data.image[number], self.data.label[number], number)
+        examples = Examples.packed(self.data.image[dataset_index], self.data.label[dataset_index], dataset_index)
         index = np.tile(np.arange(size), (devices, 1))
-        return Batch(index.astype(np.int32), partner.astype(np.int32), part.mask, examples)
+        return Batch(index.astype(np.int32), partner.astype(np.int32), shard.mask, examples)
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Ctrl-C is for the process that started this one; when that one dies, so does this."""
+    """Lets only the parent process handle Ctrl-C, and ends the worker if the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    allow_large_images()

@@ -1,4 +1,4 @@
-"""The samples that are packaged with jaxft."""
+"""Loads the samples that are packaged with jaxft."""
 
 import io
 import tarfile
@@ -11,12 +11,8 @@ from jaxft.errors import UserError
 from jaxft.files import SAMPLES_DIR
 
 
-def _sample_names() -> list[str]:
-    return sorted(f"sample:{path.name.removesuffix('.tar.xz')}" for path in SAMPLES_DIR.glob("*.tar.xz"))
-
-
 def load_sample(name: str, split: str) -> Dataset:
-    """A sample that ships with jaxft: a .tar.xz of `SPLIT/CLASS/*.jpg`."""
+    """Returns a split of a packaged sample, a .tar.xz of `SPLIT/CLASS/*.jpg`. Raises UserError if it does not exist."""
     path = SAMPLES_DIR / f"{name}.tar.xz"
     if not path.is_file():
         raise UserError(f"there is no sample '{name}'; jaxft ships {', '.join(_sample_names())}")
@@ -30,3 +26,7 @@ def load_sample(name: str, split: str) -> Dataset:
     images = [np.asarray(Image.open(io.BytesIO(files[name]))) for name in names]
     labels = [class_names.index(name.split("/")[1]) for name in names]
     return Dataset(np.stack(images), np.array(labels, np.int32), class_names)
+
+
+def _sample_names() -> list[str]:
+    return sorted(f"sample:{path.name.removesuffix('.tar.xz')}" for path in SAMPLES_DIR.glob("*.tar.xz"))

@@ -1,1 +1,1 @@
-"""Networks, and which of their parameters train."""
+"""Networks: architectures, layers, heads, BatchNorm folding, and the choice of the parameters that train."""

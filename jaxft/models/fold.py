@@ -1,4 +1,4 @@
-"""A network that is only used, with its norms within its convolutions: one pass over memory for both."""
+"""Folds BatchNorm into convolutions, for evaluation: both then take one pass over memory."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from jaxft.models.resnet import ResNet, bn_name, fold
 
 
 def fold_norms(model: ResNet, variables: Any) -> tuple[ResNet, dict[str, Any]]:
-    """The same network in evaluation: of each norm the slope in its convolution's kernel, the rest in a bias."""
+    """Folds every BatchNorm into its convolution (inference only): its scale into the kernel, its shift into a bias.
+
+    Returns the folded model and its variables; a folded model is returned unchanged.
+    """
     if model.folded:
         return model, variables
     return model.clone(folded=True), {"params": _fold(variables["params"], variables["batch_stats"])}

@@ -1,17 +1,17 @@
-"""Which parts of the network train: names and patterns to parameters, and these apart from the frozen ones."""
+"""Selects the parameters that train: by part of the network, by pattern and by epoch."""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
-from jaxft.models.resnet import ResNet
+from jaxft.models.policy import Policy
+from jaxft.models.resnet import ResNet, abstract_variables
 
 STAGES = {
     "stem": r"^(conv1|bn1)/",
@@ -22,41 +22,34 @@ STAGES = {
     "head": r"^fc/",
 }
 
-
 BACKBONE = "backbone"  # everything but the head
 
 
-def abstract_variables(model: ResNet) -> Any:
-    """Shapes and types alone."""
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
-
-
 def parameter_paths(model: ResNet) -> list[str]:
-    """The parameters' paths: 'conv1/kernel' and so on."""
+    """Returns the sorted paths of the parameters: 'conv1/kernel' and so on."""
     return sorted(flatten_dict(abstract_variables(model)["params"], sep="/"))
 
 
 def stage_of(path: str) -> str:
-    """'layer1/0/conv1/kernel' -> 'stage1'"""
+    """Returns the part that a parameter belongs to: 'stage1' for 'layer1/0/conv1/kernel'."""
     return next(name for name, pattern in STAGES.items() if re.match(pattern, path))
 
 
 def select(paths: list[str], names: str) -> frozenset[str]:
-    """Those of the parameters' paths that are meant by `names`: parts and regular expressions, with commas between.
+    """Selects the paths that match `names`: parts and regular expressions, separated by commas.
 
-    Raises UserError for a name that means none of them.
+    Raises UserError for a name that matches no path.
     """
     selected: set[str] = set()
     for name in filter(None, (name.strip() for name in names.split(","))):
         try:
             pattern = re.compile(STAGES.get(name, name))
         except re.error as error:
-            raise UserError(f"'{name}' is no pattern ({error}); parts are {', '.join(STAGES)}, {BACKBONE}") from None
+            raise UserError(f"'{name}' is not a pattern ({error}); parts are {', '.join(STAGES)}, {BACKBONE}") from None
         found = {path for path in paths if (stage_of(path) != "head" if name == BACKBONE else pattern.search(path))}
         if not found:
             raise UserError(
-                f"'{name}' is no part of the network and no pattern that matches a parameter such as {paths[0]}; "
+                f"'{name}' is neither a part of the network nor a pattern that matches a parameter such as {paths[0]}; "
                 f"parts are {', '.join(STAGES)}, {BACKBONE}"
             )
         selected |= found
@@ -64,7 +57,10 @@ def select(paths: list[str], names: str) -> frozenset[str]:
 
 
 def parse_unfreeze(text: str) -> list[tuple[int, str]]:
-    """'3: stage4, 5: stage3' -> [(3, 'stage4'), (5, 'stage3')]: from which epoch on what is trained."""
+    """Parses '3: stage4, 5: stage3' to [(3, 'stage4'), (5, 'stage3')]: the epochs from which parts are trained.
+
+    Raises UserError if the text has another form.
+    """
     phases = []
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
         epoch, colon, name = entry.partition(":")
@@ -74,33 +70,40 @@ def parse_unfreeze(text: str) -> list[tuple[int, str]]:
     return phases
 
 
-def freeze(model: ResNet, config: ConfigDict, epoch: int) -> ResNet:
-    """The network with what the config's `optimizer` section freezes in this epoch, counted from 1.
+def make_policy(config: ConfigDict, model: ResNet, epoch: int) -> Policy:
+    """Makes the policy of an epoch, counted from 1, from the config's `model` and `optimizer` sections.
 
-    Raises UserError where a name matches nothing, or nothing is left to train.
+    Raises UserError if optimizer.freeze or unfreeze matches no parameters, or if nothing is left to train.
     """
-    if not config.freeze and not config.unfreeze:
-        return model
+    batch_norm: Any = config.model.batch_norm
+    policy = Policy(
+        batch_norm="update" if batch_norm == "recalibrate" else batch_norm, test_flip=config.model.test_flip
+    )
+    freeze, unfreeze = config.optimizer.freeze, config.optimizer.unfreeze
+    if not freeze and not unfreeze:
+        return policy
     paths = parameter_paths(model)
-    frozen = select(paths, config.freeze)
-    for first_epoch, name in parse_unfreeze(config.unfreeze):
-        thawed = select(paths, name)
-        if not thawed & frozen:
-            raise UserError(f"optimizer.unfreeze names '{name}', which is not frozen then; see optimizer.freeze")
+    frozen = select(paths, freeze)
+    for first_epoch, name in parse_unfreeze(unfreeze):
+        unfrozen = select(paths, name)
+        if not unfrozen & frozen:
+            raise UserError(
+                f"optimizer.unfreeze names '{name}', which is not frozen in that epoch; see optimizer.freeze"
+            )
         if epoch >= first_epoch:
-            frozen -= thawed
+            frozen -= unfrozen
     if len(frozen) == len(paths):
-        raise UserError(f"optimizer.freeze '{config.freeze}' leaves nothing to train")
-    return model.clone(frozen=frozen)
+        raise UserError(f"optimizer.freeze '{freeze}' leaves nothing to train")
+    return policy._replace(frozen=frozen)
 
 
-def trains_only_head(model: ResNet) -> bool:
-    """Whether nothing before the head changes: neither parameters nor statistics."""
-    return all(stage_of(path) == "head" or path in model.frozen for path in parameter_paths(model))
+def trains_only_head(model: ResNet, policy: Policy) -> bool:
+    """Returns whether nothing before the head changes in training: neither parameters nor statistics."""
+    return all(stage_of(path) == "head" or path in policy.frozen for path in parameter_paths(model))
 
 
 def split_frozen(params: Mapping[str, Any], frozen: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that train, and those that do not."""
+    """Splits the parameters into those that train and those that do not."""
     flat = flatten_dict(params, sep="/")
     trainable = {path: array for path, array in flat.items() if path not in frozen}
     kept = {path: array for path, array in flat.items() if path in frozen}
@@ -108,32 +111,32 @@ def split_frozen(params: Mapping[str, Any], frozen: frozenset[str]) -> tuple[dic
 
 
 def merge(trainable: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """split_frozen's inverse."""
+    """Merges the trees that `split_frozen` returned."""
     return unflatten_dict({**flatten_dict(kept), **flatten_dict(trainable)})
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of function('layer1/0/conv1/kernel', leaf)."""
+    """Maps function(path, leaf) over a tree; a path is 'layer1/0/conv1/kernel'."""
     flat = flatten_dict(tree, sep="/")
     return unflatten_dict({path: function(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
 def merge_opt_state(source: Any, target: Any) -> Any:
-    """The target's tree with the source's leaves wherever both have the path; of two states of an optimizer."""
-    there = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(source)}
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: there.get(jax.tree_util.keystr(path), leaf), target)
+    """Returns the target's tree with the source's leaves at the paths that both optimizer states have."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(source)}
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), target)
 
 
-def table(model: ResNet) -> str:
-    """What trains, a line for each part: parameters, those of them that train, whether BatchNorm's statistics move."""
+def table(model: ResNet, policy: Policy) -> str:
+    """Returns a table with a line per part: its parameters, how many train, and whether its statistics move."""
     variables = abstract_variables(model)
     lines = [f"{'':9}{'part':8}{'parameters':>12}{'trained':>12}  statistics"]
     params = flatten_dict(variables["params"], sep="/")
     for part in STAGES:
         own = {path: int(np.prod(array.shape)) for path, array in params.items() if stage_of(path) == part}
-        trained = sum(size for path, size in own.items() if path not in model.frozen)
+        trained = sum(size for path, size in own.items() if path not in policy.frozen)
         norms = {path.removesuffix("/scale") for path in own if path.endswith("/scale")}
-        moving = sum(not model.norm_is_frozen(norm) for norm in norms)
+        moving = sum(not policy.norm_is_frozen(norm) for norm in norms)
         text = "" if not norms else "move" if moving == len(norms) else "stay" if not moving else f"{moving} move"
         lines.append(f"{'':9}{part:8}{sum(own.values()):>12,}{trained:>12,}  {text}".rstrip())
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""Formulations of convolution, normalisation and pooling for each platform."""
+"""Convolution, normalisation and pooling in the formulation that is fastest on each platform; see README.md."""

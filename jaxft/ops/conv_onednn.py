@@ -1,4 +1,4 @@
-"""Convolutions by oneDNN's custom calls, and their gradients."""
+"""Convolutions by oneDNN's custom calls, and their gradients. Arrays are NHWC, kernels HWIO."""
 
 import math
 from functools import partial
@@ -10,14 +10,15 @@ from jax import lax
 from jaxft.ops import onednn
 from jaxft.ops.conv_plain import (
     IMAGE_CHANNELS,
-    WIDE_BYTES,
     Product,
     kernel_grad_im2col,
     kernel_grad_per_tap,
     plain_input_grad,
 )
+from jaxft.ops.formulation import WIDE_BYTES
 
-_SMALL_MAP = 7  # pixels of a side, up to which padding is a good part of the work
+# NOTES: Kernel gradients as one product of shifted copies (docs/notes/onednn.md)
+_SMALL_MAP = 7  # pixels of a side; on maps up to this size, padding is a large part of the work
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -27,6 +28,7 @@ def onednn_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def onednn_forward(x: jax.Array, kernel: jax.Array, stride: int, epilogue: onednn.Epilogue) -> jax.Array:
+    """Convolves and applies the epilogue, without a gradient; a 1x1 convolution is a matrix product."""
     size, features = kernel.shape[0], kernel.shape[-1]
     if size > 1:
         return onednn.convolution(x, kernel, stride, (size // 2, size // 2), epilogue=epilogue)
@@ -40,6 +42,7 @@ def _onednn_conv_fwd(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.
     return onednn_conv(x, kernel, stride), (x, kernel)
 
 
+# NOTES: Input gradients by oneDNN (docs/notes/onednn.md)
 def _onednn_conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     size = kernel.shape[0]
@@ -49,7 +52,7 @@ def _onednn_conv_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: ja
         dx = onednn.convolution(dy, kernel[::-1, ::-1], 1, (size // 2, size // 2), transposed=True)
     elif size == 3:
         dx = _strided_input_grad(kernel, dy)[:, : x.shape[1], : x.shape[2]]
-    else:  # the stem's, of pictures
+    else:  # the stem, whose input is the image
         dx = plain_input_grad(kernel, dy, x.shape, stride)
     return dx, _kernel_grad(x, dy, stride, size).astype(kernel.dtype)
 
@@ -58,40 +61,44 @@ onednn_conv.defvjp(_onednn_conv_fwd, _onednn_conv_bwd)
 
 
 def _pointwise_input_grad(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
+    """Gradient of a 1x1 convolution's input of this shape: zero at the pixels that the stride skips."""
     dx = onednn.matmul(dy.reshape(-1, dy.shape[-1]), kernel[0, 0], transpose_b=True).reshape(*dy.shape[:-1], -1)
-    between = [
-        (0, side - 1 - stride * (seen - 1), stride - 1) for side, seen in zip(shape[1:3], dy.shape[1:3], strict=True)
-    ]
-    return lax.pad(dx, jnp.zeros((), dx.dtype), ((0, 0, 0), *between, (0, 0, 0))) if stride > 1 else dx
+    pads = [(0, side - 1 - stride * (out - 1), stride - 1) for side, out in zip(shape[1:3], dy.shape[1:3], strict=True)]
+    return lax.pad(dx, jnp.zeros((), dx.dtype), ((0, 0, 0), *pads, (0, 0, 0))) if stride > 1 else dx
 
 
 def _strided_input_grad(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-    """Of a 3x3 convolution with stride 2: each 2x2 pixels see the kernel's middle, two corners of a side, or four."""
+    """Gradient of the input of a 3x3 convolution with stride 2, as four convolutions.
+
+    There is one for each position in a block of 2x2 pixels. It reads the kernel's middle tap, two opposite taps, or the
+    four corners.
+    """
     batch, height, width, _ = dy.shape
 
-    def of(row: int, column: int) -> jax.Array:
-        seen = kernel[::-2] if row else kernel[1:2]
-        seen = seen[:, ::-2] if column else seen[:, 1:2]
-        return onednn.convolution(dy, seen, 1, (0, 0), extra=(row, column), transposed=True)
+    def at(row: int, column: int) -> jax.Array:
+        taps = kernel[::-2] if row else kernel[1:2]
+        taps = taps[:, ::-2] if column else taps[:, 1:2]
+        return onednn.convolution(dy, taps, 1, (0, 0), extra=(row, column), transposed=True)
 
-    rows = [jnp.stack([of(row, 0), of(row, 1)], 3) for row in (0, 1)]  # (N, H, W, 2, C)
+    rows = [jnp.stack([at(row, 0), at(row, 1)], 3) for row in (0, 1)]  # (N, H, W, 2, C)
     return jnp.stack(rows, 2).reshape(batch, 2 * height, 2 * width, -1)
 
 
 def _kernel_grad(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
-    """Of products, as oneDNN has no other way to it: in float32, (size, size, C, F).
+    """Kernel gradient, float32 (size, size, C, F), as matrix products, because oneDNN's custom calls lack it.
 
-    They are of copies, made as bits, for XLA on a CPU copies bfloat16 by way of float32.
+    Their operands are copied as unsigned integers, because XLA's CPU backend copies bfloat16 through
+    float32.
     """
     dtype, bits = x.dtype, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     x, dy = lax.bitcast_convert_type(x, bits), lax.bitcast_convert_type(dy, bits)
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        """Summed over all pixels: (C, F) of (..., C) and (..., F)."""
         pixels = a.size // a.shape[-1]
-        few = dtype.itemsize < WIDE_BYTES and a.shape[-1] * b.shape[-1] <= 2 * pixels
-        parts = math.gcd(pixels, 2) if few else 1  # of many pixels for few results, which takes longer at once
-        a, b = (lax.bitcast_convert_type(array.reshape(parts, -1, array.shape[-1]), dtype) for array in (a, b))
+        # NOTES: Bfloat16 kernel gradients in two halves (docs/notes/onednn.md)
+        few_results = dtype.itemsize < WIDE_BYTES and a.shape[-1] * b.shape[-1] <= 2 * pixels
+        halves = math.gcd(pixels, 2) if few_results else 1
+        a, b = (lax.bitcast_convert_type(array.reshape(halves, -1, array.shape[-1]), dtype) for array in (a, b))
         return onednn.matmul(a, b, transpose_a=True).sum(0)
 
     if size > 1 and x.shape[-1] <= IMAGE_CHANNELS:
@@ -102,7 +109,10 @@ def _kernel_grad(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Arr
 
 
 def _kernel_grad_shifted(x: jax.Array, dy: jax.Array, size: int, product: Product) -> jax.Array:
-    """One product, of x shifted along its rows with dy shifted along its columns: each pair a pixel of the kernel."""
+    """Kernel gradient as one product: x shifted along its rows times dy shifted along its columns.
+
+    Each pair of shifts is one kernel tap.
+    """
     shifts = range(-(size // 2), size - size // 2)
 
     def shifted(array: jax.Array, axis: int, by: int) -> jax.Array:

@@ -1,4 +1,7 @@
-"""The plain convolution, the reference for all others, and its gradients as convolutions."""
+"""The plain convolution, the reference for all others, its gradients as convolutions, and kernel gradients as products.
+
+Arrays are NHWC, kernels HWIO.
+"""
 
 from collections.abc import Callable
 
@@ -6,14 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-IMAGE_CHANNELS = 4  # channels, at most
-
-
-WIDE_BYTES = 4  # bytes of a value
+# NOTES: Kernel gradient of the stem as one product (docs/notes/cpu-kernels.md)
+IMAGE_CHANNELS = 4  # input with at most this many channels is an image
 
 
 def plain_conv(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """A convolution padded by size // 2 on each side (SAME would pad a stride of 2 unlike torch)."""
+    """Convolves with padding of size // 2 on each side, as torch does; SAME pads stride 2 differently."""
     pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
@@ -25,11 +26,11 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def plain_input_grad(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int) -> jax.Array:
-    """Of `plain_conv`: a convolution of dy, with zeros between its pixels, with the kernel turned around."""
+    """Gradient of `plain_conv`'s input: a convolution of dy, dilated by the stride, with the kernel reversed."""
     size = kernel.shape[0]
     pads = [
-        (size - 1 - size // 2, side - 1 - stride * (seen - 1) + size // 2)
-        for side, seen in zip(shape[1:3], dy.shape[1:3], strict=True)
+        (size - 1 - size // 2, side - 1 - stride * (out - 1) + size // 2)
+        for side, out in zip(shape[1:3], dy.shape[1:3], strict=True)
     ]
     return lax.conv_general_dilated(
         dy,
@@ -42,10 +43,10 @@ def plain_input_grad(kernel: jax.Array, dy: jax.Array, shape: tuple[int, ...], s
 
 
 def plain_kernel_grad(x: jax.Array, dy: jax.Array, stride: int, size: int) -> jax.Array:
-    """Of `plain_conv`: a convolution of x with dy, whose channels are the pictures."""
+    """Gradient of `plain_conv`'s kernel: a convolution of x with dy whose channels are the images."""
     pads = [
-        (size // 2, size + stride * (seen - 1) - side - size // 2)
-        for side, seen in zip(x.shape[1:3], dy.shape[1:3], strict=True)
+        (size // 2, size + stride * (out - 1) - side - size // 2)
+        for side, out in zip(x.shape[1:3], dy.shape[1:3], strict=True)
     ]
     gradient = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
@@ -58,11 +59,11 @@ def plain_kernel_grad(x: jax.Array, dy: jax.Array, stride: int, size: int) -> ja
     return gradient.transpose(1, 2, 0, 3)
 
 
-Product = Callable[[jax.Array, jax.Array], jax.Array]
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (..., C) and (..., F), summed over all pixels: (C, F)
 
 
 def kernel_grad_im2col(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
-    """One product, of all that each pixel of dy has seen."""
+    """Kernel gradient as one product of dy with im2col of x, the inputs that each of its pixels reads."""
     height, width = (stride * (side - 1) + 1 for side in dy.shape[1:3])
     pads = (size // 2, size // 2)
     x = jnp.pad(x, ((0, 0), pads, pads, (0, 0)))
@@ -72,18 +73,18 @@ def kernel_grad_im2col(x: jax.Array, dy: jax.Array, stride: int, size: int, prod
 
 
 def kernel_grad_per_tap(x: jax.Array, dy: jax.Array, stride: int, size: int, product: Product) -> jax.Array:
-    """A product for each of the kernel's pixels, of what it sees with the gradients of what that went to."""
+    """Kernel gradient as one product per kernel tap: the inputs it reads times the output gradients it feeds."""
 
-    def seen(offset: int, axis: int) -> tuple[slice, slice]:
-        """Along one side: which of x's pixels, and which of dy's they meet."""
+    def matching(offset: int, axis: int) -> tuple[slice, slice]:
+        """Along one axis: the pixels of x that the tap reads, and the pixels of dy that it feeds."""
         first = offset - size // 2
         low = max(0, -(first // stride))
         high = min(dy.shape[axis], (x.shape[axis] - 1 - first) // stride + 1)
         return slice(low * stride + first, max((high - 1) * stride + first + 1, 0), stride), slice(low, high)
 
-    def of(i: int, j: int) -> jax.Array:
-        (ys, dys), (xs, dxs) = seen(i, 1), seen(j, 2)
+    def tap(i: int, j: int) -> jax.Array:
+        (ys, dys), (xs, dxs) = matching(i, 1), matching(j, 2)
         a, b = x[:, ys, xs], dy[:, dys, dxs]
         return product(a, b) if a.size else jnp.zeros((a.shape[-1], b.shape[-1]), jnp.float32)
 
-    return jnp.stack([jnp.stack([of(i, j) for j in range(size)]) for i in range(size)])
+    return jnp.stack([jnp.stack([tap(i, j) for j in range(size)]) for i in range(size)])

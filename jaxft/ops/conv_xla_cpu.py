@@ -1,4 +1,4 @@
-"""Convolutions in the formulations that XLA's CPU backend compiles to fast code."""
+"""Convolutions in formulations that XLA's CPU backend compiles to fast code. Arrays are NHWC, kernels HWIO."""
 
 from functools import partial
 
@@ -17,18 +17,19 @@ from jaxft.ops.conv_plain import (
 )
 from jaxft.ops.fusion import materialize
 
-_FULL_BLOCK = 64  # features, of which XLA's CPU kernels compute so many at once
+# NOTES: Space-to-depth for a narrow stem (docs/notes/cpu-kernels.md)
+FULL_BLOCK = 64  # features that XLA's CPU kernels compute at once
 
 
 def pointwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A 1x1 convolution as a matrix product."""
+    """Computes a 1x1 convolution as a matrix product."""
     x = x[:, ::stride, ::stride]
     return _product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Of matrices (pixels, channels) and (channels, features)."""
+    """Multiplies (pixels, channels) by (channels, features)."""
     return _dot(x, kernel)
 
 
@@ -38,19 +39,24 @@ def _product_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.
 
 def _product_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    # The smaller is transposed: that is dear.
+    # NOTES: Kernel gradients of 1x1 convolutions (docs/notes/cpu-kernels.md). Transposes are expensive, so the smaller
+    # operand is transposed.
     kernel_gradient = _transposed_dot(x, dy) if x.shape[1] <= dy.shape[1] else _transposed_dot(dy, x).T
     return _dot(dy, kernel.T), kernel_gradient
 
 
+# NOTES: Products of bfloat16 with a float32 result (docs/notes/cpu-kernels.md)
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, summed in float32 at least: for that XLA on a CPU has products of bfloat16; for others it widens both."""
+    """a @ b accumulated in at least float32.
+
+    XLA's CPU backend has bfloat16 kernels only with a float32 result; otherwise it upcasts both operands.
+    """
     return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)).astype(a.dtype)
 
 
 @materialize
 def _transposed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a.T @ b, apart from how they came about and what becomes of it, or XLA transposes the other one, or both."""
+    """a.T @ b, materialised: if it were fused, XLA would transpose the wrong operand or both."""
     return _dot(a.T, b)
 
 
@@ -58,11 +64,12 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def conv_small_output(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A convolution with few pixels to compute: a matrix product for each, of the pixels that it sees."""
+    """Computes a convolution with few output pixels as one matrix product per pixel, of the inputs that it reads."""
     batch, height, width, _ = x.shape
     size, features = kernel.shape[0], kernel.shape[-1]
 
-    def seen(position: int, side: int) -> tuple[slice, slice]:
+    def window(position: int, side: int) -> tuple[slice, slice]:
+        """Along one axis: the pixels of x within the window, and the part of the kernel on them."""
         first = position * stride - size // 2
         low, high = max(first, 0), min(first + size, side)
         return slice(low, high), slice(low - first, high - first)
@@ -71,7 +78,7 @@ def conv_small_output(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
     for i in range(ceil_div(height, stride)):
         row = []
         for j in range(ceil_div(width, stride)):
-            (ys, kernel_ys), (xs, kernel_xs) = seen(i, height), seen(j, width)
+            (ys, kernel_ys), (xs, kernel_xs) = window(i, height), window(j, width)
             row.append(_dot(x[:, ys, xs].reshape(batch, -1), kernel[kernel_ys, kernel_xs].reshape(-1, features)))
         rows.append(jnp.stack(row, 1))
     return jnp.stack(rows, 1)
@@ -79,7 +86,7 @@ def conv_small_output(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
 
 @jax.custom_vjp
 def conv_space_to_depth(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution of stride 2 on few channels: one of stride 1 on blocks of 2x2 pixels."""
+    """Computes a convolution of stride 2 on few channels as one of stride 1 on blocks of 2x2 pixels."""
     batch, height, width, channels = x.shape
     size, features = kernel.shape[0], kernel.shape[-1]
     blocks = (size + 1) // 2
@@ -102,7 +109,7 @@ def _conv_space_to_depth_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array
 
 
 def _conv_space_to_depth_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients are faster in the plain formulation."""
+    """Computes the gradients in the plain formulation, which is faster."""
     x, kernel = residuals
     return plain_input_grad(kernel, dy, x.shape, 2), plain_kernel_grad(x, dy, 2, kernel.shape[0])
 
@@ -110,9 +117,13 @@ def _conv_space_to_depth_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Arr
 conv_space_to_depth.defvjp(_conv_space_to_depth_fwd, _conv_space_to_depth_bwd)
 
 
+# NOTES: Convolutions inside a loop, Kernel gradients of strided 3x3 convolutions (docs/notes/cpu-kernels.md)
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv_nhwc(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """`plain_conv` whose gradients are of NHWC and HWIO too: others XLA on a CPU makes such outside of loops alone."""
+    """`plain_conv` with gradients written as NHWC x HWIO convolutions.
+
+    XLA's CPU backend rewrites other layouts only outside loops; inside one they are about 20 times as slow.
+    """
     return plain_conv(x, kernel, stride)
 
 

@@ -1,4 +1,4 @@
-"""Elementwise operations and reductions that XLA must not fuse into their consumers."""
+"""Elementwise operations and reductions that XLA must not fuse into their consumers. Arrays are NHWC."""
 
 from functools import partial
 from typing import Any
@@ -7,30 +7,39 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxft.ops.fusion import materialize
+from jaxft.ops.formulation import Formulation, on_cpu
+from jaxft.ops.fusion import materialize_on_cpu
 
-WIDE_BYTES = 4  # bytes of a value, from which a CPU takes sums in parts
 
-
-# Apart, or XLA on a CPU keeps a bfloat16 x as float32 too.
-@materialize
+# If this were fused, XLA's CPU backend would also keep a bfloat16 x as float32.
+@materialize_on_cpu
 def sum_pixels(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Sums x over images and pixels, in at least float32: (C,). weights: (N,)."""
     return sum_per_channel(x.astype(jnp.promote_types(x.dtype, jnp.float32)), weights)
 
 
 def sum_per_channel(x: jax.Array, weights: jax.Array | None) -> jax.Array:
-    of_pictures = x.sum((1, 2))  # first, which is more exact too
-    return (of_pictures if weights is None else of_pictures * weights[:, None]).sum(0)
+    """Sums x (N, H, W, C) over images and pixels in its own type. weights: (N,)."""
+    per_image = x.sum((1, 2))  # pixels first, which is also more exact
+    return (per_image if weights is None else per_image * weights[:, None]).sum(0)
 
 
-@partial(materialize, static_argnums=3)
-def add(x: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
-    """x + bias, in at least float32 on a CPU; then, if asked, `shortcut` added and a ReLU.
+def add(
+    x: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool, formulation: Formulation = "plain"
+) -> jax.Array:
+    """Adds a bias (C,) and a shortcut, if any, and applies an optional ReLU.
 
-    On accelerators in x's type, or a GPU's cuDNN would not do it within the convolution before it.
+    CPUs add the bias in at least float32. Others add it in x's type, so that cuDNN can fuse it into the convolution
+    before it.
     """
-    if jax.default_backend() != "cpu":
+    # NOTES: Folded BatchNorm on accelerators (docs/notes/accelerators.md)
+    if not on_cpu(formulation):
         bias = bias.astype(x.dtype)
+    return _add(x, bias, shortcut, relu, formulation=formulation)
+
+
+@partial(materialize_on_cpu, static_argnums=3)
+def _add(x: jax.Array, bias: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Array:
     return add_and_relu(x + bias, shortcut, relu).astype(x.dtype)
 
 
@@ -40,35 +49,41 @@ def add_and_relu(x: jax.Array, shortcut: jax.Array | None, relu: bool) -> jax.Ar
     return jnp.maximum(x, 0) if relu else x
 
 
-@materialize
+@materialize_on_cpu
 def where_positive(y: jax.Array, dy: jax.Array) -> jax.Array:
+    """Gradient of a ReLU whose result was y."""
     return jnp.where(y > 0, dy, 0)
 
 
-@jax.custom_vjp
-def scale_kernel(kernel: jax.Array, slope: jax.Array) -> jax.Array:
-    """(height, width, C, F) by (F,)"""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scale_kernel(kernel: jax.Array, slope: jax.Array, formulation: Formulation = "plain") -> jax.Array:
+    """Multiplies a kernel (height, width, C, F) by a slope per feature (F,)."""
     return kernel * slope
 
 
-def _scale_kernel_fwd(kernel: jax.Array, slope: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _scale_kernel_fwd(
+    kernel: jax.Array, slope: jax.Array, formulation: Formulation
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return kernel * slope, (kernel, slope)
 
 
-def _scale_kernel_bwd(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scale_kernel_bwd(
+    formulation: Formulation, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     kernel, slope = residuals
-    return gradient * slope, _product(gradient, kernel).sum((0, 1, 2))
+    return gradient * slope, _product(gradient, kernel, formulation=formulation).sum((0, 1, 2))
 
 
 scale_kernel.defvjp(_scale_kernel_fwd, _scale_kernel_bwd)
 
 
-# Apart, or XLA on a CPU leaves product and sum to YNNPACK, which takes a hundred times as long.
-@materialize
+# If this were fused, XLA's CPU backend would leave product and sum to YNNPACK, which takes a hundred times as long.
+@materialize_on_cpu
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return a * b
 
 
 def sum_over_devices(tree: Any, axis_name: str | None) -> Any:
-    """psum, but for one device, for which XLA on a CPU would copy everything."""
+    """Computes psum over `axis_name`, if any; returns `tree` itself for one device, where XLA on a CPU would copy."""
+    # NOTES: No sum over devices on one device (docs/notes/cpu-kernels.md)
     return tree if axis_name is None or lax.axis_size(axis_name) == 1 else lax.psum(tree, axis_name)

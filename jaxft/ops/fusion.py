@@ -1,4 +1,4 @@
-"""How to keep XLA from computing the same thing several times."""
+"""Keeps XLA from fusing a computation into its consumers, each of which would compute it again."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -8,29 +8,43 @@ import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from jaxft.ops.formulation import Formulation, on_cpu
+
 
 def materialize(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
-    """Its results are computed once and kept, where XLA on a CPU would compute them again for each use of them.
+    """Materialises the function's result: XLA's CPU backend would otherwise fuse it into every consumer.
 
-    (An optimization_barrier is gone by the time XLA's CPU backend fuses.)
+    The function must run on CPUs only. An optimization_barrier does not help: the CPU pipeline drops it before
+    fusion.
     """
 
+    # NOTES: Keeping XLA from recomputing a result (docs/notes/cpu-kernels.md)
     @partial(jax.jit, static_argnums=static_argnums)
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        with set_xla_metadata(inlineable=None):  # of jnp's own calls inside
+        with set_xla_metadata(inlineable=None):  # jnp's own calls inside must not inherit the mark
             return function(*arguments)
 
     @wraps(function)
-    def call_apart(*arguments: Any) -> Any:
-        if jax.default_backend() != "cpu":
-            return function(*arguments)
+    def marked_call(*arguments: Any) -> Any:
         with set_xla_metadata(inlineable="false"):
             return call(*arguments)
 
-    return call_apart
+    return marked_call
 
 
-def gpu_barrier(tree: Any) -> Any:
-    """As it is, and not again within each of its uses, where XLA on a GPU would."""
-    return lax.optimization_barrier(tree) if jax.default_backend() == "gpu" else tree
+def materialize_on_cpu(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
+    """Applies `materialize` on CPUs only; the wrapped function takes a keyword `formulation` in addition."""
+    materialized = materialize(function, static_argnums)
+
+    @wraps(function)
+    def call(*arguments: Any, formulation: Formulation) -> Any:
+        return materialized(*arguments) if on_cpu(formulation) else function(*arguments)
+
+    return call
+
+
+def gpu_barrier(tree: Any, formulation: Formulation) -> Any:
+    """Returns `tree`, on GPUs behind an optimization_barrier, so that consumers do not recompute it."""
+    # NOTES: Barriers at the ends of blocks (docs/notes/accelerators.md)
+    return lax.optimization_barrier(tree) if formulation == "gpu" else tree

@@ -1,16 +1,16 @@
-"""Convolutions by oneDNN, which jaxlib holds for x86 CPUs and uses nowhere by itself; see benchmarks/NOTES.md.
+"""oneDNN's convolutions and matrix products, which jaxlib contains for x86 CPUs but never uses by itself.
 
 They are XLA's own custom calls (openxla/xla: xla/backends/cpu/runtime/onednn), described as in its
-xla/service/cpu/onednn_config.proto: no public interface, so `self_test` tries them in another process first. XLA can
-neither export a program that has them nor keep it in its compilation cache.
+xla/service/cpu/onednn_config.proto. This is not a public interface, so `self_test` first tries them in another
+process. XLA can neither export a program that contains them nor keep it in its compilation cache, for which a process
+calls `jaxft.process.disable_compilation_cache`.
 
     python -m jaxft.ops.onednn
 
-fails where they do not work.
+fails if they do not work.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,29 +22,27 @@ import numpy as np
 
 from jaxft.errors import UserError
 
-_WORTHWHILE = 5e12  # multiply-adds, a minute or two on two cores, of which oneDNN saves more than compiling anew costs
-
-
+# NOTES: When oneDNN repays recompilation (docs/notes/onednn.md)
+_WORTHWHILE = 5e12  # multiply-adds; they take a minute or two on two cores
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-def is_chosen(setting: str, multiply_adds: float) -> bool:
-    """Whether a program with so many to do is to have its convolutions from oneDNN, by config.model.onednn.
+def is_worthwhile(setting: str, multiply_adds: float) -> bool:
+    """Returns whether a run of this many multiply-adds should use oneDNN. setting: config key model.onednn.
 
-    If so, no program that this process compiles from now on is kept. Raises UserError where it is to, but cannot.
+    Raises UserError if the setting is "always" but oneDNN does not work on this machine.
     """
-    if setting == "never" or (setting == "auto" and multiply_adds < _WORTHWHILE) or jax.default_backend() != "cpu":
+    if setting == "never" or (setting == "auto" and multiply_adds < _WORTHWHILE):
         return False
-    if not self_test():
-        if setting == "always":
-            raise UserError("oneDNN does not work with this jaxlib on this machine; set --config.model.onednn=auto")
-        return False
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
-    return True
+    if self_test():
+        return True
+    if setting == "always":
+        raise UserError("oneDNN does not work with this jaxlib on this machine; set --config.model.onednn=auto")
+    return False
 
 
 def self_test() -> bool:
-    """Whether oneDNN gives the right results on this machine."""
+    """Returns whether oneDNN gives correct results on this machine. A crash would end only the child process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-m", "jaxft.ops.onednn"]
     try:
@@ -54,13 +52,14 @@ def self_test() -> bool:
 
 
 class Epilogue(NamedTuple):
-    """What becomes of a result before it is written: `bias` (F,) and `shortcut`, of its shape, added, and a ReLU."""
+    """Post-ops, applied before a result is written: adds `bias` (F,) and `shortcut` of its shape, then a ReLU."""
 
     bias: jax.Array | None = None
     shortcut: jax.Array | None = None
     relu: bool = False
 
 
+# Seven parameters: those of oneDNN's convolution.
 def convolution(
     x: jax.Array,
     kernel: jax.Array,
@@ -68,11 +67,11 @@ def convolution(
     padding: tuple[int, int],
     extra: tuple[int, int] = (0, 0),
     transposed: bool = False,
-    epilogue: Epilogue = Epilogue(),  # noqa: B008, it is immutable
+    epilogue: Epilogue = Epilogue(),  # noqa: B008, immutable
 ) -> jax.Array:
-    """Of (N, H, W, C) with (rows, columns, C, F), or (rows, columns, F, C) where transposed.
+    """Convolves (N, H, W, C) with (rows, columns, C, F), or (rows, columns, F, C) if transposed.
 
-    padding: pixels above and below, and left and right; extra: pixels more below and on the right.
+    padding: pixels above and below, and left and right. extra: more pixels below, and on the right.
     """
     before, after = padding, [sum(pads) for pads in zip(padding, extra, strict=True)]
     sides = [
@@ -99,9 +98,9 @@ def matmul(
     b: jax.Array,
     transpose_a: bool = False,
     transpose_b: bool = False,
-    epilogue: Epilogue = Epilogue(),  # noqa: B008, it is immutable
+    epilogue: Epilogue = Epilogue(),  # noqa: B008, immutable
 ) -> jax.Array:
-    """a @ b, of a's type; or a.mT @ b, in float32; or a @ b.mT. Of matrices, or each of many."""
+    """Multiplies matrices or stacks of them: a @ b or a @ b.mT in a's type, or a.mT @ b in float32."""
     result = jax.ShapeDtypeStruct(
         (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]),
         jnp.float32 if transpose_a else a.dtype,
@@ -130,7 +129,7 @@ def _call(
 
 
 def check() -> None:
-    """Raises AssertionError where products and convolutions are not those that NumPy computes."""
+    """Raises AssertionError if a product or a convolution differs from NumPy's."""
     random = np.random.default_rng(0)
 
     def compare(ours: jax.Array, theirs: np.ndarray) -> None:

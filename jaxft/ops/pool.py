@@ -1,35 +1,40 @@
-"""Max-pooling, plain and in a formulation with a fast gradient."""
+"""3x3 max-pooling with stride 2: as reduce_window, and in a formulation with a fast gradient."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxft.ops.fusion import materialize
+from jaxft.ops.formulation import Formulation
+from jaxft.ops.fusion import materialize_on_cpu
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """Of 3x3 pixels with stride 2, padded by one pixel of -inf. The gradient goes to the first of equals."""
-    if jax.default_backend() == "tpu":
+def max_pool(x: jax.Array, formulation: Formulation = "plain") -> jax.Array:
+    """Max-pools 3x3 pixels with stride 2, padded by one pixel of -inf; equal pixels leave the gradient to the first."""
+    # NOTES: Max-pool gradient on a TPU and on a GPU (docs/notes/accelerators.md)
+    if formulation in ("plain", "tpu"):
         return plain_max_pool(x)
-    return _max_pool_by_index(x)
+    return _max_pool_by_index(x, formulation)
 
 
 def plain_max_pool(x: jax.Array) -> jax.Array:
-    """Its gradient is XLA's own (select and scatter): fast on a TPU, and on a CPU 30 times as slow as the one below."""
+    """Max-pools by reduce_window, whose gradient is XLA's select_and_scatter: fast on a TPU, slow on a CPU."""
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
 
-@jax.custom_vjp
-def _max_pool_by_index(x: jax.Array) -> jax.Array:
-    return _max_pool(x)[0]
+# NOTES: Max-pool gradient from saved positions (docs/notes/cpu-kernels.md)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool_by_index(x: jax.Array, formulation: Formulation) -> jax.Array:
+    return _max_pool(x, formulation=formulation)[0]
 
 
-@materialize
+@materialize_on_cpu
 def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maxima, and where in its window each was: 0..8."""
+    """Returns the maxima and the position of each in its window, 0 to 8 in uint8."""
     height, width = (-(-side // 2) for side in x.shape[1:3])
-    dtype = jnp.promote_types(x.dtype, jnp.float32)  # for XLA on a CPU would round after each comparison
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # XLA's CPU backend would round after each comparison
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     windows = [
         padded[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2].astype(dtype)
@@ -43,33 +48,34 @@ def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return largest.astype(x.dtype), index
 
 
-def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    largest, index = _max_pool(x)
+def _max_pool_fwd(x: jax.Array, formulation: Formulation) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    largest, index = _max_pool(x, formulation=formulation)
     return largest, (index, jnp.empty((0, *x.shape[1:3]), x.dtype))
 
 
-def _max_pool_bwd(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+def _max_pool_bwd(formulation: Formulation, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
     index, like = residuals
-    return (_max_pool_gradient(index, like, dy),)
+    return (_max_pool_gradient(index, like, dy, formulation=formulation),)
 
 
-@materialize
+@materialize_on_cpu
 def _max_pool_gradient(index: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
+    """Sends dy to the saved positions. like: an empty array (0, H, W) that carries the input's size."""
     _, height, width = like.shape
     batch, rows, columns, channels = dy.shape
     wide = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
 
     def grad_to(k: int) -> jax.Array:
-        """What the windows give to their pixel k."""
+        """Gradient that each window sends to its pixel k."""
         return jnp.where(index == k, wide, 0)
 
     def from_next(gradient: jax.Array, axis: int) -> jax.Array:
-        """Of the window below, or to the right."""
+        """Shifts by one window: the gradient that the window below (axis 1) or to the right (axis 2) sends."""
         pads = [(0, 0, 0)] * 4
         pads[axis] = (-1, 1, 0)
         return lax.pad(gradient, jnp.zeros((), gradient.dtype), pads)
 
-    # The windows' middles are the pixels with even numbers; the others belong to two windows, or four.
+    # A window's middle is a pixel with even row and column; the other pixels belong to two or four windows.
     even = [grad_to(4), grad_to(5) + from_next(grad_to(3), 2)]
     odd = [
         grad_to(7) + from_next(grad_to(1), 1),

@@ -1,9 +1,9 @@
 """3x3 convolutions of stride 1 with a quarter of the products: F(4x4, 3x3) of Lavin and Gray 2015 (arXiv:1509.09308).
 
-Y = A^T [(G g G^T) * (B^T d B)] A, in their names: g is the kernel, d 6x6 pixels of x, Y the 4x4 pixels of the result
-that see them. The 36 products * are summed over channels: matrix products. The gradients are this formula's own: of
-d, B ((G g G^T) * (A dY A^T)) B^T, summed where tiles overlap; of g, G^T ((B^T d B) * (A dY A^T)) G. Narrow types become
-float32 inside.
+In their notation Y = A^T [(G g G^T) * (B^T d B)] A, where g is the kernel, d a tile of 6x6 pixels of x and Y the 4x4
+pixels of the result that read it. The 36 products * are summed over channels: they are matrix products. The gradients
+are this formula's own: for d, B ((G g G^T) * (A dY A^T)) B^T, summed where tiles overlap; for g,
+G^T ((B^T d B) * (A dY A^T)) G. Narrow types are computed in float32. For CPUs only.
 """
 
 from functools import partial
@@ -16,38 +16,32 @@ from jax import lax
 
 from jaxft.ops.fusion import materialize
 
-_POINTS = np.array([0, -(0.5**0.5), 0.5**0.5, -(2**0.5), 2**0.5])  # and infinity; theirs, 1 and 2, err more
-
-
+# NOTES: Interpolation points and rounding error (docs/notes/winograd.md)
+_POINTS = np.array([0, -(0.5**0.5), 0.5**0.5, -(2**0.5), 2**0.5])  # and infinity; the paper's 0, 1, -1, 2, -2 err more
 _OTHERS = [np.delete(_POINTS, i) for i in range(5)]  # for each point
 
 
 def _powers(degrees: int) -> np.ndarray:
-    """Of the points: (6, degrees)."""
+    """Returns the powers 0 to degrees - 1 of the points, (6, degrees); infinity has only the highest."""
     return np.vstack([np.vander(_POINTS, degrees, increasing=True), np.eye(degrees)[-1]])
 
 
 def _polynomial(roots: np.ndarray) -> np.ndarray:
-    """Its six coefficients, from the lowest; the smallest that are not 0 are above 0.1."""
+    """Returns the six coefficients of the polynomial with these roots, lowest first, rounded to make zeros exact."""
     return np.pad(np.round(np.poly(roots)[::-1], 15), (0, 5 - len(roots)))
 
 
 A = _powers(4)
-
-
 B_T = np.stack([_polynomial(roots) for roots in (*_OTHERS, _POINTS)])
-
-
 G = _powers(3) / np.array([*(np.prod(p - others) for p, others in zip(_POINTS, _OTHERS, strict=True)), 1])[:, None]
 
-
-# For a tile's four middle pixels; the first is also the last of the tile before, the fourth the first of the next.
+# For a tile's four middle pixels; the first is also the last of the previous tile, the fourth the first of the next.
 B = np.hstack([B_T.T[1:5], np.eye(4)[:, [0, 3]]])
 
 
 class BatchedMatmul(Protocol):
     def __call__(self, a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
-        """Of (36, ., .) and (36, ., .), each matrix by its counterpart."""
+        """Multiplies two stacks of 36 matrices, each by its counterpart."""
 
 
 def xla_matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
@@ -55,7 +49,8 @@ def xla_matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_
 
 
 def is_profitable(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:
-    """Whether tiles are filled, many, and of channels enough, as trying showed; not where any batch is to fit."""
+    """Returns whether there are enough tiles, real pixels in them and channels; False for a symbolic batch size."""
+    # NOTES: When Winograd is profitable (docs/notes/winograd.md)
     batch, height, width, channels = shape
     tiles = -(-height // 4) * -(-width // 4)
     filled = height * width / (16 * tiles)
@@ -64,14 +59,14 @@ def is_profitable(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def winograd_conv(x: jax.Array, kernel: jax.Array, matmul: BatchedMatmul) -> jax.Array:
-    """(N, H, W, C) by (3, 3, C, F), padded by a pixel on each side, to (N, H, W, F)."""
+    """Convolves (N, H, W, C), padded by one pixel on each side, with (3, 3, C, F): (N, H, W, F)."""
     return _output_transform(matmul(_input_transform(x), _kernel_transform(kernel)), x.shape).astype(x.dtype)
 
 
 def winograd_conv_and_add(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, relu: bool, matmul: BatchedMatmul
 ) -> jax.Array:
-    """Then `bias` (F,) added, and a ReLU if asked."""
+    """Computes `winograd_conv` plus `bias` (F,) and an optional ReLU, without a gradient."""
     rows = _output_transform_rows(_tiles(matmul(_input_transform(x), _kernel_transform(kernel)), x.shape))
     return _pixels(_output_transform_columns_and_add(rows, bias, relu), x.shape).astype(x.dtype)
 
@@ -124,12 +119,12 @@ def _tiles(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _pixels(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Of (N, rows, 4, columns, 4, F)."""
+    """Joins tiles (N, rows, 4, columns, 4, F) and cuts off their padding: (N, H, W, F)."""
     batch, rows, _, columns, _, features = tiles.shape
     return tiles.reshape(batch, 4 * rows, 4 * columns, features)[:, : shape[1], : shape[2]]
 
 
-# Each apart, one pass over memory.
+# NOTES: Input and output transforms (docs/notes/winograd.md). Each half is materialised: one pass over memory.
 @materialize
 def _input_transform_rows(x: jax.Array) -> jax.Array:
     """(6, N, rows of tiles, W and padding, C)"""
@@ -183,7 +178,7 @@ def _input_grad_transform_columns(rows: jax.Array) -> jax.Array:
 
 
 def _with_neighbours(products: jax.Array, axis: int) -> list[jax.Array]:
-    """The six of each tile, then the last of the tile before and the first of the next, along that axis."""
+    """The six products of each tile, then the last of the previous tile and the first of the next along the axis."""
 
     def shifted(part: jax.Array, by: int) -> jax.Array:
         pads = [(0, 0, 0)] * part.ndim
@@ -194,7 +189,7 @@ def _with_neighbours(products: jax.Array, axis: int) -> list[jax.Array]:
 
 
 def _combine(matrix: np.ndarray, parts: list[jax.Array], axis: int) -> jax.Array:
-    """The matrix's sums of the parts, along a new axis. Its zeros count too: branches would not be vectorised."""
+    """Multiplies the matrix by the stacked parts, along a new axis; its zeros too, as branches are not vectorised."""
     shape = [1] * (parts[0].ndim + 1)
     shape[axis] = len(matrix)
     wide = [_widened(jnp.expand_dims(part, axis)) for part in parts]

@@ -1,6 +1,6 @@
-"""Pretrained weights: names, files, layouts and downloads."""
+"""Pretrained weights: the catalogue, downloads, file formats, and conversion between torch's layout and Flax's."""
 
-from jaxft.pretrained.convert import load_pretrained, read_weights
+from jaxft.pretrained.load import load_pretrained, read_weights
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.targets.classification import replace_head
 

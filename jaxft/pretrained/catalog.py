@@ -1,4 +1,4 @@
-"""ImageNet weights by name: each file's address and checksum, and the preprocessing behind its accuracy."""
+"""The catalogue of ImageNet weights: each file's address, checksum and published preprocessing and accuracy."""
 
 import difflib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class NamedWeights(NamedTuple):
     interpolation: str  # "bilinear" or "bicubic"
     resize_size: int  # pixels of the shorter side, before the central crop
     crop_size: int  # pixels
-    top1: float  # percent of ImageNet's validation pictures, as published for this preprocessing
+    top1: float  # accuracy on ImageNet's validation set in percent, as published for this preprocessing
     source: str
     license: str
 
@@ -47,8 +47,7 @@ _TORCHVISION = (
     ("resnext101_64x4d.tv_in1k_v1", "resnext101_64x4d-173b62eb.pth", 232, 224, 83.246),
 )
 
-
-# The same; all bicubic. resize_size is floor(test_input_size / test_crop_pct) of timm's configs.
+# The same columns; all bicubic. resize_size is floor(test_input_size / test_crop_pct) of timm's configs.
 # Sources: default_cfgs in timm 1.0.31 (timm/models/resnet.py); top-1 from its results/results-imagenet.csv.
 _TIMM = (
     ("resnet50.a1_in1k", "v0.1-rsb-weights/resnet50_a1_0-14fe96d1.pth", 288, 288, 81.214),
@@ -70,7 +69,7 @@ _TIMM = (
 def _named(
     rows: tuple[tuple[str, str, int, int, float], ...], folder: str, interpolation: str, source: str, license: str
 ) -> Iterator[NamedWeights]:
-    """The hash that ends a file's name is the start of its SHA-256, as torch.hub has it."""
+    """Yields a row for each file. As in torch.hub, a file's name ends with the first digits of its SHA-256."""
     for name, file, resize_size, crop_size, top1 in rows:
         yield NamedWeights(
             name=name,
@@ -90,7 +89,6 @@ def _named(
 
 _TIMM_RELEASES = "https://github.com/huggingface/pytorch-image-models/releases/download/"
 
-
 WEIGHTS = (
     *_named(_TORCHVISION, "https://download.pytorch.org/models/", "bilinear", "torchvision", "BSD-3-Clause"),
     *_named(_TIMM, _TIMM_RELEASES, "bicubic", "timm", "Apache-2.0"),
@@ -98,7 +96,7 @@ WEIGHTS = (
 
 
 def shipped(name: str) -> Path | None:
-    """The file of weights that come with jaxft itself."""
+    """Returns the file of weights that are packaged with jaxft, or None."""
     path = SAMPLES_DIR / f"{name}.safetensors"
     return path if name and path.is_file() else None
 
@@ -107,15 +105,15 @@ def find(name: str) -> NamedWeights | None:
     return next((weights for weights in WEIGHTS if weights.name == name), None)
 
 
-def near(name: str) -> list[str]:
-    """Up to three names that may have been meant; those of an architecture where `name` is only that."""
+def similar_names(name: str) -> list[str]:
+    """Returns up to three names that are similar, or that start with it if it is an architecture's name."""
     names = [weights.name for weights in WEIGHTS]
     of_arch = [other for other in names if other.startswith(f"{name.lower()}.")]
     return of_arch[:3] or difflib.get_close_matches(name.lower(), names, 3, 0.5)
 
 
 def table() -> str:
-    """All weights as plain text, a line each."""
+    """Returns the catalogue as plain text, one line per row."""
     columns = "{:27}  {:>7}  {:>6}  {:>4}  {:13}  {:12}  {}"
     lines = [columns.format("name", "top-1 %", "resize", "crop", "interpolation", "licence", "source")]
     for w in WEIGHTS:
@@ -125,10 +123,10 @@ def table() -> str:
 
 
 def weights_dir() -> Path:
-    """Where named weights are kept; the environment variable JAXFT_CACHE moves it."""
+    """Returns the cache folder of named weights."""
     return cache_dir() / "weights"
 
 
 def weights_file(weights: NamedWeights) -> Path:
-    """The file in jaxft's cache, downloaded unless it is there. Raises UserError."""
+    """Returns the file in the cache, downloading it first if necessary. Raises UserError."""
     return fetch(weights.url, weights.sha256_prefix, weights_dir())

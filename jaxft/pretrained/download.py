@@ -1,4 +1,7 @@
-"""Fetches a file once: cut downloads go on where they stopped, and only the right bytes get the final name."""
+"""Downloads a file once: resumes interrupted downloads and verifies the checksum before the final rename.
+
+The partial file NAME.partial outlives the process, unlike those of files.atomic_write, so that the next one resumes.
+"""
 
 import hashlib
 import os
@@ -18,33 +21,25 @@ from tqdm import tqdm
 
 from jaxft.errors import UserError
 
-TIMEOUT_SECONDS = 10.0  # to connect, and between two pieces of the answer
-
-
-TRIES = 3  # in a row that bring nothing new
-
-
+TIMEOUT_SECONDS = 10.0  # to connect, and between two chunks of the response
+TRIES = 3  # in a row without any new bytes
 PAUSE_SECONDS = 0.5  # before the second try, and twice that before the third
-
-
-_PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)  # and 500 to 599
-
-
+_TRANSIENT = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)  # and 500 to 599
 _CHUNK = 1 << 18
 
 
 class _InterruptedError(Exception):
-    """The network or the server failed in a way that may pass."""
+    """A failure of the network or the server that may be temporary."""
 
 
 class _FailedError(Exception):
-    """There is no point in asking once more."""
+    """A failure that another try would not fix."""
 
 
 def fetch(url: str, sha256_prefix: str, folder: Path) -> Path:
-    """The file of the address in `folder`, downloaded unless it is there with the right SHA-256.
+    """Returns the file in `folder`, downloading it unless it is there with the right SHA-256.
 
-    Processes that want the same file wait for the first one's download. Raises UserError.
+    Processes that need the same file wait for the first one's download. Raises UserError.
     """
     path = folder / PurePosixPath(urlsplit(url).path).name
     try:
@@ -54,9 +49,9 @@ def fetch(url: str, sha256_prefix: str, folder: Path) -> Path:
                 if not _is_right(path, sha256_prefix):  # by now another process may have fetched it
                     _fetch(url, sha256_prefix, path)
     except _FailedError as error:
-        there = " in place of the wrong one there" if path.exists() else ""
+        replacing = ", replacing the wrong one" if path.exists() else ""
         raise UserError(
-            f"{url} could not be fetched: {error}; fetch it by other means and put it into {folder}{there} "
+            f"{url} could not be downloaded: {error}; download it by other means and put it into {folder}{replacing} "
             f"(its SHA-256 starts with {sha256_prefix})"
         ) from error
     except OSError as error:
@@ -74,12 +69,12 @@ def _is_right(path: Path, sha256_prefix: str) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, and none where the holder was killed; the lock file stays."""
+    """Lets one process in at a time. The lock of a killed process is released; the lock file stays."""
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process that fetches {path}", file=sys.stderr, flush=True)
+        print(f"waiting for another process that downloads {path}", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         yield
@@ -95,11 +90,11 @@ def _fetch(url: str, sha256_prefix: str, path: Path) -> None:
 
 
 class _Partial:
-    """The file while it grows, and how much of it there is."""
+    """The growing file, its size, checksum and progress bar."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a+b", buffering=0)  # what has arrived outlives a killed process
+        self._file = path.open("a+b", buffering=0)  # a killed process loses nothing
         self._file.seek(0)
         self._sha256 = hashlib.file_digest(self._file, "sha256")
         self.size = self._file.tell()
@@ -113,12 +108,12 @@ class _Partial:
         return f"{self.size} bytes with SHA-256 {self.sha256()[:16]}..."
 
     def expect(self, size: int | None) -> None:
-        """Shows how much there is, of so many bytes in all."""
+        """Sets the progress bar's total, the bytes of the whole file."""
         self._bar.total, self._bar.n = size, self.size
         self._bar.refresh()
 
     def write(self, data: bytes) -> None:
-        while data:  # a disk that is nearly full takes a part
+        while data:  # a nearly full disk accepts only a part
             written = data[: self._file.write(data)]
             self._sha256.update(written)
             self.size += len(written)
@@ -143,20 +138,20 @@ class _Partial:
 
 
 def _complete(url: str, sha256_prefix: str, partial: _Partial) -> None:
-    """Asks for what is missing until the checksum is right; no length that the server tells is relied upon."""
-    inherited = partial.size > 0  # from an earlier run: perhaps damaged, or of another file
+    """Requests the missing bytes until the checksum is right; lengths reported by the server are not trusted."""
+    inherited = partial.size > 0  # from an earlier process: it may be damaged, or belong to another file
     largest = partial.size
     tries = 0
-    ended = False  # the last answer was as long as it said
+    ended = False  # whether the last response was complete
     while not partial.sha256().startswith(sha256_prefix):
         try:
             with _ask(url, partial.size) as response:
                 from_start = response.status != HTTPStatus.PARTIAL_CONTENT
                 if from_start and partial.size:
-                    if ended and not inherited:  # it has no more, and what it had is wrong
+                    if ended and not inherited:  # the server has no more bytes, and those it had are wrong
                         found = partial.describe()
                         partial.clear()
-                        raise _FailedError(f"there came {found} instead of {sha256_prefix}...")
+                        raise _FailedError(f"got {found}, expected {sha256_prefix}...")
                     partial.clear()
                     if inherited:
                         inherited, largest = False, 0
@@ -164,8 +159,8 @@ def _complete(url: str, sha256_prefix: str, partial: _Partial) -> None:
                 partial.expect(None if response.length is None else partial.size + response.length)
                 for data in _read(response):
                     partial.write(data)
-                ended = not response.length  # what is still owed; None where no length was told
-            problem = f"the answer ended after {partial.describe()}"
+                ended = not response.length  # bytes still missing; None if the server reported no length
+            problem = f"the response ended after {partial.describe()}"
         except _InterruptedError as error:
             problem = str(error)
         if partial.size > largest:
@@ -178,7 +173,7 @@ def _complete(url: str, sha256_prefix: str, partial: _Partial) -> None:
 
 
 def _ask(url: str, start: int) -> HTTPResponse:
-    """An answer that holds the file from byte `start` on (status 206), or the whole file (200)."""
+    """Returns a response with the file from byte `start` on (status 206), or with the whole file (200)."""
     headers = {"User-Agent": "jaxft"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
@@ -187,7 +182,7 @@ def _ask(url: str, start: int) -> HTTPResponse:
         if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
             return _ask(url, 0)
         problem = f"HTTP status {error.code} {error.reason}"
-        if error.code < 500 and error.code not in _PASSING:
+        if error.code < 500 and error.code not in _TRANSIENT:
             raise _FailedError(problem) from None
         raise _InterruptedError(problem) from None
     except (OSError, HTTPException) as error:

@@ -1,7 +1,7 @@
-"""Names and layouts of ResNet weights in torchvision's, timm's and Hugging Face's files."""
+"""Names and layouts of ResNet weights in files of torchvision, timm and Hugging Face."""
 
-# torch's last name and number of axes -> Flax's collection, last name, and torch's axes in Flax's order.
-# Everything before the last name is the same, with '.' for torch and one dict a name for Flax.
+# (torch's last name, number of axes) -> Flax's collection and last name, and torch's axes in Flax's order.
+# The names before the last are the same: joined by '.' in torch, nested dicts in Flax.
 # Sources: torch.nn.Conv2d, Linear and BatchNorm2d; flax.linen.Conv and Dense.
 LAYOUT = {
     ("weight", 4): ("params", "kernel", (2, 3, 1, 0)),  # convolution: OIHW -> HWIO
@@ -12,14 +12,11 @@ LAYOUT = {
     ("running_var", 1): ("batch_stats", "var", (0,)),
 }
 
-
+# The inverse: (Flax's collection, last name, number of axes) -> torch's last name.
 TORCH_NAMES = {(collection, leaf, len(axes)): name for (name, _), (collection, leaf, axes) in LAYOUT.items()}
+NUM_BATCHES_TRACKED = ".num_batches_tracked"  # torch's count of batches behind running statistics; Flax has none
 
-
-NUM_BATCHES_TRACKED = ".num_batches_tracked"  # torch counts the batches behind running statistics; Flax does not
-
-
-# Hugging Face's keys (transformers' modeling_resnet.py) -> torchvision's; numbers in <> grow by one.
+# Hugging Face's keys (transformers' modeling_resnet.py) -> torchvision's; numbers in <> are incremented.
 HUGGING_FACE = {
     r"resnet\.embedder\.embedder\.convolution": "conv1",
     r"resnet\.embedder\.embedder\.normalization": "bn1",
@@ -30,8 +27,7 @@ HUGGING_FACE = {
     r"classifier\.1": "fc",
 }
 
-
-# Part of a key -> why a network with such a key cannot be computed by ours.
+# Pattern of a key -> the reason why jaxft's ResNet cannot represent a network that has such a key.
 OTHER_FAMILIES = {
     r"^conv1\.0\.": "its stem is three 3x3 convolutions (timm's ResNet-C, -D and -S), not one 7x7",
     r"\.(se|se_module|attn)\.": "its blocks hold attention (SE-, ECA- or CBAM-ResNet)",

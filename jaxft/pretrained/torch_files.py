@@ -1,15 +1,14 @@
-"""Reads and writes the tensors of .pth and .safetensors files without torch, and runs nothing a file asks to run."""
+"""Reads and writes .pth and .safetensors files without torch; code in a pickle is never executed."""
 
 import io
 import math
-import os
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +16,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from jaxft.errors import UserError
+from jaxft.files import atomic_write
 
 _DTYPES = {
     "FloatStorage": np.float32,
@@ -31,16 +31,9 @@ _DTYPES = {
     "BoolStorage": np.bool_,
 }
 
-
 _STORAGES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-
-
 TORCHVISION_FILES = "https://download.pytorch.org/models/ (resnet50-0676ba61.pth)"
-
-
-MOST_GROWTH = 10  # of tensors against their file: a small file must not fill the memory
-
-
+MOST_GROWTH = 10  # bytes of tensors per byte of their file, so that a small file cannot fill the memory
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 
 
@@ -57,7 +50,7 @@ class _Tensor(NamedTuple):
 
 
 class _RefusedError(Exception):
-    pass
+    """The file holds something that a weights file does not need."""
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
@@ -69,16 +62,16 @@ def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows ordered dicts and tensors, and nothing else.
+    """An unpickler of ordered dicts and tensors only.
 
-    The one written in Python: the one in C makes room for whatever memo index a damaged file names.
+    Derived from the Python implementation: the C one allocates memory for any memo index that a damaged file names.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]  # makes room for whatever length it names
+    del dispatch[pickle.BYTEARRAY8[0]]  # allocates memory for any length that a file names
 
     def load_build(self: Any) -> None:
-        """The attributes that a file gives an object (a state_dict's _metadata) are dropped."""
+        """Ignores the attributes that a file sets on an object, such as a state_dict's _metadata."""
         self.stack.pop()
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -92,7 +85,7 @@ class _Unpickler(pickle._Unpickler):
             return _rebuild_parameter
         if module == "torch" and name in _DTYPES:
             return name
-        raise _RefusedError(f"it asks for {module}.{name}, which is no part of a file of weights")
+        raise _RefusedError(f"it asks for {module}.{name}, which does not belong in a weights file")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, name, key, *_ = pid
@@ -102,10 +95,10 @@ class _Unpickler(pickle._Unpickler):
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """{key: array} of a state_dict in a .safetensors file or in torch.save's format, zip or legacy.
+    """Returns {key: array} of a state_dict in a .safetensors file or in torch.save's format, zip or legacy.
 
-    A state_dict wrapped as {'state_dict': ...} or {'model': ...} and keys with a 'module.' prefix are unwrapped.
-    Raises UserError where the file is missing, damaged or holds something else.
+    Unwraps {'state_dict': ...} and {'model': ...} and removes the prefix 'module.' of keys. Raises UserError if the
+    file is missing, damaged or holds something else.
     """
     path = Path(path)
     try:
@@ -154,10 +147,10 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_legacy(path: Path) -> dict[str, np.ndarray]:
-    """Pickles of magic number, version, machine, object and storage keys, then each storage with its length."""
-    file = io.BytesIO(path.read_bytes())  # which reads no more than there is, whatever a length says
+    """Reads torch's old format: pickled magic number, version, machine, object, storage keys; then the storages."""
+    file = io.BytesIO(path.read_bytes())  # unlike a file, it does not allocate memory for a wrong length
     if _Unpickler(file).load() != _LEGACY_MAGIC:
-        raise ValueError("no torch file")
+        raise ValueError("not a torch file")
     _Unpickler(file).load()
     _Unpickler(file).load()
     tensors = _state_dict(_Unpickler(file).load())
@@ -177,14 +170,14 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
         raise _RefusedError(f"it holds a {type(content).__name__}, not a state_dict")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, _Tensor):
-            raise _RefusedError(f"its entry {key!r} is no tensor")
+            raise _RefusedError(f"its entry {key!r} is not a tensor")
     return content
 
 
 def _arrays(tensors: dict[str, _Tensor], data: dict[str, bytes]) -> dict[str, np.ndarray]:
     size = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
     if size > MOST_GROWTH * sum(map(len, data.values())):
-        raise _RefusedError("its tensors show the same numbers over and over")
+        raise _RefusedError("its tensors repeat the same numbers")
     return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
 
 
@@ -201,29 +194,33 @@ def _array(tensor: _Tensor, data: bytes) -> np.ndarray:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
-    """A state_dict as .safetensors, or as .pth in torch.save's zip format; it appears whole or not at all."""
+    """Writes a state_dict as .safetensors, or as .pth in torch.save's zip format.
+
+    Raises UserError if the file cannot be written.
+    """
     path = Path(path)
     tensors = {key: np.asarray(array, order="C") for key, array in tensors.items()}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        if path.suffix == ".safetensors":
-            safetensors.numpy.save_file(tensors, partial)
-        else:
-            with zipfile.ZipFile(partial, "w") as archive:  # stored, not compressed, as torch wants it
-                archive.writestr("archive/data.pkl", _pickle_state_dict(tensors))
-                archive.writestr("archive/byteorder", "little")
-                for i, array in enumerate(tensors.values()):
-                    archive.writestr(f"archive/data/{i}", array.tobytes())
-                archive.writestr("archive/version", "3\n")
-        partial.replace(path)
+        with atomic_write(path) as file:
+            if path.suffix == ".safetensors":
+                safetensors.numpy.save_file(tensors, file.name)
+            else:
+                _write_zip(file, tensors)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _write_zip(file: IO[bytes], tensors: dict[str, np.ndarray]) -> None:
+    with zipfile.ZipFile(file, "w") as archive:  # torch requires stored, not compressed, members
+        archive.writestr("archive/data.pkl", _pickle_state_dict(tensors))
+        archive.writestr("archive/byteorder", "little")
+        for i, array in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{i}", array.tobytes())
+        archive.writestr("archive/version", "3\n")
 
 
 def _pickle_state_dict(tensors: dict[str, np.ndarray]) -> bytes:
-    """The pickle that torch.save writes for contiguous tensors, each with a storage of its own."""
+    """Returns the pickle that torch.save writes for contiguous tensors that each have their own storage."""
 
     def text(value: str) -> bytes:
         data = value.encode()

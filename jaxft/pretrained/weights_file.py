@@ -1,7 +1,6 @@
-"""jaxft's own weights files: safetensors with the provenance in the metadata."""
+"""Reads and writes jaxft's own weights files: safetensors with the provenance in the metadata."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import UserError
+from jaxft.files import atomic_write
 from jaxft.models.partition import abstract_variables
 from jaxft.models.resnet import ARCHITECTURES, ResNet
 
@@ -19,12 +19,12 @@ FORMAT = "jaxft 1"  # in the metadata of a weights file
 
 
 class Weights(NamedTuple):
-    variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, of the file's own types
+    variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, with the file's dtypes
     provenance: dict[str, Any]  # arch, width, stem, num_classes, source (file name), source_sha256, mean, std, ...
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError with all keys that are missing, extra or mis-shaped."""
+    """Raises UserError with all keys that are missing, extra or of another shape."""
     reshaped = [
         f"{key} {found[key]} instead of {expected[key]}"
         for key in expected
@@ -41,29 +41,33 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
 
 
 def model_of(provenance: Mapping[str, Any]) -> ResNet:
-    """The network, computing in float32, whose weights these are."""
+    """Returns the network that the weights belong to, computing in float32."""
     keys = ("num_classes", "width", "stem")
     return ARCHITECTURES[provenance["arch"]](**{key: provenance[key] for key in keys if key in provenance})
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """None for a .safetensors file that jaxft did not write, or that cannot be read."""
+    """Returns the provenance in a jaxft file; None for a file that jaxft did not write or that cannot be read.
+
+    Raises UserError if the provenance is incomplete or malformed.
+    """
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError):
-        return None  # read_tensors tells why
+        return None  # read_tensors reports why
     if metadata.get("format") != FORMAT:
         return None
     try:
         provenance = json.loads(metadata["jaxft"])
         model_of(provenance)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or of a newer jaxft: its metadata is wrong at {error}") from None
+        raise UserError(f"{path} is damaged or from a newer jaxft: its metadata is wrong at {error}") from None
     return provenance
 
 
 def read_jaxft_file(path: Path, provenance: dict[str, Any], arch: str | None) -> Weights:
+    """Returns the weights; `provenance` comes from read_metadata. Raises UserError if they are not of `arch`."""
     if arch not in (None, provenance["arch"]):
         raise UserError(f"{path} holds a {provenance['arch']}, not a {arch}")
     tensors = safetensors.numpy.load_file(path)
@@ -78,15 +82,15 @@ def read_jaxft_file(path: Path, provenance: dict[str, Any], arch: str | None) ->
 
 
 def write_weights(path: str | Path, weights: Weights) -> None:
-    """A jaxft file: safetensors named 'params/layer1/0/conv1/kernel', the provenance as JSON in the metadata."""
+    """Writes tensors named 'params/layer1/0/conv1/kernel' and, in the metadata, the provenance as JSON.
+
+    Raises UserError if the file cannot be written.
+    """
     path = Path(path)
     tensors = {key: np.asarray(array, order="C") for key, array in flatten_dict(weights.variables, sep="/").items()}
     metadata = {"format": FORMAT, "jaxft": json.dumps(weights.provenance)}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        safetensors.numpy.save_file(tensors, partial, metadata)
-        partial.replace(path)
+        with atomic_write(path) as file:
+            safetensors.numpy.save_file(tensors, file.name, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

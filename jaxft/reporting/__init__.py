@@ -1,1 +1,1 @@
-"""Shows a run: the report, charts, the augmentation sheet and the web page."""
+"""Shows a run to people: its report, a sheet of augmented images and the prediction page."""

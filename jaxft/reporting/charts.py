@@ -1,4 +1,4 @@
-"""Charts of a run, as data URIs of SVG images. Matplotlib is imported when the first is drawn."""
+"""Draws the charts of a report as data URIs of SVG images; Matplotlib is imported with the first one."""
 
 import base64
 import io
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
-
-
 INK, FAINT = "#334155", "#cbd5e1"
-
 
 STYLE: Any = {
     "axes.edgecolor": FAINT,
@@ -34,30 +31,26 @@ STYLE: Any = {
     "font.size": 9.5,
     "grid.color": "#e2e8f0",
     "legend.frameon": False,
-    "svg.fonttype": "none",  # letters stay letters: small, and any script that the browser has
-    "text.parse_math": False,  # a class may be called $1
+    "svg.fonttype": "none",  # keeps text as text: smaller, and the browser's fonts cover any script
+    "text.parse_math": False,  # for class names with a $
     "xtick.color": INK,
     "ytick.color": INK,
 }
 
 
-LABELLED_CLASSES = 40  # in a confusion matrix; beyond that names would not be legible
-
-
-WRITTEN_CLASSES = 16  # whose counts are written into the matrix
-
-
+LABELLED_CLASSES = 40  # above this number, the names beside a confusion matrix would not be legible
+WRITTEN_CLASSES = 16  # up to this number, counts are written into the matrix
 Curve = tuple[np.ndarray, np.ndarray]  # x, y
 
 
 def svg(draw: Callable[["Axes"], None], width: float = 5.2, height: float = 3.1) -> str:
-    """width, height: inches, at which the letters have their nominal size."""
+    """Returns a figure, filled by `draw`, as a data URI. width, height: inches at the nominal font size."""
     import matplotlib
     from matplotlib.figure import Figure
 
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has fonts of its own
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser uses its own fonts
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
@@ -65,7 +58,7 @@ def svg(draw: Callable[["Axes"], None], width: float = 5.2, height: float = 3.1)
 
 
 def curves(title: str, lines: Mapping[str, Curve], *, percent: bool = False, from_zero: bool = False) -> str:
-    """Against epochs. A curve of few points shows them."""
+    """Draws curves against epochs, with markers if they have few points."""
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: "Axes") -> None:
@@ -86,14 +79,14 @@ def curves(title: str, lines: Mapping[str, Curve], *, percent: bool = False, fro
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> str:
-    """Rows are the truth; the colour is the share of the row."""
+    """Draws a confusion matrix with the true classes in rows; the colour is the share of its row."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     classes = len(class_names)
 
     def draw(axes: "Axes") -> None:
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_xlabel("prediction")
-        axes.set_ylabel("truth")
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
         axes.grid(visible=False)
         if classes <= LABELLED_CLASSES:
             names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
@@ -110,15 +103,15 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> str:
 
 
 def reliability(bins: Calibration) -> str:
-    """Accuracy against confidence; a bar's strength is its share of the pictures."""
+    """Draws accuracy against confidence; a bar's opacity is its share of the images."""
 
     def draw(axes: "Axes") -> None:
         centre = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
-        strength = 0.25 + 0.75 * bins.num_images / bins.num_images.max()
-        for x, y, alpha, pictures in zip(centre, bins.accuracy, strength, bins.num_images, strict=True):
-            if pictures:
+        opacity = 0.25 + 0.75 * bins.num_images / bins.num_images.max()
+        for x, y, alpha, num_images in zip(centre, bins.accuracy, opacity, bins.num_images, strict=True):
+            if num_images:
                 axes.bar(x, y, 0.9 / CALIBRATION_BINS, color=COLOURS[0], alpha=alpha)
-        axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="as sure as right")
+        axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="perfect calibration")
         axes.set(title="Reliability", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")

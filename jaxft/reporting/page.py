@@ -1,4 +1,4 @@
-"""TODO."""
+"""The report of a run: one HTML file that needs no network, drawn from DIR/evaluation.npz and DIR/metrics.jsonl."""
 
 import base64
 import dataclasses
@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -20,47 +20,43 @@ from PIL import Image
 from jaxft.config import default_config, flatten, resolve
 from jaxft.data.dataset import Dataset
 from jaxft.errors import UserError
+from jaxft.files import atomic_write
 from jaxft.reporting import charts
 from jaxft.reporting.sheet_image import draw_sheet
 from jaxft.run import remote_workdir
 from jaxft.run.metrics_file import read_lines
+from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import (
     CALIBRATION_BINS,
     Predictions,
     calibration,
     confusion_matrix,
     evaluation_summary,
+    score_cards,
 )
 from jaxft.training.optimizer import learning_rate_schedule
 
 MISTAKES = 24  # shown
-
-
-SHEET = (4, 8)  # rows and columns of pictures as training sees them
-
-
+CONFUSIONS = 8  # listed
+SHEET = (4, 8)  # rows and columns of augmented images
 THUMBNAIL = 128  # pixels of the longer side, at most
-
-
-DRAWN_EVERY = 60  # seconds of training and testing
-
-
-CURVE_POINTS = 60  # at most; a curve of more rows shows the mean of each such part
+DRAWN_EVERY = 60  # seconds of training and evaluation
+CURVE_POINTS = 60  # at most; a curve with more rows shows their means
 
 
 class Run(NamedTuple):
-    """What a workdir tells of its latest epoch."""
+    """A run as it was after its latest epoch."""
 
-    workdir: Path
-    info: dict[str, Any]  # what checkpoints hold besides the state
+    workdir: Workdir
+    info: dict[str, Any]  # the info of its checkpoints
     rows: list[dict[str, Any]]  # of metrics.jsonl
     predictions: Predictions  # of the test split
-    mistakes: np.ndarray  # int (K,), the most confident first
-    pictures: list[np.ndarray]  # the K pictures
+    mistakes: np.ndarray  # int (K,), positions in the test split, the most confident first
+    thumbnails: list[np.ndarray]  # images of the K mistakes
 
     @property
     def display_name(self) -> str:
-        return remote_workdir.display_name(self.workdir)
+        return remote_workdir.display_name(self.workdir.path)
 
     @property
     def name(self) -> str:
@@ -86,68 +82,93 @@ class Run(NamedTuple):
         return [row for row in self.rows if row["split"] == name]
 
 
-def update(workdir: Path, info: dict[str, Any], test_data: Dataset, predictions: Predictions) -> None:
-    """Writes DIR/evaluation.npz, all that the report needs besides metrics.jsonl, and the report.
+def update(
+    workdir: Workdir, info: dict[str, Any], train_data: Dataset, test_data: Dataset, predictions: Predictions
+) -> None:
+    """Writes DIR/evaluation.npz after an epoch, and draws the report at most once a minute and after the last epoch.
 
-    Drawing takes half a second, so it is done once in a minute and after the last epoch. A full disk is told on stderr:
-    training is worth more than its report.
+    A failure is reported on stderr and does not end the training. train_data: for the sheet of augmented images.
     """
     try:
-        _update(workdir, info, test_data, predictions)
-    except OSError as error:
-        print(f"\nthe report in {workdir} could not be written: {error}", file=sys.stderr, flush=True)
+        _write_evaluation(workdir, info, test_data, predictions)
+        run = load_run(workdir)
+        if _is_due(run):
+            _write_sheet(run, train_data)
+            write_page(workdir.report, render(run))
+    except (OSError, UserError) as error:
+        message = " ".join(f"the report in {workdir.path} could not be written: {error}".split())
+        print(f"\n{message}", file=sys.stderr, flush=True)
 
 
-def _update(workdir: Path, info: dict[str, Any], test_data: Dataset, predictions: Predictions) -> None:
+def _write_evaluation(workdir: Workdir, info: dict[str, Any], test_data: Dataset, predictions: Predictions) -> None:
     wrong = np.flatnonzero(predictions.rank)
     mistakes = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MISTAKES]
-    pictures = {f"picture_{i}": _thumbnail(test_data.image[index]) for i, index in enumerate(mistakes)}
-    arrays = dataclasses.asdict(predictions) | pictures
-    partial = workdir / "evaluation.npz.partial"
-    with partial.open("wb") as file:
+    thumbnails = {f"picture_{i}": _thumbnail(test_data.image[index]) for i, index in enumerate(mistakes)}
+    arrays = dataclasses.asdict(predictions) | thumbnails
+    with atomic_write(workdir.evaluation) as file:
         np.savez_compressed(file, mistakes=mistakes, info=np.array(json.dumps(info)), **arrays)
-    partial.replace(workdir / "evaluation.npz")
-    run = load_run(workdir)
-    before, after = (sum(row["seconds"] for row in run.rows if row["epoch"] < epoch) for epoch in (run.epoch, math.inf))
-    if run.epoch == run.config.num_epochs or before // DRAWN_EVERY < after // DRAWN_EVERY:
-        if run.config.augment != default_config().augment and not (workdir / "sheet.jpg").exists():
-            sheet = Image.fromarray(draw_sheet(run.config, *SHEET))
-            sheet.thumbnail((SHEET[1] * THUMBNAIL, SHEET[0] * THUMBNAIL))
-            sheet.save(workdir / "sheet.jpg", quality=85)
-        _write(workdir / "report.html", render(run))
 
 
-def _thumbnail(picture: np.ndarray) -> np.ndarray:
-    image = Image.fromarray(picture)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return np.asarray(image)
+def _is_due(run: Run) -> bool:
+    """Returns whether the latest epoch is the last, or completed another minute of the run. Drawing takes 0.5 s."""
+    before = sum(row["seconds"] for row in run.rows if row["epoch"] < run.epoch)
+    after = sum(row["seconds"] for row in run.rows)
+    return run.epoch == run.config.num_epochs or before // DRAWN_EVERY < after // DRAWN_EVERY
 
 
-def load_run(workdir: Path) -> Run:
-    path = workdir / "evaluation.npz"
+def _write_sheet(run: Run, train_data: Dataset) -> None:
+    """Writes DIR/sheet.jpg once, if the run augments its images."""
+    if run.config.augment == default_config().augment or run.workdir.sheet.exists():
+        return
+    sheet = Image.fromarray(draw_sheet(run.config, train_data, *SHEET))
+    sheet.thumbnail((SHEET[1] * THUMBNAIL, SHEET[0] * THUMBNAIL))
+    with atomic_write(run.workdir.sheet) as file:
+        sheet.save(file, "JPEG", quality=85)
+
+
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(thumbnail)
+
+
+def load_run(workdir: Workdir) -> Run:
+    """Loads the files that `update` wrote. Raises UserError if no epoch is finished or a file is damaged."""
+    path = workdir.evaluation
     if not path.exists():
-        raise UserError(f"{workdir} has no finished epoch to report; name another --workdir")
+        raise UserError(f"{workdir.path} has no finished epoch to report; name another --workdir")
     try:
         with np.load(path) as file:
             predictions = Predictions(**{field.name: file[field.name] for field in dataclasses.fields(Predictions)})
             mistakes = file["mistakes"]
-            pictures = [file[f"picture_{i}"] for i in range(len(mistakes))]
+            thumbnails = [file[f"picture_{i}"] for i in range(len(mistakes))]
             info = json.loads(str(file["info"]))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}); the next epoch, or training again, writes it anew") from None
-    return Run(workdir, info, read_lines(workdir / "metrics.jsonl"), predictions, mistakes, pictures)
+        raise UserError(
+            f"{path} cannot be read ({error}); the next epoch writes it again, or train in another workdir"
+        ) from None
+    return Run(workdir, info, read_lines(workdir.metrics), predictions, mistakes, thumbnails)
+
+
+def write_page(path: Path, html: str) -> None:
+    """Writes the page. Raises UserError if the file cannot be written."""
+    try:
+        with atomic_write(path, "w") as file:
+            file.write(html)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
 
 
 def render(run: Run) -> str:
-    """report.html"""
-    config, scores, names = run.config, evaluation_summary(run.predictions, run.class_names), run.class_names
+    """Returns the HTML of a run's report."""
+    config, names = run.config, run.class_names
+    scores = evaluation_summary(run.predictions, names)
     matrix = confusion_matrix(run.predictions, len(names))
-    off_diagonal = matrix - np.diag(np.diag(matrix))
-    default = flatten(default_config())
+    sheet = run.workdir.sheet
     return _template("report").render(
         name=run.name,
         workdir=shlex.quote(run.display_name),
-        config_file=shlex.quote(str(run.workdir / "config.json")),
+        config_file=shlex.quote(str(run.workdir.config)),
         repeat_workdir=shlex.quote(f"{run.display_name}-again"),
         config=config,
         class_names=names,
@@ -155,98 +176,28 @@ def render(run: Run) -> str:
         scores=scores,
         cards=list(_cards(run, scores)),
         curves=_curves([run]),
-        classes=sorted(
-            _classes(matrix, off_diagonal, names), key=lambda row: (row["accuracy"] is None, row["accuracy"])
-        ),
+        classes=_classes(matrix, names),
         confusion=charts.confusion(matrix, names),
         reliability=charts.reliability(calibration(run.predictions)),
         bins=CALIBRATION_BINS,
-        confusions=[
-            (names[i], names[j], int(off_diagonal[i, j]))
-            for i, j in (
-                divmod(int(flat), len(names)) for flat in np.argsort(-off_diagonal, axis=None, kind="stable")[:8]
-            )
-            if off_diagonal[i, j]
-        ],
-        mistakes=[
-            {
-                "uri": _png(picture),
-                "index": index,
-                "truth": names[run.predictions.label[index]],
-                "predicted": names[run.predictions.predicted[index]],
-                "confidence": float(run.predictions.confidence[index]),
-            }
-            for index, picture in zip(run.mistakes.tolist(), run.pictures, strict=True)
-        ],
-        sheet=_data_uri((run.workdir / "sheet.jpg").read_bytes(), "jpeg")
-        if (run.workdir / "sheet.jpg").exists()
-        else "",
-        settings=sorted(
-            ((key, value, value != default[key]) for key, value in flatten(config).items()), key=lambda row: not row[2]
-        ),
-        weights=[
-            (key, value)
-            for key, value in run.info["weights"].items()
-            if not isinstance(value, dict) and key != "class_names"
-        ],
+        confusions=_confusions(matrix, names),
+        mistakes=list(_mistakes(run)),
+        sheet=_data_uri(sheet.read_bytes(), "jpeg") if sheet.exists() else "",
+        settings=_settings(config),
+        weights=_weights(run.info["weights"]),
         versions=list(run.info["versions"].items()),
     )
 
 
-def render_comparison(runs: Sequence[Run]) -> str:
-    """compare.html"""
-    scores = [evaluation_summary(run.predictions, run.class_names) for run in runs]
-    cards = [{meaning: value for value, meaning in _cards(run, score)} for run, score in zip(runs, scores, strict=True)]
-    labels = list(dict.fromkeys(meaning for card in cards for meaning in card))
-    accuracy = [
-        f"{score['accuracy']:.2%} ({score['accuracy_interval'][0]:.1%} to {score['accuracy_interval'][1]:.1%})"
-        for score in scores
-    ]
-    configs = [flatten(run.config) for run in runs]
-    same_classes = all(run.class_names == runs[0].class_names for run in runs)
-    return _template("compare").render(
-        names=_distinct_names(runs),
-        results=[
-            ("accuracy (95 % interval)", accuracy),
-            *((label, [card.get(label, "-") for card in cards]) for label in labels),
-        ],
-        curves=_curves(runs),
-        differences=[
-            (key, [config[key] for config in configs])
-            for key in configs[0]
-            if any(config[key] != configs[0][key] for config in configs)
-        ],
-        classes=[
-            (name, [_percent(score["per_class_accuracy"][name]) for score in scores]) for name in runs[0].class_names
-        ]
-        if same_classes
-        else [],
-    )
-
-
-def _template(name: str) -> Any:
-    environment = Environment(loader=PackageLoader("jaxft.reporting"), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template(f"{name}.html.jinja")
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
 def _cards(run: Run, scores: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(value, meaning)"""
+    """Yields (value, meaning) of the figures at the top of the page."""
     best = max(run.split("eval"), key=lambda row: row["accuracy"])
-    yield f"{best['accuracy']:.2%}", "in the best epoch, whose checkpoint is kept"
-    for k, accuracy in scores["top_k_accuracy"].items():
-        yield _percent(accuracy), f"right among the likeliest {k}"
-    yield _percent(scores["mean_per_class_accuracy"]), "mean accuracy of classes"
-    yield f"{scores['loss']:.3f}", "cross entropy"
-    yield _percent(scores["expected_calibration_error"]), "calibration error"
-    yield f"{scores['pictures']:,}", "pictures tested"
-    yield f"{run.info['train_size']:,}", "pictures trained on"
+    yield f"{best['accuracy']:.2%}", "accuracy of the best epoch, whose checkpoint is kept"
+    yield from score_cards(scores)
+    yield f"{run.info['train_size']:,}", "training images"
     speed = np.median([row["images_per_second"] for row in run.split("train")])
     yield f"{speed:,.0f}", "images/s in training (median)"
-    yield _duration(sum(row["seconds"] for row in run.rows)), "time of training and testing"
+    yield _duration(sum(row["seconds"] for row in run.rows)), "training and evaluation time"
 
 
 def _duration(seconds: float) -> str:
@@ -255,20 +206,87 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
-def _classes(matrix: np.ndarray, off_diagonal: np.ndarray, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for i, name in enumerate(names):
-        pictures, times = int(matrix[i].sum()), int(off_diagonal[i].max())
-        yield {
+def _classes(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns a row per class, the least accurate first and classes without images last."""
+    rows = []
+    for i, (name, counts) in enumerate(zip(names, matrix, strict=True)):
+        num_images, wrong = int(counts.sum()), counts.copy()
+        wrong[i] = 0
+        row = {
             "name": name,
-            "pictures": pictures,
-            "accuracy": int(matrix[i, i]) / pictures if pictures else None,
-            "taken_for": names[off_diagonal[i].argmax()] if times else "",
-            "times": times,
+            "num_images": num_images,
+            "accuracy": int(counts[i]) / num_images if num_images else None,
+            "taken_for": names[wrong.argmax()] if wrong.any() else "",
+            "times": int(wrong.max()),
+        }
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["accuracy"] is None, row["accuracy"]))
+
+
+def _confusions(matrix: np.ndarray, names: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Returns (true class, predicted class, times) of the most frequent confusions."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    most_frequent = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
+    pairs = [divmod(int(flat), len(names)) for flat in most_frequent]
+    return [(names[i], names[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
+
+
+def _mistakes(run: Run) -> Iterator[dict[str, Any]]:
+    for index, thumbnail in zip(run.mistakes.tolist(), run.thumbnails, strict=True):
+        yield {
+            "uri": _png(thumbnail),
+            "index": index,
+            "truth": run.class_names[run.predictions.label[index]],
+            "predicted": run.class_names[run.predictions.predicted[index]],
+            "confidence": float(run.predictions.confidence[index]),
         }
 
 
+def _settings(config: ConfigDict) -> list[tuple[str, Any, bool]]:
+    """Returns (key, value, whether it differs from the default), those that differ first."""
+    default = flatten(default_config())
+    settings = [(key, value, value != default[key]) for key, value in flatten(config).items()]
+    return sorted(settings, key=lambda row: not row[2])
+
+
+def _weights(provenance: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in provenance.items() if not isinstance(value, dict) and key != "class_names"]
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """Returns the HTML of a page that shows several runs side by side."""
+    scores = [evaluation_summary(run.predictions, run.class_names) for run in runs]
+    cards = [{meaning: value for value, meaning in _cards(run, score)} for run, score in zip(runs, scores, strict=True)]
+    labels = list(dict.fromkeys(meaning for card in cards for meaning in card))
+    accuracy = [
+        f"{score['accuracy']:.2%} ({score['accuracy_interval'][0]:.1%} to {score['accuracy_interval'][1]:.1%})"
+        for score in scores
+    ]
+    configs = [flatten(run.config) for run in runs]
+    different = [key for key in configs[0] if any(config[key] != configs[0][key] for config in configs)]
+    names = runs[0].class_names
+    same_classes = all(run.class_names == names for run in runs)
+    return _template("compare").render(
+        names=_distinct_names(runs),
+        results=[
+            ("accuracy (95 % interval)", accuracy),
+            *((label, [card.get(label, "-") for card in cards]) for label in labels),
+        ],
+        curves=_curves(runs),
+        differences=[(key, [config[key] for config in configs]) for key in different],
+        classes=[
+            (name, [_percent(score["per_class_accuracy"][name]) for score in scores])
+            for name in (names if same_classes else ())
+        ],
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 def _curves(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Loss and accuracy, of training and test, learning rate and speed, against epochs."""
+    """Returns charts of loss, accuracy, learning rate and speed; for several runs without the training split."""
     several = len(runs) > 1
     names = _distinct_names(runs)
     loss: dict[str, charts.Curve] = {}
@@ -293,7 +311,7 @@ def _curves(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def _curve(run: Run, split: str, key: str) -> charts.Curve:
-    """Against epochs; means of equal parts where there are many rows, weighted by seconds for the speed."""
+    """Returns (epochs, values), averaged in at most CURVE_POINTS equal bins; speed is weighted by time."""
     rows = run.split(split)
     x, y, seconds = (np.array([row[name] for row in rows], float) for name in ("step", key, "seconds"))
     weights = seconds if key == "images_per_second" else np.ones(len(rows))
@@ -317,20 +335,16 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [run.display_name for run in runs]
 
 
-def _png(picture: np.ndarray) -> str:
+def _template(name: str) -> Any:
+    environment = Environment(loader=PackageLoader("jaxft.reporting"), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template(f"{name}.html.jinja")
+
+
+def _png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG")
     return _data_uri(buffer.getvalue(), "png")
 
 
 def _data_uri(image: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None

@@ -1,1 +1,1 @@
-"""What a run keeps and obeys: its workdir, checkpoints, metrics, signals and processes."""
+"""A run's files and its control: workdir and remote mirror, checkpoints, metrics, trackers, signals, processes."""

@@ -1,14 +1,13 @@
-"""Checkpoints through Orbax: the training state and, as JSON, all that is needed to use it."""
+"""Saves and restores checkpoints with Orbax: a pytree and, as JSON, everything needed to use it."""
 
 import json
-import logging
 import shutil
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -19,36 +18,23 @@ from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 
 from jaxft.data.batches import replicate
 from jaxft.errors import UserError
+from jaxft.main_process import is_main_process
 from jaxft.run.metrics_file import MetricsFile
-from jaxft.training.state import TrainState
-
-for _name in ("absl", "asyncio"):  # Orbax's tracebacks, of what is told here in one line
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
+from jaxft.run.workdir import Workdir
 
 
-def _quieten_orbax() -> None:
-    """Once a read or write fails, those still under way end in an event loop that is closed, with a traceback each."""
-    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+class State(Protocol):
+    """A pytree of arrays that knows its step."""
 
-    def of_loop(error: BaseException | None) -> bool:
-        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-
-    def except_loop(kind: Any, error: BaseException, traceback: Any) -> None:
-        if not of_loop(error):
-            excepthook(kind, error, traceback)
-
-    def unraisable_except_loop(unraisable: Any) -> None:
-        if not of_loop(unraisable.exc_value):
-            unraisablehook(unraisable)
-
-    sys.excepthook, sys.unraisablehook = except_loop, unraisable_except_loop
+    @property
+    def step(self) -> Any: ...
 
 
-_quieten_orbax()
+StateT = TypeVar("StateT", bound=State)
 
 
 class NotFiniteError(Exception):
-    """A NaN or an infinity after `step`, from what the steps up to `made_by` have left."""
+    """A NaN or an infinity at `step`, caused by the state after step `made_by`."""
 
     def __init__(self, what: str, step: int, made_by: int) -> None:
         super().__init__(what)
@@ -56,7 +42,7 @@ class NotFiniteError(Exception):
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that cannot be read, or whose arrays are not what was saved."""
+    """A checkpoint that cannot be read, or whose arrays differ from those that were saved."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}; {remedy}")
@@ -67,7 +53,7 @@ class DamagedCheckpointError(UserError):
 class _LatestAndBest(PreservationPolicy):
     latest: int
     best: int
-    accuracy: Mapping[int, float]  # by step, of those that were evaluated
+    accuracy: Mapping[int, float]  # {step: accuracy} of the evaluated steps
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: PreservationContext) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
@@ -77,19 +63,20 @@ class _LatestAndBest(PreservationPolicy):
 
 
 class Checkpoints:
-    """DIR/checkpoints/STEP/{state,info}; the latest and those of the highest accuracy are kept.
+    """The checkpoints DIR/checkpoints/STEP/{state,info}: the latest and the most accurate ones are kept.
 
-    A state is kept as host arrays with a checksum of each: it can be restored on any devices, by any number of
-    processes. Process 0 writes, while training goes on. `metrics` holds the accuracies, and is on disk up to a step
-    before that step's checkpoint is; without it the checkpoints are only read.
+    A state is saved as host arrays, each with a checksum, so any number of processes and devices can restore it.
+    Process 0 writes in the background. metrics: provides the accuracies, and is flushed to disk up to a step before
+    that step's checkpoint is written. Without it the checkpoints are read-only.
     """
 
     def __init__(
-        self, workdir: Path, metrics: MetricsFile | None = None, keep_latest: int = 1, keep_best: int = 1
+        self, workdir: Workdir, metrics: MetricsFile | None = None, keep_latest: int = 1, keep_best: int = 1
     ) -> None:
-        self.directory = workdir / "checkpoints"
-        self._writes = metrics is not None and jax.process_index() == 0
-        self._metrics = metrics or MetricsFile(workdir / "metrics.jsonl")
+        self.directory = workdir.checkpoints
+        self._damaged_directory = workdir.damaged_checkpoints
+        self._writes = metrics is not None and is_main_process()
+        self._metrics = metrics or MetricsFile(workdir.metrics)
         self._policy = _LatestAndBest(keep_latest, keep_best, self._metrics.accuracy)
         self._saving: int | None = None
         if self._writes:
@@ -98,7 +85,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
             create=False,
-            # Created in the background, a folder that cannot be leaves threads waiting for it for minutes.
+            # If creating a folder in the background fails, threads wait for it for minutes.
             async_options=AsyncOptions(create_directories_asynchronously=False),
             read_only=not self._writes,
             multiprocessing_options=MultiprocessingOptions(
@@ -107,10 +94,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
 
-    def save(self, state: TrainState, info: dict[str, Any]) -> None:
-        """Where it cannot be written, that is told on stderr and the checkpoints that are there stay.
+    def save(self, state: State, info: dict[str, Any]) -> None:
+        """Starts writing a checkpoint. A failure is reported on stderr and leaves the existing checkpoints unchanged.
 
-        Raises NotFiniteError where the state holds a NaN or an infinity.
+        Raises NotFiniteError if the state holds a NaN or an infinity.
         """
         self.wait()
         host_state = to_host(state)
@@ -126,31 +113,31 @@ class Checkpoints:
         self._saving = step
         try:
             self._metrics.flush()
-            self._manager.reload()  # after a save that failed it knows too little
+            self._manager.reload()  # it loses track of the existing steps when a save fails
             saved = self._manager.save(step, args=args)
-        except Exception as error:  # Orbax wraps what the file system says in exceptions of any kind
-            self._failed(error)
+        except Exception as error:  # Orbax wraps file system errors in exceptions of any kind
+            self._report_failure(error)
         else:
-            if not saved:  # Orbax keeps silent about a step that is not above the latest
+            if not saved:  # Orbax silently ignores a step that is not above the latest
                 raise RuntimeError(f"Orbax did not save step {step} in {self.directory}")
 
     def poll(self) -> None:
-        """Tells of a save that failed, as soon as it has."""
+        """Reports a background save that has failed. Does not block."""
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Until what is being written is on disk."""
+        """Blocks until the checkpoint being written is on disk or has failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failed(error)
+            self._report_failure(error)
         self._saving = None
 
-    def _failed(self, error: Exception) -> None:
-        there = f"checkpoint {self.steps()[-1]} stays" if self.steps() else "there is none yet"
+    def _report_failure(self, error: Exception) -> None:
+        remaining = f"checkpoint {self.steps()[-1]} stays" if self.steps() else "there is none yet"
         print(
-            f"\ncheckpoint {self._saving} could not be written ({' '.join(str(error).split())[:300]}); {there}; "
+            f"\ncheckpoint {self._saving} could not be written ({' '.join(str(error).split())[:150]}); {remaining}; "
             "trying again at the next",
             file=sys.stderr,
             flush=True,
@@ -159,27 +146,29 @@ class Checkpoints:
         for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):  # to make room
             shutil.rmtree(partial, ignore_errors=True)
 
-    def finish(self, state: TrainState, info: dict[str, Any]) -> None:
-        """Waits until the checkpoint of this state is on disk; raises UserError where that cannot be."""
-        for _ in range(2):
-            self.wait()
-            if not self._writes or int(state.step) in self.steps():
-                return
-            self.save(state, info)
+    def finish(self, state: State, info: dict[str, Any]) -> None:
+        """Blocks until the checkpoint of this state is on disk; if its save failed, tries again.
+
+        Raises UserError if it still cannot be written.
+        """
+        self.wait()
+        if not self._writes or int(state.step) in self.steps():
+            return
+        self.save(state, info)
         self.wait()
         if int(state.step) not in self.steps():
             raise UserError(
-                f"the last checkpoint could not be written in {self.directory}; make room or mend it, then run the "
-                "same command again"
+                f"the last checkpoint could not be written in {self.directory}; make room or fix the folder, then run "
+                "the same command again"
             )
 
     def steps(self) -> list[int]:
-        """Those on disk, damaged ones too, but for one that is being written."""
+        """Returns the steps of the checkpoints on disk, including damaged ones, in ascending order."""
         on_disk = {int(path.name) for path in self.directory.glob("*") if path.name.isdecimal()}
         return sorted(on_disk)
 
     def resolve(self, which: str) -> int:
-        """The step of 'best', 'latest' or a step's number; UserError where there is none."""
+        """Returns the step of a checkpoint: 'best', 'latest' or the step itself. Raises UserError if there is none."""
         steps = self.steps()
         if not steps:
             raise UserError(f"there is no checkpoint in {self.directory}; train first, or name another --workdir")
@@ -191,10 +180,10 @@ class Checkpoints:
             return max(evaluated, key=lambda step: (accuracy[step], step))
         if which.isdecimal() and int(which) in steps:
             return int(which)
-        raise UserError(f"there is no checkpoint '{which}' in {self.directory}; there are latest, {steps}")
+        raise UserError(f"there is no checkpoint '{which}' in {self.directory}; choose latest or one of {steps}")
 
     def info(self, step: int) -> dict[str, Any]:
-        """What `save` was given: the resolved config, class names and so on."""
+        """Returns the info saved with a checkpoint: the resolved config, class names and so on."""
         try:
             info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]
         except Exception as error:  # Orbax raises bare exceptions for damaged files
@@ -203,8 +192,8 @@ class Checkpoints:
             raise self._damaged(step, "its info does not match its checksum")
         return info
 
-    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """The state on every local device, each array verified; raises DamagedCheckpointError."""
+    def restore(self, step: int, abstract_state: StateT) -> StateT:
+        """Returns the state, replicated on the local devices. Raises DamagedCheckpointError if an array differs."""
         saved = self.info(step)["arrays"]
         target = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract_state)
         try:
@@ -212,21 +201,24 @@ class Checkpoints:
             state = self._manager.restore(step, args=args)["state"]
         except Exception as error:
             raise self._damaged(step, error) from error
-        there = checksums(state)
-        differ = sorted(name for name in saved.keys() | there.keys() if saved.get(name) != there.get(name))
+        found = checksums(state)
+        differ = sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
         if differ:
             raise self._damaged(step, f"{len(differ)} of {len(saved)} arrays differ from what was saved: {differ[0]}")
         return replicate(state)
 
-    def restore_latest(self, abstract_state: TrainState, on_damage: str) -> tuple[dict[str, Any], TrainState]:
-        """Info and state. on_damage: 'refuse' raises DamagedCheckpointError, 'newest_good' sets damaged ones aside."""
+    def restore_latest(self, abstract_state: StateT, on_damage: str) -> tuple[dict[str, Any], StateT]:
+        """Returns (info, state) of the latest checkpoint.
+
+        on_damage: 'refuse' raises DamagedCheckpointError; 'newest_good' moves damaged checkpoints out of the way.
+        """
         if self._writes and on_damage == "newest_good":
             self._set_damaged_aside(abstract_state)
         step = int(multihost_utils.broadcast_one_to_all(np.int32(self.steps()[-1])))
         return self.info(step), self.restore(step, abstract_state)
 
-    def _set_damaged_aside(self, abstract_state: TrainState) -> None:
-        """Until the latest is good, or none is there."""
+    def _set_damaged_aside(self, abstract_state: State) -> None:
+        """Moves the latest checkpoint aside until a good one is the latest. Raises UserError if there is none."""
         while self.steps():
             step = self.steps()[-1]
             try:
@@ -237,16 +229,16 @@ class Checkpoints:
         raise UserError(f"there is no good checkpoint in {self.directory}; train in another --workdir")
 
     def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpointError:
-        reason = f"checkpoint {step} in {self.directory} is damaged ({str(error)[:200]})"
+        reason = f"checkpoint {step} in {self.directory} is damaged ({' '.join(str(error).split())[:90]})"
         return DamagedCheckpointError(
             reason,
-            f"there are {self.steps()}: evaluate another with --checkpoint, or train on from the newest good one with "
+            f"there are {self.steps()}: evaluate another with --checkpoint, or resume from the newest good one with "
             "--config.checkpoint.on_damage=newest_good",
         )
 
     def set_aside(self, step: int) -> Path:
-        """Moves a checkpoint out of the way; where it is then."""
-        target = self.directory.with_name("damaged_checkpoints") / str(step)
+        """Moves a checkpoint to DIR/damaged_checkpoints and returns its new path."""
+        target = self._damaged_directory / str(step)
         while target.exists():
             target = target.with_name(f"{target.name}_")
         if self._writes:
@@ -261,12 +253,12 @@ class Checkpoints:
 
 
 def to_host(tree: Any) -> Any:
-    """Of what is the same on every device: one device's copy, which is shared with it where that is the host."""
+    """Copies a replicated pytree to the host; zero-copy on CPU devices."""
     return jax.tree.map(lambda array: np.asarray(array.addressable_shards[0].data), tree)
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Type, shape and CRC-32 of each array, by its path."""
+    """Returns {path: dtype, shape and CRC-32} of each array."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             f"{array.dtype}{list(array.shape)} {zlib.crc32(np.ascontiguousarray(array).data.cast('B')):08x}"
@@ -276,7 +268,7 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def not_finite(tree: Any) -> list[str]:
-    """The paths of arrays that hold a NaN or an infinity."""
+    """Returns the paths of the arrays that hold a NaN or an infinity."""
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, array in jax.tree_util.tree_leaves_with_path(tree)
@@ -285,6 +277,6 @@ def not_finite(tree: Any) -> list[str]:
 
 
 def _seal(info: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back, with a checksum of all the rest."""
+    """Returns `info` after a round trip through JSON, with a CRC-32 of everything else."""
     text = json.dumps({key: value for key, value in info.items() if key != "crc32"}, sort_keys=True)
     return json.loads(text) | {"crc32": zlib.crc32(text.encode())}

@@ -1,4 +1,4 @@
-"""What is counted: the lines of metrics.jsonl, and what predictions say of a network."""
+"""Reads and writes metrics.jsonl, one JSON object per training step and per evaluation."""
 
 import json
 import os
@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxft.errors import UserError
+from jaxft.files import atomic_write
+from jaxft.main_process import is_main_process
 
 
 class MetricsFile:
-    """DIR/metrics.jsonl: each training step and each evaluation once, in order, whatever came between.
+    """DIR/metrics.jsonl, which holds each step and each evaluation once and in order, even after interruptions.
 
-    accuracy: of the evaluations in it, by step. Raises UserError where it is damaged, but for a last line that a
-    killed run left half-written.
+    accuracy: {step: accuracy} of the evaluations in the file. Raises UserError if the file is damaged; a last line
+    that a killed run left half-written is dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,47 +27,50 @@ class MetricsFile:
         self._failed = False
 
     def open(self, last_step: int) -> list[dict[str, Any]]:
-        """To append to, after what an interrupted run wrote beyond its checkpoint at `last_step` is cut off.
+        """Opens the file for appending after `last_step`, the step of the checkpoint that the run resumes from.
 
-        Returns the lines that are kept.
+        Lines beyond that step, from an interrupted run, are dropped; returns those that are kept. Raises UserError if
+        a step is missing or the file cannot be written.
         """
         kept = [line for line in self._lines if line["step"] <= last_step]
         steps = [line["step"] for line in kept if line["split"] == "train"]
         if steps != list(range(1, last_step + 1)):
-            lost = min({*range(1, last_step + 1)} - {*steps}, default=last_step)
+            wrong = min({*range(1, last_step + 1)} - {*steps}, default=last_step)
             raise UserError(
-                f"{self.path} lacks step {lost}, or has it twice, and the checkpoint is of step {last_step}; "
+                f"{self.path} lacks step {wrong}, or has it twice, and the checkpoint is of step {last_step}; "
                 "put the file back, or name another --workdir"
             )
         for step in [step for step in self.accuracy if step > last_step]:
             del self.accuracy[step]
-        if jax.process_index():
+        if not is_main_process():
             return kept
-        partial = self.path.with_name(f"{self.path.name}.partial")
         try:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self.path)
+            with atomic_write(self.path, "w", fsync=True) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept))
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}") from None
         return kept
 
-    def write(self, **line: Any) -> None:
-        """A line that cannot be written now, as on a full disk, is kept for the next time."""
-        if line["split"] == "eval":
-            self.accuracy[line["step"]] = line["accuracy"]
-        if jax.process_index():
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row. If it cannot be written, as on a full disk, it is kept in memory and written with the next."""
+        if row["split"] == "eval":
+            self.accuracy[row["step"]] = row["accuracy"]
+        if not is_main_process():
             return
-        self._pending += (json.dumps(line) + "\n").encode()
+        self._pending += (json.dumps(row) + "\n").encode()
         try:
             self.flush()
         except OSError as error:
             if not self._failed:
-                print(f"{self.path} cannot be written ({error}); its lines are kept for later", file=sys.stderr)
+                print(
+                    f"{self.path} cannot be written ({error}); its lines are kept in memory and written later",
+                    file=sys.stderr,
+                )
             self._failed = True
 
     def flush(self) -> None:
-        """Raises OSError."""
+        """Writes the pending lines. Raises OSError."""
         while self._pending and self._file is not None:
             self._pending = self._pending[os.write(self._file, self._pending) :]
         self._failed = False
@@ -78,7 +81,7 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Without a last line that is half-written; raises UserError for another that is damaged."""
+    """Returns the complete lines; an incomplete last line is dropped. Raises UserError if another one is damaged."""
     texts = path.read_bytes().split(b"\n") if path.exists() else []
     lines = []
     for number, text in enumerate(texts[:-1], 1):

@@ -1,4 +1,4 @@
-"""Several processes, each with devices of its own, that train as one."""
+"""Data-parallel training in several processes, each with its own devices."""
 
 import os
 import sys
@@ -13,32 +13,31 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import sync_global_processes
 
 from jaxft.errors import UserError, run_command
+from jaxft.main_process import is_main_process
 
-HEARTBEAT_SECONDS = 30  # without one from a process, the others end
-
-
-COMPILE_SECONDS = 3600  # that one process may need more than another
+HEARTBEAT_SECONDS = 30  # if a process is silent for longer, the others end
+COMPILE_SECONDS = 3600  # how long the other processes wait for the slowest compilation
 
 
 def run_together(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """run_command in the processes that the environment names; process 0 alone writes to stdout.
+    """Calls run_command in every process that the environment describes; returns the exit code.
 
-    JAX finds TPU pods, Slurm and Open MPI by itself; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name
-    any others. Where one process ends before it is done, all of them do.
+    JAX detects TPU pods, Slurm and Open MPI; otherwise JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    describe the processes. Only process 0 writes to stdout. If one process fails, all of them end.
     """
 
     def joined(argv: list[str]) -> None:
         _initialize()
         if jax.distributed.is_initialized():
-            _keep_stdout_to_process_0()
+            _keep_stdout_to_main_process()
         try:
             main(argv)
         except JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
             raise UserError(
-                f"process {jax.process_index()} of {jax.process_count()} lost the others ({str(error)[:200]}); start "
-                "all of them again with the same command"
+                f"process {jax.process_index()} of {jax.process_count()} lost the others ({str(error)[:150]}); "
+                "start all of them again with the same command"
             ) from error
 
     try:
@@ -48,7 +47,7 @@ def run_together(main: Callable[[list[str]], None], argv: list[str]) -> int:
         code = 1
     if code and jax.distributed.is_initialized():
         sys.stderr.flush()
-        os._exit(code)  # or JAX would wait for processes that wait for this one
+        os._exit(code)  # otherwise JAX would wait for processes that wait for this one
     return code
 
 
@@ -67,16 +66,16 @@ def _initialize() -> None:
             raise UserError(f"JAX_COORDINATOR_ADDRESS is {address}, but: {error}") from None
 
 
-def _keep_stdout_to_process_0() -> None:
-    """What libraries print there by themselves, as a CPU's collectives do, goes to stderr."""
+def _keep_stdout_to_main_process() -> None:
+    """Redirects stdout: ours to /dev/null except in process 0, that of libraries (CPU collectives) to stderr."""
     sys.stdout.flush()
-    own = os.open(os.devnull, os.O_WRONLY) if jax.process_index() else os.dup(1)
+    own = os.dup(1) if is_main_process() else os.open(os.devnull, os.O_WRONLY)
     sys.stdout = os.fdopen(own, "w")
     os.dup2(2, 1)
 
 
 def broadcast_bool(value: bool) -> bool:
-    """What process 0 says; raises UserError where another differs."""
+    """Returns process 0's value. Raises UserError in a process whose own value differs."""
     decided = bool(multihost_utils.broadcast_one_to_all(value))
     if decided != value:
         raise UserError("the processes see different files in the workdir; name one --workdir that all of them share")
@@ -84,7 +83,10 @@ def broadcast_bool(value: bool) -> bool:
 
 
 def with_compile_barrier(function: Any) -> Callable[..., Any]:
-    """A mapped function that no process runs before all have compiled it: a CPU's collectives wait for 30 s only."""
+    """Wraps a mapped function so that no process runs it before all have compiled it.
+
+    CPU collectives wait only 30 s for the other processes.
+    """
     if jax.process_count() == 1:
         return function
     compiled: set[tuple[Any, ...]] = set()
@@ -92,7 +94,7 @@ def with_compile_barrier(function: Any) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(arguments))
         if shapes not in compiled:
-            function.lower(*arguments).compile()  # the call below finds it
+            function.lower(*arguments).compile()  # cached, so that the call below does not compile again
             sync_global_processes("compiled", timeout=COMPILE_SECONDS)
             compiled.add(shapes)
         return function(*arguments)

@@ -1,11 +1,10 @@
-"""A workdir that is elsewhere, such as gs://BUCKET/RUN: used in a folder of this machine that is kept like it.
+"""Remote workdirs such as gs://BUCKET/RUN: the run works in a local mirror that is synchronised with the URL.
 
-Any URL that fsspec opens will do. A checkpoint's COMMITTED goes there last and is removed first, so that one without it
-is none; it holds the times of the save, so that two checkpoints with the same one are the same.
+Any URL that fsspec opens will do. A checkpoint's commit marker, COMMITTED, is uploaded last and deleted first, so a
+checkpoint without one does not exist. The marker holds the times of the save: equal markers mean equal checkpoints.
 """
 
 import hashlib
-import logging
 import re
 import shutil
 import sys
@@ -20,86 +19,63 @@ from filelock import FileLock
 from orbax.checkpoint.multihost import sync_global_processes
 
 from jaxft.errors import UserError
-from jaxft.files import cache_dir
+from jaxft.files import atomic_write, cache_dir
+from jaxft.main_process import is_main_process
+from jaxft.run.workdir import CHECKPOINTS, CONFIG, DAMAGED_CHECKPOINTS, METRICS, WANDB
 
-COMMITTED = "_CHECKPOINT_METADATA"
-
-
+COMMITTED = "_CHECKPOINT_METADATA"  # Orbax's last file of a checkpoint
 PUSH_SECONDS = 5
-
-
-PULL_SECONDS = 3600  # that process 0 may need before the others begin
-
-
-UP_TO_DATE = "the workdir is up to date"
-
-
-LOCAL = {"damaged_checkpoints", "wandb"}
-
-
-URL = ".url"  # in a folder of this machine, of what it is kept like
-
-
-PROBE = ".probe"  # of whether there can be written
-
-
-PUSHED = ".brought"  # in a folder of which some of the run went there
+PULL_SECONDS = 3600  # how long the others wait for process 0 to download
+UP_TO_DATE = "the workdir is up to date"  # name of the barrier
+NOT_MIRRORED = {DAMAGED_CHECKPOINTS, WANDB}
+URL = ".url"  # file in a mirror that holds its URL
+PROBE = ".probe"  # file that tests whether the URL can be written
+PUSHED = ".brought"  # file in a mirror that marks that it has been uploaded, at least in part
 
 
 def is_remote(workdir: str | Path) -> bool:
-    """Raises UserError for gs:/BUCKET, which Orbax would take for a bucket and the rest for a folder."""
+    """Returns whether the workdir is a URL. Raises UserError for gs:/BUCKET, which would become a local folder."""
     if one_slash := re.match(r"(gs|s3|az|hf):/(?!/)", str(workdir)):
         raise UserError(f"--workdir {workdir} lacks a slash; write {one_slash[1]}://BUCKET/RUN")
     return "://" in str(workdir)
 
 
 def display_name(folder: Path) -> str:
-    """The workdir that a person named."""
+    """Returns the workdir as the user named it: a mirror's URL, or the folder."""
     url = folder / URL
     return url.read_text() if url.exists() else str(folder)
 
 
 def training_folder(workdir: str | Path) -> Path:
-    """Where this process trains: `workdir` itself, or the folder that is kept like it."""
-    return _folder(workdir, f"process-{jax.process_index()}") if is_remote(workdir) else Path(workdir)
+    """Returns the folder in which this process trains: `workdir` itself or its mirror."""
+    return _mirror_folder(workdir, f"process-{jax.process_index()}") if is_remote(workdir) else Path(workdir)
 
 
 @contextmanager
 def synced(workdir: str | Path, folder: Path) -> Iterator[None]:
-    """Brings training_folder(workdir) up to date, and then what is `workdir` every PUSH_SECONDS and at the end.
+    """Synchronises the mirror `folder` with the URL `workdir`: at the start, every PUSH_SECONDS and at the end.
 
-    What an earlier run left in the folder and could not bring there is gone on from. Raises UserError where `workdir`
-    cannot be read, or not be written at the beginning or the end; in between it is told and tried again.
+    If an earlier run left results in the mirror that it could not upload, they are uploaded first. Raises UserError if
+    the URL cannot be read, or cannot be written at the start or the end; failures in between are reported on stderr
+    and retried. Does nothing for a local workdir.
     """
     if not is_remote(workdir):
         yield
         return
-    if jax.process_index():
+    if not is_main_process():
         sync_global_processes(UP_TO_DATE, timeout=PULL_SECONDS)
-        _Copy(str(workdir), folder).pull()
+        _Mirror(str(workdir), folder).pull()
         yield
         return
-    copy = _Copy(str(workdir), folder)
-    _told(workdir, "written", copy.try_to_write)
-    if copy.local_is_ahead():
-        _told(workdir, "written", copy.push)
+    mirror = _Mirror(str(workdir), folder)
+    mirror.check_writable()
+    if mirror.local_is_ahead():
+        _call(mirror.push, f"--workdir {workdir} cannot be written")
     else:
-        copy.pull()
+        mirror.pull()
     sync_global_processes(UP_TO_DATE, timeout=PULL_SECONDS)
     done = threading.Event()
-
-    def keep_pushing() -> None:
-        text = False
-        while not done.wait(PUSH_SECONDS):
-            try:
-                copy.push()
-                text = False
-            except Exception as error:  # each file system has its own
-                if not text:
-                    print(f"\n{workdir} cannot be written ({_short(error)}); trying again", file=sys.stderr, flush=True)
-                text = True
-
-    pushing = threading.Thread(target=keep_pushing, daemon=True)
+    pushing = threading.Thread(target=_keep_pushing, args=(mirror, done), daemon=True)
     pushing.start()
     try:
         yield
@@ -107,41 +83,53 @@ def synced(workdir: str | Path, folder: Path) -> Iterator[None]:
         done.set()
         pushing.join()
         try:
-            copy.push()
+            mirror.push()
         except Exception as error:
-            remedy = f"all of the run is in {folder}; the same command on this machine brings it there"
+            remedy = f"the whole run is in {folder}; the same command on this machine uploads it"
             raise UserError(f"{workdir} cannot be written ({_short(error)}); {remedy}") from error
 
 
+def _keep_pushing(mirror: "_Mirror", done: threading.Event) -> None:
+    """Pushes every PUSH_SECONDS until `done`; reports the first of several failures in a row."""
+    failed = False
+    while not done.wait(PUSH_SECONDS):
+        try:
+            mirror.push()
+            failed = False
+        except Exception as error:  # every file system has its own
+            if not failed:
+                print(f"\n{mirror.url} cannot be written ({_short(error)}); trying again", file=sys.stderr, flush=True)
+            failed = True
+
+
 def reading_folder(workdir: str | Path) -> Path:
-    """`workdir` itself, or a folder that is brought up to date with it now. Raises UserError."""
+    """Returns `workdir` itself, or a mirror of it that is up to date. Raises UserError."""
     if not is_remote(workdir):
         return Path(workdir)
-    folder = _folder(workdir, f"reading-{jax.process_index()}")
+    folder = _mirror_folder(workdir, f"reading-{jax.process_index()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        _Copy(str(workdir), folder).pull()
+        _Mirror(str(workdir), folder).pull()
     return folder
 
 
 def upload(workdir: str | Path, file: Path) -> None:
-    """A file that was written into reading_folder(workdir)."""
+    """Uploads a file that was written into reading_folder(workdir); does nothing for a local workdir."""
     if is_remote(workdir):
         fs, root = _open(str(workdir))
-        _told(workdir, "written", lambda: fs.pipe_file(f"{root}/{file.name}", file.read_bytes()))
+        _call(lambda: fs.pipe_file(f"{root}/{file.name}", file.read_bytes()), f"--workdir {workdir} cannot be written")
 
 
-def _folder(workdir: str | Path, name: str) -> Path:
+def _mirror_folder(workdir: str | Path, name: str) -> Path:
     url = str(workdir).rstrip("/")
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", url.partition("://")[2])[-50:]
     return cache_dir() / "workdirs" / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:16]}" / name
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """The file system, and the path in it without a slash at its end."""
-    from fsspec.core import url_to_fs  # brings the client of the file system with it
+    """Returns the file system and the path in it, without a trailing slash. Raises UserError."""
+    from fsspec.core import url_to_fs  # imports the file system's client
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is told here in one line
     try:
         fs, root = url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -153,105 +141,112 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
-def _told(workdir: str | Path, what: str, function: Callable[[], Any]) -> Any:
+def _call(function: Callable[[], Any], problem: str) -> Any:
+    """Calls a function of the remote file system. Raises UserError, which begins with `problem`, for any exception."""
     try:
         return function()
-    except Exception as error:  # each file system has its own
-        raise UserError(f"--workdir {workdir} cannot be {what}: {_short(error)}") from error
+    except Exception as error:  # every file system has its own
+        raise UserError(f"{problem}: {_short(error)}") from error
 
 
 def _step(name: str) -> str | None:
-    """Of the checkpoint that a file belongs to: 'checkpoints/7/state/x' is of '7'."""
+    """Returns the checkpoint that a file belongs to: '7' for 'checkpoints/7/state/x', None for other files."""
     parts = PurePosixPath(name).parts
-    return parts[1] if len(parts) > 2 and parts[0] == "checkpoints" and parts[1].isdecimal() else None
+    return parts[1] if len(parts) > 2 and parts[0] == CHECKPOINTS and parts[1].isdecimal() else None
 
 
-class _Copy:
-    """A folder and the URL that it is kept like."""
+class _Mirror:
+    """A local folder and the URL that it is synchronised with."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        self._url, self._folder = url, folder
+        self.url = url
+        self._folder = folder
+        self._checkpoints = folder / CHECKPOINTS
         self._fs, self._root = _open(url)
-        self._names: set[str] = set()  # of the files there
-        self._committed: dict[str, bytes] = {}  # COMMITTED there, by step
-        self._pushed: dict[str, tuple[int, int]] = {}  # size and time of a file here when it was last brought there
-        _told(url, "read", self._look)
+        self._names: set[str] = set()  # remote files
+        self._committed: dict[str, bytes] = {}  # {step: content of COMMITTED} of the remote checkpoints
+        self._pushed: dict[str, tuple[int, int]] = {}  # size and mtime of a local file when it was last uploaded
+        _call(self._list, f"--workdir {url} cannot be read")
 
-    def _look(self) -> None:
+    def _list(self) -> None:
         self._fs.invalidate_cache()
         found = self._fs.find(self._root) if self._fs.exists(self._root) else []
         self._names = {str(path).removeprefix(self._root).lstrip("/") for path in found}
         for name in self._names:
-            if (step := _step(name)) and name == f"checkpoints/{step}/{COMMITTED}":
+            if (step := _step(name)) and name == f"{CHECKPOINTS}/{step}/{COMMITTED}":
                 self._committed[step] = self._fs.cat_file(f"{self._root}/{name}")
 
     def local_is_ahead(self) -> bool:
-        """Whether the folder holds the same run, as far as it is there or further."""
-        if not self._names:  # never brought there, or removed there
-            return (self._folder / "config.json").exists() and not (self._folder / PUSHED).exists()
+        """Returns whether the mirror holds the URL's run, up to the same step or a later one. Raises UserError."""
+        if not self._names:  # never uploaded, or removed by the user
+            return (self._folder / CONFIG).exists() and not (self._folder / PUSHED).exists()
 
-        def begins_alike(name: str) -> bool:
-            here = self._folder / name
-            there = self._fs.cat_file(f"{self._root}/{name}") if name in self._names else None
-            return there is not None and here.exists() and here.read_bytes().startswith(there)
+        def extends(name: str) -> bool:
+            local = self._folder / name
+            remote = self._fs.cat_file(f"{self._root}/{name}") if name in self._names else None
+            return remote is not None and local.exists() and local.read_bytes().startswith(remote)
 
-        return bool(_told(self._url, "read", lambda: all(map(begins_alike, ("config.json", "metrics.jsonl")))))
+        return bool(_call(lambda: extends(CONFIG) and extends(METRICS), f"--workdir {self.url} cannot be read"))
 
-    def try_to_write(self) -> None:
-        """Before hours of training."""
-        self._fs.makedirs(self._root, exist_ok=True)
-        self._fs.pipe_file(f"{self._root}/{PROBE}", b"")
-        self._fs.rm_file(f"{self._root}/{PROBE}")
+    def check_writable(self) -> None:
+        """Raises UserError if the URL cannot be written: now rather than after hours of training."""
+
+        def probe() -> None:
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(f"{self._root}/{PROBE}", b"")
+            self._fs.rm_file(f"{self._root}/{PROBE}")
+
+        _call(probe, f"--workdir {self.url} cannot be written")
 
     def pull(self) -> None:
-        _told(self._url, "read", self._pull)
+        """Makes the mirror equal to the URL. Raises UserError if the URL cannot be read."""
+        _call(self._pull, f"--workdir {self.url} cannot be read")
 
     def _pull(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / URL).write_text(self._url)
+        (self._folder / URL).write_text(self.url)
         wanted = {name for name in self._names if (step := _step(name)) is None or step in self._committed}
         for path in self._files():
             if path.relative_to(self._folder).as_posix() not in wanted:
                 path.unlink()
-        for path in (self._folder / "checkpoints").glob("*"):
-            committed = self._committed_here(path.name)
-            if committed is None or committed != self._committed.get(path.name):  # also half of an earlier pull
+        for path in self._checkpoints.glob("*"):
+            committed = self._local_commit(path.name)
+            if committed is None or committed != self._committed.get(path.name):  # including a partly pulled one
                 shutil.rmtree(path)
         for name in sorted(wanted, key=lambda name: (PurePosixPath(name).name == COMMITTED, name)):
             target = self._folder / name
             if _step(name) and target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.partial")
-            self._fs.get_file(f"{self._root}/{name}", str(partial))
-            partial.replace(target)
+            with atomic_write(target) as file:
+                self._fs.get_file(f"{self._root}/{name}", file.name)
 
     def push(self) -> None:
-        """First what tells of a checkpoint, then the checkpoint."""
+        """Uploads what has changed: first metrics and other files, then the checkpoints that they describe."""
         for path in self._files():
             name, stat = path.relative_to(self._folder).as_posix(), path.stat()
             if self._pushed.get(name) != (stat.st_size, stat.st_mtime_ns):
                 self._make_parent(name)
-                self._fs.pipe_file(f"{self._root}/{name}", path.read_bytes())  # as it is now: it may grow meanwhile
+                self._fs.pipe_file(f"{self._root}/{name}", path.read_bytes())  # a snapshot, since the file may grow
                 self._pushed[name] = (stat.st_size, stat.st_mtime_ns)
                 (self._folder / PUSHED).touch()
-        here = {
+        local = {
             path.name: committed
-            for path in (self._folder / "checkpoints").glob("*")
-            if path.name.isdecimal() and (committed := self._committed_here(path.name))
+            for path in self._checkpoints.glob("*")
+            if path.name.isdecimal() and (committed := self._local_commit(path.name))
         }
-        for step in sorted(here, key=int, reverse=True):  # the latest may replace the others
-            if self._committed.get(step) != here[step]:
+        for step in sorted(local, key=int, reverse=True):  # the latest first, as it may replace the others meanwhile
+            if self._committed.get(step) != local[step]:
                 self._remove(step)
-                self._push_checkpoint(step, here[step])
-        for step in self._committed.keys() - here.keys():
+                self._push_checkpoint(step, local[step])
+        for step in self._committed.keys() - local.keys():
             self._remove(step)
 
     def _push_checkpoint(self, step: str, committed: bytes) -> None:
-        folder = self._folder / "checkpoints" / step
+        folder = self._checkpoints / step
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMMITTED)
         try:
             for path in files:
@@ -262,11 +257,11 @@ class _Copy:
             if folder.exists():
                 raise
         if all(path.exists() for path in files) and folder.exists():  # a newer checkpoint may have replaced it
-            self._fs.pipe_file(f"{self._root}/checkpoints/{step}/{COMMITTED}", committed)
+            self._fs.pipe_file(f"{self._root}/{CHECKPOINTS}/{step}/{COMMITTED}", committed)
             self._committed[step] = committed
 
     def _remove(self, step: str) -> None:
-        folder = f"{self._root}/checkpoints/{step}"
+        folder = f"{self._root}/{CHECKPOINTS}/{step}"
         if self._committed.pop(step, None):
             self._fs.rm_file(f"{folder}/{COMMITTED}")
         self._fs.invalidate_cache()
@@ -274,18 +269,18 @@ class _Copy:
             self._fs.rm(folder, recursive=True)
 
     def _make_parent(self, name: str) -> None:
-        self._fs.makedirs(f"{self._root}/{PurePosixPath(name).parent}", exist_ok=True)  # nothing, in a bucket
+        self._fs.makedirs(f"{self._root}/{PurePosixPath(name).parent}", exist_ok=True)  # a no-op in a bucket
 
-    def _committed_here(self, step: str) -> bytes | None:
-        path = self._folder / "checkpoints" / step / COMMITTED
+    def _local_commit(self, step: str) -> bytes | None:
+        path = self._checkpoints / step / COMMITTED
         return path.read_bytes() if path.exists() else None
 
     def _files(self) -> list[Path]:
-        """Of the folder, all that is kept like there; checkpoints, which come and go, are not among them."""
+        """Returns the mirrored files, except for checkpoints, each of which is synchronised as a whole."""
         found = []
         for path in sorted(self._folder.rglob("*")):
             parts = path.relative_to(self._folder).parts
-            hidden = any(part.startswith(".") or part.endswith(".partial") for part in parts)
-            if not hidden and parts[0] not in LOCAL | {"checkpoints"} and path.is_file():
+            hidden = any(part.startswith(".") for part in parts)  # including the partial files of files.atomic_write
+            if not hidden and parts[0] not in NOT_MIRRORED | {CHECKPOINTS} and path.is_file():
                 found.append(path)
         return found

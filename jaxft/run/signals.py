@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, acted upon between two steps, by all processes after the same step."""
+"""Handles SIGTERM and Ctrl-C between two steps: all processes stop after the same step."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ from jaxft.errors import Interrupted
 
 
 class StopSignals:
-    """Within `deferred()` a signal is noted, for `reached` to tell; elsewhere, or a second time, it raises Interrupted.
+    """Signal handlers: inside `deferred()` the first signal only sets a flag that `reached()` reports.
 
-    With several processes JAX's coordinator takes SIGTERM and finds a step that all of them have yet to begin; Ctrl-C
-    is passed on as SIGTERM.
+    A second signal, or one outside `deferred()`, raises Interrupted. With several processes, JAX's coordinator receives
+    SIGTERM and finds a step that none of them has begun; Ctrl-C is forwarded as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class StopSignals:
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        again, self.received = self.received, signal.Signals(number)
-        if again or not self._deferring:
+        previous, self.received = self.received, signal.Signals(number)
+        if previous or not self._deferring:
             raise Interrupted(self.received)
-        print(f"\n{self.received.name}: stopping after the steps under way", file=sys.stderr, flush=True)
+        print(f"\n{self.received.name}: stopping after the current steps", file=sys.stderr, flush=True)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -54,7 +54,7 @@ class StopSignals:
             self._deferring = False
 
     def reached(self, step: int) -> bool:
-        """Whether to stop before `step`; every process asks for every step, in order."""
+        """Returns whether to stop before `step`. Every process must call this for every step, in order."""
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM
         return self.received is not None

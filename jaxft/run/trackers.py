@@ -1,22 +1,23 @@
-"""The lines of metrics.jsonl for those who look at them elsewhere: in TensorBoard, in Weights & Biases."""
+"""Copies the lines of metrics.jsonl to TensorBoard and to Weights & Biases."""
 
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
+from jaxft.main_process import is_main_process
 from jaxft.run.remote_workdir import display_name
+from jaxft.run.workdir import Workdir
 
 SCALARS = ("loss", "accuracy", "images_per_second")
 
 
 def check_trackers(log: ConfigDict) -> None:
-    """Raises UserError where the config's `log` section asks for what is not installed."""
+    """Raises UserError if the config's `log` section needs a package that is not installed."""
     needed = (
         ("log.tensorboard", log.tensorboard, "tensorboardX", "'jaxft[tensorboard]'"),
         ("log.wandb", log.wandb, "wandb", "wandb"),
@@ -27,23 +28,23 @@ def check_trackers(log: ConfigDict) -> None:
 
 
 class Trackers:
-    """Writes from process 0 alone.
+    """Writes each line to the trackers that the config's `log` section names, from process 0.
 
-    TensorBoard has the lines of before an interruption written anew, `kept`, for a killed process may not have written
-    them; Weights & Biases takes each step once.
+    kept: the lines from before an interruption. They are written to TensorBoard again, because a killed process may
+    have lost them; Weights & Biases accepts each step only once.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, kept: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, config: ConfigDict, workdir: Workdir, kept: Iterable[dict[str, Any]]) -> None:
         self._writers: list[Callable[[dict[str, float], int], None]] = []
         self._closers: list[Callable[[], None]] = []
-        if jax.process_index():
+        if not is_main_process():
             return
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter
 
             rows = list(kept)
-            suffix = f".{len(rows):09}"  # or a writer of the same second would overwrite this one's file
-            board = SummaryWriter(str(workdir / "tensorboard"), purge_step=1, filename_suffix=suffix)
+            suffix = f".{len(rows):09}"  # file names hold only the second, and two writers may share it
+            board = SummaryWriter(str(workdir.tensorboard), purge_step=1, filename_suffix=suffix)
 
             def write_scalars(row: dict[str, float], step: int) -> None:
                 for key, value in row.items():
@@ -56,13 +57,12 @@ class Trackers:
         if config.log.wandb:
             import wandb
 
-            where = display_name(workdir.resolve())  # on whatever machine it goes on
-            identity = hashlib.sha256(where.encode()).hexdigest()[:16]
+            name = display_name(workdir.path.resolve())
             run = wandb.init(
                 project=config.log.wandb,
-                name=PurePath(where).name,
-                dir=workdir,
-                id=identity,
+                name=PurePath(name).name,
+                dir=workdir.path,
+                id=hashlib.sha256(name.encode()).hexdigest()[:16],  # the same if another machine resumes the run
                 resume="allow",
                 config=config.to_dict(),
             )
@@ -70,7 +70,7 @@ class Trackers:
             self._closers.append(run.finish)
 
     def write(self, row: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Writes a line of metrics.jsonl."""
         scalars = {f"{row['split']}/{key}": row[key] for key in SCALARS}
         for write in self._writers:
             write(scalars, row["step"])

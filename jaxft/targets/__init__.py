@@ -1,1 +1,1 @@
-"""What a network predicts: its head, loss, counts, scores and display."""
+"""Kinds of prediction, one module each: its head, loss, counts, scores and display."""

@@ -1,4 +1,4 @@
-"""Single-label classification: the head, the loss, counts, predictions and scores."""
+"""Single-label classification: head, loss, counts on the device, scores and display, in the order of their use."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,55 +13,28 @@ from flax import struct
 from jaxft.data.batches import Array
 from jaxft.models.heads import linear_init
 
+TOP_K = (3, 5)  # reported if there are at least twice as many classes
+CALIBRATION_BINS = 15
 
-@struct.dataclass
-class Counts:
-    """Sums over pictures, to be divided once on the host."""
-
-    loss: Array
-    correct: Array
-    num_images: Array
+# ---- head ----
 
 
-@struct.dataclass
-class Predictions:
-    """What the network says of each picture (B,), beside the truth."""
-
-    label: Array  # int32
-    predicted: Array  # int32, the class of the highest logit
-    confidence: Array  # its probability
-    rank: Array  # int32, of the label among the logits: 0 where the prediction is right
-    loss: Array
+def replace_head(variables: Mapping[str, Any], num_classes: int, rng: jax.Array) -> dict[str, Any]:
+    """Returns the variables with a new dense head, initialised like torch's nn.Linear; the rest is unchanged."""
+    features = variables["params"]["fc"]["kernel"].shape[0]
+    kernel_rng, bias_rng = jax.random.split(rng)
+    init = linear_init(features)
+    head = {"kernel": init(kernel_rng, (features, num_classes)), "bias": init(bias_rng, (num_classes,))}
+    return {**variables, "params": {**variables["params"], "fc": head}}
 
 
-def predictions_from_logits(logits: Array, label: Array) -> Predictions:
-    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
-    before = jnp.arange(logits.shape[-1]) < label[:, None]  # argmax takes the first of equals
-    return Predictions(
-        label=label,
-        predicted=logits.argmax(-1).astype(jnp.int32),
-        confidence=jax.nn.softmax(logits).max(-1),
-        rank=((logits > own) | ((logits == own) & before)).sum(-1, dtype=jnp.int32),
-        loss=optax.softmax_cross_entropy_with_integer_labels(logits, label),
-    )
-
-
-def count_batch(logits: Array, label: Array, mask: Array) -> Counts:
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    correct = logits.argmax(-1) == label
-    return Counts((loss * mask).sum(), (correct * mask).sum(), mask.sum())
-
-
-def count_predictions(predictions: Predictions) -> Counts:
-    """On the host, of predictions without padding."""
-    loss, correct = np.sum(predictions.loss, dtype=np.float64), np.sum(predictions.rank == 0)
-    return Counts(np.asarray(loss), np.asarray(correct), np.asarray(len(predictions.label)))
+# ---- loss ----
 
 
 def cross_entropy(
     logits: Array, label: Array, label_smoothing: float = 0.0, class_weights: tuple[float, ...] = ()
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each picture (B,): its loss, weighted by its class, and that weight; as torch.nn.functional.cross_entropy."""
+    """Returns the weighted loss of each image (B,) and its weight (B,), as in torch.nn.functional.cross_entropy."""
     log_probabilities = jax.nn.log_softmax(logits)
     weights = jnp.array(class_weights or (1.0,) * logits.shape[-1], log_probabilities.dtype)
     own = -jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0] * weights[label]
@@ -71,14 +44,87 @@ def cross_entropy(
     return loss, weights[label]
 
 
-TOP_K = (3, 5)  # told where there are at least twice as many classes
+def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """Returns N / (C n_c) for each class c with n_c images, as in sklearn's class_weight="balanced"."""
+    counts = np.maximum(np.bincount(label, minlength=num_classes), 1)
+    return tuple((len(label) / (num_classes * counts)).tolist())
 
 
-CALIBRATION_BINS = 15
+# ---- counts and predictions, on the device ----
+
+
+@struct.dataclass
+class Counts:
+    """Sums over images, which the host divides once."""
+
+    loss: Array
+    correct: Array
+    num_images: Array
+
+
+@struct.dataclass
+class Predictions:
+    """Per-image predictions and labels, each of shape (B,)."""
+
+    label: Array  # int32
+    predicted: Array  # int32, the class of the highest logit
+    confidence: Array  # probability of the predicted class
+    rank: Array  # int32, position of the label among the sorted logits: 0 if the prediction is right
+    loss: Array
+
+
+def count_batch(logits: Array, label: Array, mask: Array) -> Counts:
+    """Sums loss and correct predictions over the images whose mask is 1."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    correct = logits.argmax(-1) == label
+    return Counts((loss * mask).sum(), (correct * mask).sum(), mask.sum())
+
+
+def predictions_from_logits(logits: Array, label: Array) -> Predictions:
+    own = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    before = jnp.arange(logits.shape[-1]) < label[:, None]  # argmax takes the first of equal logits
+    return Predictions(
+        label=label,
+        predicted=logits.argmax(-1).astype(jnp.int32),
+        confidence=jax.nn.softmax(logits).max(-1),
+        rank=((logits > own) | ((logits == own) & before)).sum(-1, dtype=jnp.int32),
+        loss=optax.softmax_cross_entropy_with_integer_labels(logits, label),
+    )
+
+
+# ---- scores, on the host ----
+
+
+def count_predictions(predictions: Predictions) -> Counts:
+    """Computes the counts of predictions, which must not include padding."""
+    loss, correct = np.sum(predictions.loss, dtype=np.float64), np.sum(predictions.rank == 0)
+    return Counts(np.asarray(loss), np.asarray(correct), np.asarray(len(predictions.label)))
+
+
+def evaluation_summary(predictions: Predictions, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns all scores of an evaluation, ready for JSON; a class without images has accuracy None."""
+    num_images, correct = len(predictions.label), int((predictions.rank == 0).sum())
+    matrix = confusion_matrix(predictions, len(class_names))
+    class_sizes = matrix.sum(1)
+    per_class = [int(matrix[i, i]) / int(size) if size else None for i, size in enumerate(class_sizes)]
+    return {
+        "pictures": num_images,
+        "correct": correct,
+        "accuracy": correct / num_images,
+        "accuracy_interval": wilson_interval(correct, num_images),
+        "loss": float(np.sum(predictions.loss, dtype=np.float64)) / num_images,
+        "top_k_accuracy": {
+            str(k): int((predictions.rank < k).sum()) / num_images for k in TOP_K if 2 * k <= len(class_names)
+        },
+        "mean_per_class_accuracy": float(np.mean([accuracy for accuracy in per_class if accuracy is not None])),
+        "per_class_accuracy": dict(zip(class_names, per_class, strict=True)),
+        "expected_calibration_error": calibration(predictions).error,
+        "confusion_matrix": matrix.tolist(),
+    }
 
 
 def wilson_interval(correct: int, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy (Wilson 1927), which stays within [0, 1] for few pictures too."""
+    """Returns the 95 % interval of an accuracy (Wilson 1927), which lies within [0, 1] even for few images."""
     z = 1.959963984540054
     centre = (correct + z**2 / 2) / (num_images + z**2)
     half = z / (num_images + z**2) * math.sqrt(correct * (num_images - correct) / num_images + z**2 / 4)
@@ -86,13 +132,13 @@ def wilson_interval(correct: int, num_images: int) -> tuple[float, float]:
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
-    """int64 (num_classes, num_classes): rows are the truth, columns the prediction."""
+    """Returns int64 (num_classes, num_classes): labels in rows, predictions in columns."""
     pairs = np.asarray(predictions.label, np.int64) * num_classes + predictions.predicted
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 class Calibration(NamedTuple):
-    """Of the pictures in each of CALIBRATION_BINS equal bins of confidence; 0 in an empty bin."""
+    """Statistics of the images in each of CALIBRATION_BINS equal bins of confidence; 0 in an empty bin."""
 
     num_images: np.ndarray
     confidence: np.ndarray  # mean
@@ -114,38 +160,47 @@ def calibration(predictions: Predictions) -> Calibration:
     return Calibration(num_images, confidences / divisor, correct / divisor)
 
 
-def evaluation_summary(predictions: Predictions, class_names: Sequence[str]) -> dict[str, Any]:
-    """Everything that one evaluation says, ready for JSON; a class without pictures has accuracy None."""
-    num_images, correct = len(predictions.label), int((predictions.rank == 0).sum())
-    matrix = confusion_matrix(predictions, len(class_names))
-    of_class = matrix.sum(1)
-    per_class = [int(matrix[i, i]) / int(of_class[i]) if of_class[i] else None for i in range(len(class_names))]
-    return {
-        "pictures": num_images,
-        "correct": correct,
-        "accuracy": correct / num_images,
-        "accuracy_interval": wilson_interval(correct, num_images),
-        "loss": float(np.sum(predictions.loss, dtype=np.float64)) / num_images,
-        "top_k_accuracy": {
-            str(k): int((predictions.rank < k).sum()) / num_images for k in TOP_K if 2 * k <= len(class_names)
-        },
-        "mean_per_class_accuracy": float(np.mean([accuracy for accuracy in per_class if accuracy is not None])),
-        "per_class_accuracy": dict(zip(class_names, per_class, strict=True)),
-        "expected_calibration_error": calibration(predictions).error,
-        "confusion_matrix": matrix.tolist(),
-    }
+# ---- display ----
 
 
-def replace_head(variables: Mapping[str, Any], num_classes: int, rng: jax.Array) -> dict[str, Any]:
-    """The same variables with a new dense head, initialised as torch's nn.Linear; everything else is untouched."""
-    features = variables["params"]["fc"]["kernel"].shape[0]
-    kernel_rng, bias_rng = jax.random.split(rng)
-    init = linear_init(features)
-    head = {"kernel": init(kernel_rng, (features, num_classes)), "bias": init(bias_rng, (num_classes,))}
-    return {**variables, "params": {**variables["params"], "fc": head}}
+class Prediction(NamedTuple):
+    """The most probable classes of one image."""
+
+    label: str
+    probability: float
+    top_k: tuple[tuple[str, float], ...]  # labels and probabilities, the most probable first
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns {"label", "probability", "top_k": [{"label", "probability"}, ...]}."""
+        top_k = [{"label": label, "probability": probability} for label, probability in self.top_k]
+        return {"label": self.label, "probability": self.probability, "top_k": top_k}
 
 
-def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, ...]:
-    """N / (C n_c) for a class of n_c pictures: the classes' weights as sklearn's class_weight="balanced" has them."""
-    counts = np.maximum(np.bincount(label, minlength=num_classes), 1)
-    return tuple((len(label) / (num_classes * counts)).tolist())
+def rank(probabilities: np.ndarray, class_names: Sequence[str], top_k: int) -> Prediction:
+    """Returns the `top_k` most probable classes of one image. probabilities: (num_classes,)."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    top = tuple((class_names[i], float(probabilities[i])) for i in order)
+    return Prediction(*top[0], top)
+
+
+def score_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Returns the scores of evaluation_summary as lines for a terminal, the accuracy first."""
+    low, high = scores["accuracy_interval"]
+    return [
+        f"accuracy {scores['accuracy']:.2%} ({scores['correct']} of {scores['pictures']}), loss {scores['loss']:.4f}",
+        f"95 % interval {low:.2%} to {high:.2%}",
+        *(f"top-{k} accuracy {accuracy:.2%}" for k, accuracy in scores["top_k_accuracy"].items()),
+        f"mean per-class accuracy {scores['mean_per_class_accuracy']:.2%}",
+        f"expected calibration error {scores['expected_calibration_error']:.2%}",
+    ]
+
+
+def score_cards(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (value, meaning) of the scores that a report shows beside the accuracy."""
+    return [
+        *((f"{accuracy:.1%}", f"top-{k} accuracy") for k, accuracy in scores["top_k_accuracy"].items()),
+        (f"{scores['mean_per_class_accuracy']:.1%}", "mean per-class accuracy"),
+        (f"{scores['loss']:.3f}", "cross-entropy loss"),
+        (f"{scores['expected_calibration_error']:.1%}", "expected calibration error"),
+        (f"{scores['pictures']:,}", "test images"),
+    ]

@@ -1,1 +1,1 @@
-"""Trains and evaluates: state, steps, optimizer and loop."""
+"""Training and evaluation: state, steps, optimizer, loop, and the start of a run."""

@@ -1,31 +1,36 @@
-"""Knowledge distillation: a network that also learns what a trained one says of each picture (Hinton et al. 2015)."""
+"""Knowledge distillation: a network also learns the predictions of a trained network (Hinton et al. 2015)."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet
 from jaxft.transforms.preprocessing import Preprocessing
 
 
 class Teacher(NamedTuple):
+    """A trained network, with its variables on every device."""
+
     model: ResNet
+    policy: Policy
     preprocessing: Preprocessing
     variables: Any
     checkpoint: int  # its step
 
 
 class Distillation(NamedTuple):
-    """What a training step needs of the teacher besides its variables."""
+    """Static settings of distillation in a train step: the teacher without its variables."""
 
     model: ResNet
+    policy: Policy
     preprocessing: Preprocessing
-    weight: float  # of what the teacher says; the rest is for the labels
+    weight: float  # of the teacher's predictions in the loss; the labels have the rest
     temperature: float
 
 
 def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-    """Of each picture (B,): the divergence of the softened predictions, times temperature^2 for gradients alike."""
-    own, taught = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher_logits))
-    return temperature**2 * (jnp.exp(taught) * (taught - own)).sum(-1)
+    """Returns the KL divergence (B,) of the softened predictions, times temperature^2 to keep the gradients' scale."""
+    student, teacher = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher_logits))
+    return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)

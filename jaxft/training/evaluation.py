@@ -1,4 +1,4 @@
-"""TODO."""
+"""Evaluation: predictions, cached features and recalibrated statistics over a whole dataset."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,80 +13,112 @@ from ml_collections import ConfigDict
 from jaxft.config import resolve
 from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, replicate
-from jaxft.data.loader import Loader, make_loader
+from jaxft.data.loader import Loader, ResidentLoader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.resnet import ResNet, multiply_adds
 from jaxft.ops import onednn
+from jaxft.ops.formulation import Formulation
+from jaxft.process import disable_compilation_cache
 from jaxft.progress import Progress
 from jaxft.run.processes import with_compile_barrier
 from jaxft.targets.classification import Predictions
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
 from jaxft.training.state import TrainState
-from jaxft.training.steps import Step, eval_step, features_step, map_batches, statistics_step
-from jaxft.training.steps_per_call import batches_per_call, scan_length, stack_batches
+from jaxft.training.steps import EvalConfig, EvalStep, eval_step, features_step, map_batches, statistics_step
+from jaxft.training.steps_per_call import StepsPerCall, choose_steps_per_call, stack_batches
 from jaxft.transforms.preprocessing import Preprocessing
 
-Steps = Callable[[TrainState, Examples | None, Batch, Any], Any]  # the last: `map_batches`'s turns
-
-
-STEPS_AHEAD = 2  # that the host runs before the devices
+EvalSteps = Callable[[TrainState, Examples | None, Batch, Any], Any]  # the last: the num_steps of `map_batches`
 
 
 def evaluate_pictures(
-    p_eval_steps: Steps, state: TrainState, loader: Loader, batch_size: int, per_call: int = 1
+    p_eval_steps: EvalSteps,
+    state: TrainState,
+    loader: Loader,
+    batch_size: int,
+    per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
 ) -> Predictions:
-    """Of each picture (N,) in the order of the data, once, on any number of devices."""
-    return _of_pictures(p_eval_steps, state, loader, batch_size, per_call, "evaluating")
+    """Evaluates every image once, on any number of devices: predictions (N,) in the order of the data."""
+    return _per_image(p_eval_steps, state, loader, batch_size, per_call, "evaluating")
 
 
 def extract_features(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, loader: Loader, batch_size: int, per_call: int = 1
+    config: EvalConfig,
+    state: TrainState,
+    loader: Loader,
+    batch_size: int,
+    per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
 ) -> Examples:
-    """The same labels with what the head sees of each picture, float32 (N, F), for a backbone that stays as it is."""
-    p_steps = _pmap_steps(features_step, model, preprocessing)
-    return Examples(_of_pictures(p_steps, state, loader, batch_size, per_call, "the backbone's features"), loader.label)
+    """Computes a frozen backbone's pooled features, float32 (N, F), which replace the images; labels stay."""
+    p_steps = _pmap_steps(features_step, config)
+    features = _per_image(p_steps, state, loader, batch_size, per_call, "the backbone's features")
+    return Examples(features, loader.label)
+
+
+def cache_features(
+    config: EvalConfig,
+    state: TrainState,
+    loaders: tuple[Loader, Loader],
+    batch_size: int,
+    per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
+) -> tuple[Loader, Loader]:
+    """Replaces the images of the training and the test loader by their features, resident on every device.
+
+    Only test images are averaged with their mirror images, if the policy asks for that.
+    """
+    train_config = config._replace(policy=config.policy._replace(test_flip=False))
+    train, test = (
+        ResidentLoader(replicate(extract_features(eval_config, state, loader, batch_size, per_call)))
+        for eval_config, loader in zip((train_config, config), loaders, strict=True)
+    )
+    return train, test
 
 
 def recalibrate(
-    model: ResNet, preprocessing: Preprocessing, state: TrainState, loader: Loader, batch_size: int, per_call: int = 1
+    config: EvalConfig,
+    state: TrainState,
+    loader: Loader,
+    batch_size: int,
+    per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
 ) -> TrainState:
-    """With running statistics that are the mean of every batch's, as torch.optim.swa_utils.update_bn has them.
+    """Replaces the running statistics by the mean over all batches, as torch.optim.swa_utils.update_bn does.
 
-    A batch's own statistics belong to the parameters as they are now, running ones also to earlier ones.
+    Running statistics also average over earlier parameters; the recalibrated ones match the current parameters.
     """
-    p_steps = _pmap_steps(statistics_step, model, preprocessing, fold=False)
-    of_batches = _of_batches(p_steps, state, loader, batch_size, per_call, "recalibrating")
-    mean = replicate(jax.tree.map(lambda a: np.mean(a, axis=0, dtype=np.float64).astype(a.dtype), of_batches))
+    p_steps = _pmap_steps(statistics_step, config._replace(fold=False))
+    per_batch = _per_batch(p_steps, state, loader, batch_size, per_call, "recalibrating")
+    mean = replicate(jax.tree.map(lambda a: np.mean(a, axis=0, dtype=np.float64).astype(a.dtype), per_batch))
     if state.ema:
         return dataclasses.replace(state, ema=state.ema | {"batch_stats": mean})
     return dataclasses.replace(state, batch_stats=mean)
 
 
-def _of_pictures(
-    p_steps: Steps, state: TrainState, loader: Loader, batch_size: int, per_call: int, description: str
+def _per_image(
+    p_steps: EvalSteps, state: TrainState, loader: Loader, batch_size: int, per_call: StepsPerCall, description: str
 ) -> Any:
-    """A step's results (num_devices, B, ...) for all pictures, on the host: (N, ...)."""
+    """Joins a step's results (num_devices, B, ...) of all images on the host: (N, ...)."""
     devices = jax.device_count()
-    of_batches = _of_batches(p_steps, state, loader, -(-batch_size // devices) * devices, per_call, description)
-    # Padding is at the end of the last batch alone.
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(loader.label)], of_batches)
+    per_batch = _per_batch(p_steps, state, loader, -(-batch_size // devices) * devices, per_call, description)
+    # Padding is only at the end of the last batch.
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(loader.label)], per_batch)
 
 
-def _of_batches(
-    p_steps: Steps, state: TrainState, loader: Loader, batch_size: int, per_call: int, description: str
+def _per_batch(
+    p_steps: EvalSteps, state: TrainState, loader: Loader, batch_size: int, per_call: StepsPerCall, description: str
 ) -> Any:
-    """A step's results for all batches, on the host: (batches, ...)."""
+    """Joins a step's results of all batches on the host: (batches, ...)."""
     size = len(loader.label)
     results: list[Any] = []
     counts: list[int] = []
     with Progress(description, size) as progress:
         batches = loader.batches(np.arange(size), batch_size)
         for call, count in stack_batches(batches, -(-size // batch_size), per_call):
-            results.append(p_steps(state, loader.examples, call, scan_length(count)))
+            results.append(p_steps(state, loader.examples, call, per_call.scan_length(count)))
             counts.append(count)
-            if len(results) > STEPS_AHEAD:
-                jax.block_until_ready(results[-1 - STEPS_AHEAD])
-                progress.update(min(counts[-1 - STEPS_AHEAD] * batch_size, size))
+            done = len(results) - 1 - per_call.ahead
+            if done >= 0:
+                jax.block_until_ready(results[done])
+                progress.update(min(counts[done] * batch_size, size))
 
         def joined(*arrays: np.ndarray) -> np.ndarray:
             return np.concatenate([array[:count] for array, count in zip(arrays, counts, strict=True)])
@@ -94,14 +126,14 @@ def _of_batches(
         return jax.tree.map(joined, *jax.device_get(results))
 
 
-def pmap_eval_steps(model: ResNet, preprocessing: Preprocessing) -> Steps:
-    return _pmap_steps(eval_step, model, preprocessing)
+def pmap_eval_steps(config: EvalConfig) -> EvalSteps:
+    return _pmap_steps(eval_step, config)
 
 
-def _pmap_steps(step: Step, model: ResNet, preprocessing: Preprocessing, *, fold: bool = True) -> Steps:
-    steps = partial(map_batches, step=step, model=model, preprocessing=preprocessing, fold=fold)
+def _pmap_steps(step: EvalStep, config: EvalConfig) -> EvalSteps:
+    steps = partial(map_batches, step=step, config=config)
     return with_compile_barrier(
-        jax.pmap(steps, axis_name=model.axis_name, in_axes=(None, None, 0, None), out_axes=None)
+        jax.pmap(steps, axis_name=config.policy.axis_name, in_axes=(None, None, 0, None), out_axes=None)
     )
 
 
@@ -115,24 +147,34 @@ class Evaluation(NamedTuple):
 def evaluate(
     workdir: str | Path, which: str = "best", data_dir: str | None = None, *, flip: bool = False
 ) -> Evaluation:
-    """A checkpoint, 'best', 'latest' or a step's number, on the split that its run was tested on.
+    """Evaluates a checkpoint ('best', 'latest' or a step's number) on the split that its run was tested on.
 
-    flip: with the mean of each picture's and its mirror image's logits, whatever the run's model.test_flip.
+    flip: average the logits of each image and its mirror image, whatever the run's model.test_flip.
     """
     checkpoint = load_checkpoint(workdir, which)
     if flip:
-        checkpoint = checkpoint._replace(model=checkpoint.model.clone(test_flip=True))
+        checkpoint = checkpoint._replace(policy=checkpoint.policy._replace(test_flip=True))
     return evaluate_checkpoint(checkpoint, data_dir)
 
 
-def choose_formulation(model: ResNet, state: TrainState, config: ConfigDict, train_size: int) -> ResNet:
-    """The model with oneDNN's convolutions where its training is long enough: to train and to evaluate alike."""
-    work = 3 * multiply_adds(model, state.variables(), config.image_size) * train_size * config.num_epochs
-    return model.clone(by_onednn=onednn.is_chosen(config.model.onednn, work))
+def choose_formulation(model: ResNet, config: ConfigDict, train_size: int) -> Formulation:
+    """Returns the model's formulation, with oneDNN if it is on a CPU and its run is long enough to repay compilation.
+
+    The choice depends on the whole run, so that evaluation decides as training did.
+    """
+    if model.formulation != "cpu":
+        return model.formulation
+    work = 3 * multiply_adds(model, config.image_size) * train_size * config.num_epochs
+    return "cpu-onednn" if onednn.is_worthwhile(config.model.onednn, work) else "cpu"
 
 
 def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = None) -> Evaluation:
-    step, info, model, state = checkpoint
+    """Evaluates a checkpoint on the split that its run was tested on.
+
+    data_dir: folder of prepared TFDS datasets, if it has moved. Raises UserError if the data has other classes than
+    the checkpoint.
+    """
+    step, info, model, policy, state = checkpoint
     config = resolve(info["config"])
     data = config.data
     if data_dir is not None:
@@ -140,8 +182,10 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     dataset = datasets.load_config_data(data, data.eval_split, config.image_size, tuple(info["class_names"]))
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
-    model = choose_formulation(model, state, config, info["train_size"])
-    p_eval_steps = pmap_eval_steps(model, Preprocessing(**info["preprocessing"]))
-    per_call = batches_per_call(config, model, state, train=False)
+    model = model.clone(formulation=choose_formulation(model, config, info["train_size"]))
+    if model.formulation == "cpu-onednn":
+        disable_compilation_cache()
+    p_eval_steps = pmap_eval_steps(EvalConfig(model, Preprocessing(**info["preprocessing"]), policy))
+    per_call = choose_steps_per_call(config, model, train=False)
     predictions = evaluate_pictures(p_eval_steps, state, make_loader(dataset, data), config.batch_size, per_call)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)

@@ -1,82 +1,48 @@
-"""The training loop's parts: mapped steps, calls of several steps, rows of metrics, divergence."""
+"""The training loop: mapped steps, an epoch of them, rows of metrics, and the handling of divergence."""
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
-from jaxft.data.batches import Batch, Examples
-from jaxft.errors import UserError
-from jaxft.models.resnet import ResNet
+from jaxft.data.batches import Batch, epoch_order
+from jaxft.data.loader import Loader
+from jaxft.errors import Interrupted, UserError
+from jaxft.main_process import is_main_process
+from jaxft.models.partition import make_policy
+from jaxft.models.policy import Policy
+from jaxft.progress import Progress
 from jaxft.run.checkpoints import Checkpoints, NotFiniteError
 from jaxft.run.metrics_file import MetricsFile
+from jaxft.run.processes import with_compile_barrier
 from jaxft.run.signals import StopSignals
+from jaxft.run.trackers import Trackers
 from jaxft.targets.classification import Counts
-from jaxft.training.distill import Distillation, Teacher
-from jaxft.training.evaluation import STEPS_AHEAD
 from jaxft.training.state import TrainState
 from jaxft.training.steps import StepConfig, train_step, train_steps
-from jaxft.training.steps_per_call import scan_length
-from jaxft.transforms.augment import make_augmentation
-from jaxft.transforms.preprocessing import Preprocessing
+from jaxft.training.steps_per_call import StepsPerCall, stack_batches
+from jaxft.transforms.preprocessing import epoch_image_size
 
-TrainSteps = Callable[[TrainState, Examples | None, Batch, Any], tuple[TrainState, Counts]]  # the last: its `turns`
-
-
-def epochs_evaluated(metrics: MetricsFile, step: int, steps_per_epoch: int) -> int:
-    """After `step`: the epoch that it ends does not count before its evaluation is done."""
-    epochs, rest = divmod(step, steps_per_epoch)
-    return epochs - 1 if epochs and not rest and step not in metrics.accuracy else epochs
+TrainSteps = Callable[[TrainState, Batch, Any], tuple[TrainState, Counts]]  # (state, stacked batches, num_steps)
 
 
-@contextmanager
-def report_divergence(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> Iterator[None]:
-    """Turns NotFiniteError into a UserError. A checkpoint that led there at once is set aside: it is no good either."""
-    try:
-        yield
-    except NotFiniteError as error:
-        checkpoints.wait()
-        if error.made_by in checkpoints.steps():
-            checkpoints.set_aside(error.made_by)
-        steps = checkpoints.steps()
-        last_good = f"the last good checkpoint is {steps[-1]}" if steps else "there is no good checkpoint"
-        raise UserError(
-            f"{error} at step {error.step}, where the learning rate is {float(learning_rate(error.step - 1)):g}; "
-            f"{last_good}; train in another --workdir with a lower optimizer.learning_rate"
-        ) from None
+def pmap_train_steps(config: StepConfig, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Returns the pmapped (state, examples, batches, teacher_variables, num_steps) -> (state, counts).
 
-
-def pmap_train_steps(
-    config: ConfigDict,
-    model: ResNet,
-    tx: optax.GradientTransformation,
-    preprocessing: Preprocessing,
-    class_weights: tuple[float, ...] = (),
-    teacher: Teacher | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Any:
-    """Of (state, pictures, batches, the teacher's variables, turns). devices: other than all that there are."""
-    distill = config.distill
-    step = partial(
-        train_step,
-        model=model,
-        tx=tx,
-        preprocessing=preprocessing,
-        step_config=StepConfig(config.seed, make_augmentation(config.augment), config.label_smoothing, class_weights),
-        ema_decay=config.optimizer.ema_decay,
-        distillation=teacher
-        and Distillation(teacher.model, teacher.preprocessing, distill.weight, distill.temperature),
-    )
+    devices: all by default.
+    """
     return jax.pmap(
-        partial(train_steps, step=step),
-        axis_name=model.axis_name,
+        partial(train_steps, step=partial(train_step, config=config)),
+        axis_name=config.policy.axis_name,
         in_axes=(None, None, 0, None, None),  # state in natural shapes: no leading axis to add or strip
         out_axes=None,
         donate_argnums=0,
@@ -84,8 +50,93 @@ def pmap_train_steps(
     )
 
 
+def make_train_steps(
+    config: ConfigDict, step_config: StepConfig, loader: Loader, teacher_variables: Any
+) -> Callable[[int], TrainSteps]:
+    """Returns a function from an epoch to its mapped steps.
+
+    The frozen parameters and the image size depend on the epoch; each combination is compiled once.
+    """
+
+    @cache
+    def compiled(policy: Policy, image_size: int) -> TrainSteps:
+        preprocessing = step_config.preprocessing._replace(image_size=image_size)
+        steps = with_compile_barrier(pmap_train_steps(step_config._replace(policy=policy, preprocessing=preprocessing)))
+        return lambda state, batches, num_steps: steps(state, loader.examples, batches, teacher_variables, num_steps)
+
+    def steps_of_epoch(epoch: int) -> TrainSteps:
+        policy = make_policy(config, step_config.model, epoch)
+        first, last = config.augment.first_image_size, config.image_size
+        return compiled(policy, epoch_image_size(first, last, epoch, config.num_epochs))
+
+    return steps_of_epoch
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that training an epoch needs besides the state."""
+
+    config: ConfigDict
+    train_steps: Callable[[int], TrainSteps]  # of an epoch
+    loader: Loader
+    steps_per_epoch: int
+    per_call: StepsPerCall
+    first_step: int  # the run starts or resumes after this step
+    recalibrate: Callable[[TrainState], TrainState]
+    checkpoints: Checkpoints
+    info: dict[str, Any]  # stored with each checkpoint
+    writers: tuple[MetricsFile, Trackers]
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Writes a row of metrics to metrics.jsonl and to the trackers."""
+        for writer in self.writers:
+            writer.write(row)
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written and closes the files."""
+        with ExitStack() as stack:
+            for resource in (*self.writers, self.checkpoints):
+                stack.callback(resource.close)
+
+
+def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSignals) -> TrainState:
+    """Trains from `state` to the end of the epoch, with a checkpoint there and every config.checkpoint.every_steps.
+
+    Raises Interrupted, after saving a checkpoint, if a signal arrived. The order matters: a step's row of metrics is
+    written before its checkpoint, because a run resumes from the checkpoint and keeps the rows up to it.
+    """
+    config, checkpoints = trainer.config, trainer.checkpoints
+    last_step = epoch * trainer.steps_per_epoch
+    order = epoch_order(config.seed, epoch, len(trainer.loader.label))
+    order = order[(int(state.step) - (last_step - trainer.steps_per_epoch)) * config.batch_size :]  # the rest of it
+    batches = trainer.loader.batches(order, config.batch_size)
+    p_train_steps = trainer.train_steps(epoch)
+    if int(state.step) == trainer.first_step and is_main_process():
+        print("compiling the first step, which takes a while", file=sys.stderr, flush=True)
+    with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
+
+        def on_step(step: int, counts: Counts, seconds: float) -> None:
+            row = metrics_row(step, epoch, "train", counts, seconds)
+            trainer.record(row)
+            progress.update(int(counts.num_images), row["loss"])
+            checkpoints.poll()
+
+        for num_steps in steps_between_checkpoints(int(state.step), last_step, config.checkpoint.every_steps):
+            is_first = int(state.step) == trainer.first_step
+            calls = stack_batches(batches, num_steps, trainer.per_call, first=is_first)
+            state = run_steps(p_train_steps, state, calls, trainer.per_call, stop, on_step)
+            if config.model.batch_norm == "recalibrate" and int(state.step) == last_step and epoch == config.num_epochs:
+                state = trainer.recalibrate(state)
+            checkpoints.save(state, trainer.info)
+            if stop.received:
+                checkpoints.finish(state, trainer.info)
+                remedy = f"resume with the same command (after step {int(state.step)})"
+                raise Interrupted(stop.received, remedy)
+    return state
+
+
 def steps_between_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
-    """After `first` steps, how many come before the next multiple of every_steps, and so on up to `last`."""
+    """Yields the numbers of steps between checkpoints: at multiples of every_steps (0: none), and at `last`."""
     while first < last:
         step = min((first // every_steps + 1) * every_steps, last) if every_steps else last
         yield step - first
@@ -95,41 +146,43 @@ def steps_between_checkpoints(first: int, last: int, every_steps: int) -> Iterat
 def run_steps(
     p_train_steps: TrainSteps,
     state: TrainState,
-    examples: Examples | None,
     calls: Iterable[tuple[Batch, int]],
+    per_call: StepsPerCall,
     stop: StopSignals,
-) -> Iterator[tuple[TrainState, int, Counts, float]]:
-    """The newest state, and each step with its counts and the seconds it took.
+    on_step: Callable[[int, Counts, float], None],
+) -> TrainState:
+    """Runs calls of stacked batches until they end or a signal arrives; returns the state after the last step.
 
-    Counts arrive STEPS_AHEAD calls late so that accelerators never wait; the last state is the one after the last.
+    on_step receives each step with its counts and seconds, per_call.ahead calls late so that accelerators never wait.
     """
-    calls_ahead = 0 if jax.default_backend() == "cpu" else STEPS_AHEAD
     step = launched = int(state.step)
     waiting = deque[tuple[Counts, int]]()
     started = time.monotonic()
 
-    def arrived() -> Iterator[tuple[TrainState, int, Counts, float]]:
+    def report_oldest_call() -> None:
         nonlocal step, started
         counts, count = jax.device_get(waiting.popleft())
         before, started = started, time.monotonic()
         for i in range(count):
             step += 1
-            yield state, step, jax.tree.map(lambda array, i=i: array[i], counts), (started - before) / count
+            on_step(step, jax.tree.map(lambda array, i=i: array[i], counts), (started - before) / count)
 
-    for batches, count in calls:  # which are read while the devices work
-        if len(waiting) > calls_ahead:
-            yield from arrived()
-        if any([stop.reached(launched + i) for i in range(1, count + 1)]):  # noqa: C419, each has to be asked
+    for batches, count in calls:  # read while the devices work
+        if len(waiting) > per_call.ahead:
+            report_oldest_call()
+        # Every process must call it for every step, in order, even after a signal: hence no short circuit.
+        if any([stop.reached(launched + i) for i in range(1, count + 1)]):  # noqa: C419
             break
-        state, counts = p_train_steps(state, examples, batches, scan_length(count))
+        state, counts = p_train_steps(state, batches, per_call.scan_length(count))
         launched += count
         waiting.append((counts, count))
     while waiting:
-        yield from arrived()
+        report_oldest_call()
+    return state
 
 
 def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: float) -> dict[str, Any]:
-    """A line of metrics.jsonl; raises NotFiniteError where the loss is none."""
+    """Returns a row of metrics.jsonl. Raises NotFiniteError if the loss is not finite."""
     num_images = int(counts.num_images)
     loss = float(counts.loss) / num_images
     if not math.isfinite(loss):
@@ -143,3 +196,29 @@ def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: floa
         "images_per_second": round(num_images / seconds, 2),
         "seconds": round(seconds, 4),
     }
+
+
+def epochs_evaluated(metrics: MetricsFile, step: int, steps_per_epoch: int) -> int:
+    """Returns how many epochs are complete after `step`; the last one counts only once it has been evaluated."""
+    epochs, rest = divmod(step, steps_per_epoch)
+    return epochs - 1 if epochs and not rest and step not in metrics.accuracy else epochs
+
+
+@contextmanager
+def report_divergence(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> Iterator[None]:
+    """Turns NotFiniteError into a UserError.
+
+    A checkpoint whose very next step diverged is set aside: it cannot be resumed from either.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        checkpoints.wait()
+        if error.made_by in checkpoints.steps():
+            checkpoints.set_aside(error.made_by)
+        steps = checkpoints.steps()
+        last_good = f"the last good checkpoint is {steps[-1]}" if steps else "there is no good checkpoint"
+        raise UserError(
+            f"{error} at step {error.step}, where the learning rate is {float(learning_rate(error.step - 1)):g}; "
+            f"{last_good}; train in another --workdir with a lower optimizer.learning_rate"
+        ) from None

@@ -1,4 +1,4 @@
-"""Optimizers in torch's conventions, learning rate schedules, and what differs by part of the network."""
+"""Optimizers in torch's conventions, learning rate schedules, and learning rate factors by part of the network."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxft.models.partition import STAGES, map_with_path, stage_of
 
-# optimizer.name -> what it makes of the gradients, before weight decay and learning rate
+# optimizer.name -> scaling of the gradients, before weight decay and learning rate
 SCALERS = {
     "adamw": optax.scale_by_adam,
     "adabelief": optax.scale_by_belief,
@@ -18,9 +18,10 @@ SCALERS = {
 
 
 def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
-    """Update -> learning rate: linear warm-up from 0, then constant, a half cosine or a line to 0, or steps down.
+    """Returns the learning rate as a function of the number of updates.
 
-    With optimizer.accumulate_steps > 1 an update is so many steps of the data.
+    It grows linearly from 0 in the warm-up, and is then constant, falls to 0 in half a cosine or a line, or falls in
+    steps. One update takes optimizer.accumulate_steps batches.
     """
     updates_per_epoch = steps_per_epoch / config.accumulate_steps
     warmup = int(config.warmup_epochs * updates_per_epoch)
@@ -38,14 +39,14 @@ def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, num_epochs:
 
 
 def learning_rate_factor(config: ConfigDict, path: str) -> float:
-    """Of the parameter at 'layer4/0/conv1/kernel': layer_decay for each part after it, head_factor for the head."""
+    """Returns a parameter's learning rate factor: layer_decay once per later part, and head_factor for the head."""
     part = stage_of(path)
-    after = len(STAGES) - 1 - list(STAGES).index(part)
-    return config.layer_decay**after * (config.head_factor if part == "head" else 1.0)
+    later_parts = len(STAGES) - 1 - list(STAGES).index(part)
+    return config.layer_decay**later_parts * (config.head_factor if part == "head" else 1.0)
 
 
 def make_optimizer(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.GradientTransformation:
-    """Of the config's `optimizer` section; it takes trees of parameters as dicts by the network's names.
+    """Makes the optimizer of a config's `optimizer` section. Parameters are nested dicts with the network's names.
 
     sgd is torch.optim.SGD: g += weight_decay * p; m = momentum * m + g; p -= learning_rate * m, and with Nesterov
     p -= learning_rate * (g + momentum * m). The others decouple the decay, as torch.optim.AdamW does.

@@ -1,9 +1,10 @@
-"""Everything that is prepared before the first step of a run."""
+"""Prepares and prints everything that a run needs before its first step: data, batch size, state and teacher."""
 
+import math
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,42 +14,57 @@ from ml_collections import ConfigDict
 from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, replicate
 from jaxft.data.budget import device_memory, is_streamed
+from jaxft.data.dataset import Dataset
+from jaxft.data.loader import Loader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
-from jaxft.models.partition import freeze, table, trains_only_head
+from jaxft.models.partition import make_policy, table, trains_only_head
+from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet, make_model
-from jaxft.pretrained.convert import load_pretrained
+from jaxft.ops.formulation import Formulation, on_cpu
+from jaxft.pretrained.load import load_pretrained
 from jaxft.run import remote_workdir
-from jaxft.targets.classification import replace_head
+from jaxft.run.checkpoints import Checkpoints
+from jaxft.run.metrics_file import MetricsFile
+from jaxft.run.processes import broadcast_bool
+from jaxft.run.workdir import Workdir
+from jaxft.targets.classification import balanced_class_weights, replace_head
 from jaxft.training.batch_size import largest_batch_size
 from jaxft.training.distill import Teacher
 from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.restore import load_checkpoint
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state, initial_train_state
-from jaxft.training.steps_per_call import scan_length
+from jaxft.training.steps import make_step_config
+from jaxft.training.steps_per_call import StepsPerCall
 from jaxft.transforms.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 
-def find_batch_size(config: ConfigDict, train_data: datasets.Dataset, eval_data: datasets.Dataset) -> int:
-    """What config.batch_size = 0 stands for, on the devices that there are now."""
-    model = freeze(make_model(config.model, len(train_data.class_names)), config.optimizer, config.num_epochs)
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
-    state = abstract_train_state(model, tx, ema=config.optimizer.ema_decay > 0)
-    teacher = load_teacher(config.distill.teacher, train_data.class_names, "best")
-    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
-    steps = pmap_train_steps(config, model, tx, preprocessing, teacher=teacher)
+class Start(NamedTuple):
+    """The starting point of a new or resumed run."""
 
-    def compile_step(examples: Examples, batch: Batch) -> Any:
-        return steps.lower(state, examples, batch, teacher and teacher.variables, scan_length(1)).compile()
+    state: TrainState  # on every local device
+    info: dict[str, Any]  # stored with each checkpoint: config, class_names, preprocessing, weights, versions, ...
+    teacher: Teacher | None
 
-    stream = config.data.stream
-    resident = sum(data.image.nbytes for data in (train_data, eval_data) if not is_streamed(data, stream))
-    return largest_batch_size(compile_step, train_data, device_memory(), resident)
+
+def load_splits(config: ConfigDict) -> tuple[Dataset, Dataset]:
+    """Loads the training split and the test split, with the training split's classes."""
+    train_data = datasets.load_config_data(config.data, config.data.train_split, config.image_size)
+    return train_data, datasets.load_config_data(
+        config.data, config.data.eval_split, config.image_size, train_data.class_names
+    )
+
+
+def make_loaders(config: ConfigDict, train_data: Dataset, eval_data: Dataset) -> tuple[Loader, Loader]:
+    """Makes the loaders of both splits."""
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    return make_loader(train_data, config.data, partners=mixes), make_loader(eval_data, config.data)
 
 
 def check_batch_size(batch_size: int) -> None:
+    """Raises UserError unless the devices can share the batch equally."""
     devices = jax.device_count()
     if batch_size % devices:
         below = batch_size // devices * devices
@@ -56,39 +72,100 @@ def check_batch_size(batch_size: int) -> None:
         raise UserError(f"batch_size {batch_size} cannot be shared equally by {devices} devices; use {hint}")
 
 
+def find_batch_size(config: ConfigDict, train_data: Dataset, eval_data: Dataset) -> int:
+    """Finds the batch size for config.batch_size = 0 on the devices of this run."""
+    model = make_model(config.model, len(train_data.class_names))
+    policy = make_policy(config, model, config.num_epochs)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
+    teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
+    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
+    steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing, teacher))
+    num_steps = StepsPerCall(padded=on_cpu(model.formulation)).scan_length(1)
+
+    def compile_step(examples: Examples, batch: Batch) -> Any:
+        return steps.lower(state, examples, batch, teacher and teacher.variables, num_steps).compile()
+
+    stream = config.data.stream
+    resident = sum(data.image.nbytes for data in (train_data, eval_data) if not is_streamed(data, stream))
+    return largest_batch_size(compile_step, train_data, device_memory(), resident)
+
+
+def begin_or_resume(
+    config: ConfigDict,
+    workdir: Workdir,
+    model: ResNet,
+    tx: optax.GradientTransformation,
+    train_data: Dataset,
+    metrics: MetricsFile,
+) -> tuple[Start, Checkpoints]:
+    """Resumes from the latest checkpoint, or begins at step 0 and writes the workdir's config.
+
+    Raises UserError if the checkpoint, the weights or the teacher cannot be used.
+    """
+    policy = make_policy(config, model, config.num_epochs)
+    ema = config.optimizer.ema_decay > 0
+    make_checkpoints = partial(
+        Checkpoints, workdir, metrics, config.checkpoint.keep_latest, config.checkpoint.keep_best
+    )
+    if broadcast_bool(workdir.has_checkpoint()):
+        checkpoints = make_checkpoints()
+        abstract_state = abstract_train_state(model, tx, policy, ema=ema)
+        info, state = checkpoints.restore_latest(abstract_state, config.checkpoint.on_damage)
+        check_data(info, train_data, workdir.path)
+        which = info.get("teacher_checkpoint", "best")
+        teacher = load_teacher(config, train_data.class_names, which, model.formulation)
+        return Start(state, info, teacher), checkpoints
+    state, provenance = initial_state(config, model, policy, tx)
+    teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
+    info = run_info(config, train_data, provenance, teacher)
+    workdir.write_config(config)
+    return Start(replicate(state), info, teacher), make_checkpoints()
+
+
 def initial_state(
-    config: ConfigDict, model: ResNet, tx: optax.GradientTransformation
+    config: ConfigDict, model: ResNet, policy: Policy, tx: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Step 0 with pretrained weights and a new head, or with random weights; and where they come from."""
+    """Returns the state of step 0, pretrained with a new head or random, and the provenance of the weights.
+
+    Raises UserError if the weights belong to another architecture.
+    """
     rng = jax.random.key(config.seed)
     ema = config.optimizer.ema_decay > 0
     if not config.model.pretrained:
-        return jax.jit(partial(create_train_state, model, tx, ema=ema))(rng), {"source": "random initialisation"}
+        create = jax.jit(partial(create_train_state, model, tx, policy=policy, ema=ema))
+        return create(rng), {"source": "random initialisation"}
     weights = load_pretrained(config.model.pretrained, config.model.arch)
     for key in ("width", "stem"):
-        there = weights.provenance.get(key, config.model[key])
-        if there != config.model[key]:
-            raise UserError(f"{config.model.pretrained} has {key} {there}; set --config.model.{key} to it")
+        value = weights.provenance.get(key, config.model[key])
+        if value != config.model[key]:
+            raise UserError(f"{config.model.pretrained} has {key} {value}; set --config.model.{key}={value}")
     variables = jax.tree.map(np.float32, weights.variables)
     variables = replace_head(variables, model.num_classes, rng)
-    return initial_train_state(model, tx, variables, ema=ema), weights.provenance
+    return initial_train_state(tx, variables, policy, ema=ema), weights.provenance
 
 
-def load_teacher(workdir: str, class_names: tuple[str, ...], which: str) -> Teacher | None:
-    """The network to learn from, of a run's checkpoint; raises UserError where it knows other classes."""
+def load_teacher(
+    config: ConfigDict, class_names: tuple[str, ...], which: str, formulation: Formulation
+) -> Teacher | None:
+    """Loads the network of config.distill.teacher, if any, from a run's checkpoint.
+
+    Raises UserError if it was trained on other classes.
+    """
+    workdir = config.distill.teacher
     if not workdir:
         return None
-    step, info, model, state = load_checkpoint(workdir, which)
+    step, info, model, policy, state = load_checkpoint(workdir, which)
     if tuple(info["class_names"]) != class_names:
-        raise UserError(f"distill.teacher {workdir} knows other classes than the data: {info['class_names']}")
-    model, variables = fold_norms(model, replicate(state.variables()))
-    return Teacher(model, Preprocessing(**info["preprocessing"]), variables, step)
+        raise UserError(f"distill.teacher {workdir} was trained on other classes: {', '.join(info['class_names'])}")
+    model, variables = fold_norms(model.clone(formulation=formulation), replicate(state.variables()))
+    return Teacher(model, policy, Preprocessing(**info["preprocessing"]), variables, step)
 
 
 def run_info(
-    config: ConfigDict, train_data: datasets.Dataset, provenance: dict[str, Any], teacher: Teacher | None
+    config: ConfigDict, train_data: Dataset, provenance: dict[str, Any], teacher: Teacher | None
 ) -> dict[str, Any]:
-    """What a checkpoint holds besides the state, so that it can be used with nothing else at hand."""
+    """Returns the info that a checkpoint stores with the state: everything that is needed to use it."""
     info = {"teacher_checkpoint": str(teacher.checkpoint)} if teacher else {}
     return info | {
         "config": config.to_dict(),
@@ -104,51 +181,67 @@ def run_info(
     }
 
 
-def check_data(info: dict[str, Any], train_data: datasets.Dataset, workdir: Path) -> None:
-    """Raises UserError where the pictures are not those that the run began with."""
+def check_data(info: dict[str, Any], train_data: Dataset, workdir: Path) -> None:
+    """Raises UserError if the number of images or the classes differ from those that the run began with."""
     if (info["train_size"], info["class_names"]) != (len(train_data.label), list(train_data.class_names)):
-        raise UserError(f"{workdir} began with {info['train_size']} other pictures to train; name another --workdir")
+        raise UserError(
+            f"{workdir} began with other training data ({info['train_size']} images of {len(info['class_names'])} "
+            "classes); name another --workdir"
+        )
 
 
-def can_cache_features(config: ConfigDict, model: ResNet) -> bool:
-    """Whether the head sees the same of a picture in every epoch, so that the backbone needs to see it only once."""
+def can_cache_features(config: ConfigDict, model: ResNet, policy: Policy) -> bool:
+    """Returns whether the head gets the same features of an image in every epoch, so that they are computed once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
-    return trains_only_head(model) and not augmented and not config.distill.teacher
+    return trains_only_head(model, policy) and not augmented and not config.distill.teacher
+
+
+def class_weights(config: ConfigDict, train_data: Dataset) -> tuple[float, ...]:
+    """Returns the loss's weight for each class; () means 1 for all."""
+    if config.class_weights == "none":
+        return ()
+    return balanced_class_weights(train_data.label, len(train_data.class_names))
 
 
 def print_start(
     config: ConfigDict,
-    workdir: Path,
+    workdir: Workdir,
     model: ResNet,
     state: TrainState,
     info: dict[str, Any],
-    train_data: datasets.Dataset,
-    eval_data: datasets.Dataset,
-    first_epoch: int,
+    splits: tuple[Dataset, Dataset],
 ) -> None:
-    device = jax.local_devices()[0]
-    weights = info["weights"]
+    """Prints the device, data, model, weights, teacher, frozen parts and workdir."""
+    train_data, eval_data = splits
+    data, weights = config.data, info["weights"]
     source = weights.get("name", weights["source"])
     if "source_sha256" in weights:
         source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    by_onednn = " with oneDNN" if model.by_onednn else ""
-    print(f"device   {jax.device_count()} x {device.device_kind}{processes}, jax {version('jax')}{by_onednn}")
-    data = config.data
+    onednn = " with oneDNN" if model.formulation == "cpu-onednn" else ""
+    device = jax.local_devices()[0].device_kind
+    print(f"device   {jax.device_count()} x {device}{processes}, jax {version('jax')}{onednn}")
     print(
-        f"data     {data.name}: {info['train_size']:,} pictures of {data.train_split} to train, "
-        f"{len(eval_data.label):,} of {data.eval_split} to test"
+        f"data     {data.name}: {len(train_data.label):,} images to train on ({data.train_split}), "
+        f"{len(eval_data.label):,} to test on ({data.eval_split})"
     )
     print(f"{'':9}{datasets.describe(train_data, eval_data, data.stream)}")
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
     if "teacher_checkpoint" in info:
-        print(f"teacher  learns from checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
+        print(f"teacher  checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
     if config.optimizer.freeze:
-        print(table(freeze(model, config.optimizer, first_epoch)))
-    print(
-        f"workdir  {remote_workdir.display_name(workdir)}"
-        + (f", goes on after step {int(state.step)}" if state.step else ""),
-        flush=True,
-    )
+        steps_per_epoch = math.ceil(len(train_data.label) / config.batch_size)
+        epoch = min(int(state.step) // steps_per_epoch + 1, config.num_epochs)
+        print(table(model, make_policy(config, model, epoch)))
+    resumes = f", resuming after step {int(state.step)}" if state.step else ""
+    print(f"workdir  {remote_workdir.display_name(workdir.path)}{resumes}", flush=True)
+
+
+def print_end(config: ConfigDict, workdir: Workdir) -> None:
+    """Prints the report's path, the command that evaluates the run again, and the config's note."""
+    name = remote_workdir.display_name(workdir.path)
+    print(f"Done. Report: {workdir.report}  Re-evaluate: python -m jaxft.evaluate --workdir {name}")
+    if config.note:
+        print(config.note)

@@ -1,4 +1,4 @@
-"""The training state."""
+"""The training state, and the EMA of its weights."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,52 +11,66 @@ from flax import struct
 
 from jaxft.data.batches import Array
 from jaxft.models.partition import split_frozen
+from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet
 
 
 @struct.dataclass
 class TrainState:
-    """All that a step changes, in natural shapes: the same on every device."""
+    """Everything that a step changes. It is replicated, so arrays have no leading device axis."""
 
-    step: Array  # steps done, int32
+    step: Array  # int32, number of steps done
     params: Any
     batch_stats: Any
     opt_state: Any
-    ema: Any = struct.field(default_factory=dict)  # averaged params and batch_stats; {} where none are wanted
+    ema: Any = struct.field(default_factory=dict)  # averaged params and batch_stats; {} without EMA
 
     def variables(self) -> dict[str, Any]:
-        """What is tested, kept and used: the averages if there are any."""
+        """Returns the variables to evaluate, predict and export with: the EMA if there is one."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def create_train_state(
-    model: ResNet, tx: optax.GradientTransformation, rng: jax.Array, *, ema: bool = False
+    model: ResNet,
+    tx: optax.GradientTransformation,
+    rng: jax.Array,
+    policy: Policy = Policy(),  # noqa: B008, immutable
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """Step 0 with random weights, initialised as torchvision does.
-
-    Drawn by Philox, which compiles in a quarter of the time of JAX's default, threefry.
-    """
+    """Creates the state of step 0 with random weights, initialised as torchvision does."""
+    # NOTES: Compiling random numbers (docs/notes/input-and-startup.md): Philox instead of JAX's default, threefry
     rng = jax.random.wrap_key_data(jnp.tile(jax.random.key_data(rng), 2), impl="rbg")
-    return initial_train_state(model, tx, model.init(rng, jnp.zeros((1, 32, 32, 3)), train=False), ema=ema)
+    return initial_train_state(tx, model.init(rng, jnp.zeros((1, 32, 32, 3)), train=False), policy, ema=ema)
 
 
 def initial_train_state(
-    model: ResNet, tx: optax.GradientTransformation, variables: Mapping[str, Any], *, ema: bool = False
+    tx: optax.GradientTransformation,
+    variables: Mapping[str, Any],
+    policy: Policy = Policy(),  # noqa: B008, immutable
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """Step 0 from these variables; the optimizer knows the parameters that train alone. ema: averages are wanted."""
-    trainable, _ = split_frozen(variables["params"], model.frozen)
+    """Creates the state of step 0 from these variables. The optimizer's state holds only parameters that train."""
+    trainable, _ = split_frozen(variables["params"], policy.frozen)
     averages = jax.tree.map(jnp.array, dict(variables)) if ema else {}
     opt_state = jax.jit(tx.init)(trainable)  # one program, not one for each shape
     return TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], opt_state, averages)
 
 
-def abstract_train_state(model: ResNet, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
-    """Its shapes and types alone."""
-    return jax.eval_shape(partial(create_train_state, model, tx, ema=ema), jax.random.key(0))
+def abstract_train_state(
+    model: ResNet,
+    tx: optax.GradientTransformation,
+    policy: Policy = Policy(),  # noqa: B008, immutable
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """Returns the shapes and dtypes of the state."""
+    return jax.eval_shape(partial(create_train_state, model, tx, policy=policy, ema=ema), jax.random.key(0))
 
 
 def update_ema(averages: Any, state: TrainState, decay: float) -> Any:
-    """The averages after this step: of few steps at first, or the start would weigh on them for long."""
+    """Updates the EMA after a step. Its decay is smaller at first, to forget the initial weights soon."""
     weight = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     newest = {"params": state.params, "batch_stats": state.batch_stats}
     return jax.tree.map(lambda mean, new: mean + weight * (new - mean), averages, newest)

@@ -1,4 +1,4 @@
-"""The training and the evaluation step: pure functions, mapped over devices where they are used."""
+"""The train step and the evaluation steps: pure functions, mapped over devices by their callers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,41 +8,80 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from jaxft.data.batches import Array, Batch, Examples, examples_for
 from jaxft.models.fold import fold_norms
 from jaxft.models.partition import map_with_path, merge, merge_opt_state, split_frozen
+from jaxft.models.policy import Policy, eval_features, eval_logits
 from jaxft.models.resnet import ResNet
 from jaxft.ops.elementwise import sum_over_devices
 from jaxft.targets.classification import Counts, Predictions, count_batch, cross_entropy, predictions_from_logits
-from jaxft.training.distill import Distillation, distillation_loss
+from jaxft.training.distill import Distillation, Teacher, distillation_loss
 from jaxft.training.state import TrainState, update_ema
-from jaxft.transforms.augment import NO_AUGMENTATION, Augmentation, augment, mix, picture_keys
+from jaxft.transforms.augment import NO_AUGMENTATION, Augmentation, augment, make_augmentation, mix, picture_keys
 from jaxft.transforms.preprocessing import Preprocessing, preprocess
 
 
 class StepConfig(NamedTuple):
-    """What is random in a training step, and what it minimises."""
+    """Static settings of a train step."""
 
+    model: ResNet
+    tx: optax.GradientTransformation
+    preprocessing: Preprocessing
+    policy: Policy = Policy()
     seed: int = 0
     augmentation: Augmentation = NO_AUGMENTATION
-    label_smoothing: float = 0.0  # share of a label that is spread over all classes (Szegedy et al. 2016), as torch's
-    class_weights: tuple[float, ...] = ()  # on the loss of each class's pictures, as torch's cross_entropy has it
+    label_smoothing: float = 0.0  # as in torch's cross_entropy (Szegedy et al. 2016)
+    class_weights: tuple[float, ...] = ()  # as in torch's cross_entropy; (): all 1
+    ema_decay: float = 0.0  # 0: no EMA
+    distillation: Distillation | None = None
+
+
+def make_step_config(
+    config: ConfigDict,
+    model: ResNet,
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    preprocessing: Preprocessing,
+    teacher: Teacher | None = None,
+) -> StepConfig:
+    """Makes a step's settings from a run's config. Class weights, which depend on the data, are not set."""
+    distillation = teacher and Distillation(
+        teacher.model, teacher.policy, teacher.preprocessing, config.distill.weight, config.distill.temperature
+    )
+    return StepConfig(
+        model,
+        tx,
+        preprocessing,
+        policy,
+        config.seed,
+        make_augmentation(config.augment),
+        config.label_smoothing,
+        ema_decay=config.optimizer.ema_decay,
+        distillation=distillation,
+    )
+
+
+class EvalConfig(NamedTuple):
+    """Static settings of an evaluation step."""
+
+    model: ResNet
+    preprocessing: Preprocessing
+    policy: Policy = Policy()
+    fold: bool = True  # fold BatchNorm into the convolutions first
 
 
 def training_inputs(
-    examples: Examples, batch: Batch, step: Array, preprocessing: Preprocessing, step_config: StepConfig
+    examples: Examples, batch: Batch, step: Array, preprocessing: Preprocessing, seed: int, augmentation: Augmentation
 ) -> tuple[jax.Array, list[tuple[Array, Array]]]:
-    """The network's input for a batch, and its labels, each with its share (B,) of the picture.
+    """Returns the network's input for a batch, and its labels, each with its share (B,) of the image.
 
-    What is random is a function of the seed, the step and the picture alone, on any number of devices.
+    Randomness depends only on the seed, the step and the image's index in the dataset, on any number of devices.
     """
-    augmentation = step_config.augmentation
 
     def keys(index: Array) -> jax.Array:
-        return picture_keys(
-            step_config.seed, step, index if examples.dataset_index is None else examples.dataset_index[index]
-        )
+        return picture_keys(seed, step, index if examples.dataset_index is None else examples.dataset_index[index])
 
     def gather(index: Array) -> jax.Array:
         image = examples.gather(index)
@@ -57,46 +96,38 @@ def training_inputs(
     return image, [(label, share), (examples.label[batch.partner], 1 - share)]
 
 
-TrainStep = Callable[..., tuple[TrainState, Counts]]  # of a state, pictures, a batch and a teacher's variables
+TrainStep = Callable[..., tuple[TrainState, Counts]]  # (state, examples, batch, teacher_variables)
 
 
 def train_step(
-    state: TrainState,
-    examples: Examples | None,
-    batch: Batch,
-    teacher: Any = None,
-    *,
-    model: ResNet,
-    tx: optax.GradientTransformation,
-    preprocessing: Preprocessing,
-    step_config: StepConfig = StepConfig(),  # noqa: B008, it is immutable
-    ema_decay: float = 0.0,
-    distillation: Distillation | None = None,
+    state: TrainState, examples: Examples | None, batch: Batch, teacher_variables: Any = None, *, config: StepConfig
 ) -> tuple[TrainState, Counts]:
-    """One update by the mean cross entropy of the batch over all devices; the counts are from before it.
+    """Makes one update with the mean loss of the batch over all devices; the counts are from before the update.
 
-    What `model` has frozen stays as it is to the bit, and nothing is propagated back through it where nothing before
-    it trains. teacher: the variables of `distillation`'s network, which sees the same pictures at its own size.
+    Frozen parameters keep their bits, and nothing is propagated back through a frozen prefix. teacher_variables:
+    those of config.distillation's network, which gets the same images at its own size.
     """
+    model, policy, distillation = config.model, config.policy, config.distillation
     examples = examples_for(examples, batch)
-    image, labels = training_inputs(examples, batch, state.step, preprocessing, step_config)
-    total = sum_over_devices(batch.mask.sum(), model.axis_name)
+    inputs = partial(training_inputs, examples, batch, state.step, seed=config.seed, augmentation=config.augmentation)
+    image, labels = inputs(preprocessing=config.preprocessing)
+    total = sum_over_devices(batch.mask.sum(), policy.axis_name)
     teacher_logits: Any = None
     if distillation:
-        teacher_image, _ = training_inputs(examples, batch, state.step, distillation.preprocessing, step_config)
-        teacher_logits = distillation.model.apply(teacher, teacher_image, train=False)
-    trainable, kept = split_frozen(state.params, model.frozen)
+        teacher_image, _ = inputs(preprocessing=distillation.preprocessing)
+        teacher_logits = eval_logits(distillation.model, teacher_variables, teacher_image, distillation.policy)
+    trainable, kept = split_frozen(state.params, policy.frozen)
 
     def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
         variables = {"params": merge(trainable, kept), "batch_stats": state.batch_stats}
-        logits, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
-        smoothing, class_weights = step_config.label_smoothing, step_config.class_weights
-        parts = [
-            (*cross_entropy(logits, label, smoothing, class_weights), share * batch.mask) for label, share in labels
+        logits, updates = model.apply(variables, image, batch.mask, train=True, policy=policy, mutable=["batch_stats"])
+        terms = [
+            (*cross_entropy(logits, label, config.label_smoothing, config.class_weights), share * batch.mask)
+            for label, share in labels
         ]
-        loss = sum((losses * share).sum() for losses, _, share in parts)
-        weight = sum((weights * share).sum() for _, weights, share in parts)
-        loss /= sum_over_devices(weight, model.axis_name)
+        loss = sum((losses * share).sum() for losses, _, share in terms)
+        weight = sum((weights * share).sum() for _, weights, share in terms)
+        loss /= sum_over_devices(weight, policy.axis_name)
         if distillation:
             divergence = distillation_loss(logits, teacher_logits, distillation.temperature) * batch.mask
             loss = (1 - distillation.weight) * loss + distillation.weight * divergence.sum() / total
@@ -104,42 +135,41 @@ def train_step(
         return loss, (updates["batch_stats"], counts)
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
-    grads = sum_over_devices(grads, model.axis_name)
-    if model.batch_norm == "update":  # each device's own: their mean, weighted by the pictures they saw
+    grads = sum_over_devices(grads, policy.axis_name)
+    if policy.batch_norm == "update":  # each device has its own statistics: average them, weighted by images
         weight = batch.mask.sum() / total
 
         def mean(path: str, a: jax.Array) -> jax.Array:
-            frozen = model.norm_is_frozen(path.rpartition("/")[0])
-            return a if frozen else sum_over_devices(a * weight, model.axis_name)
+            frozen = policy.norm_is_frozen(path.rpartition("/")[0])
+            return a if frozen else sum_over_devices(a * weight, policy.axis_name)
 
         batch_stats = map_with_path(mean, batch_stats)
-    opt_state = merge_opt_state(
-        state.opt_state, jax.eval_shape(tx.init, trainable)
-    )  # what will train later is left out
-    updates, opt_state = tx.update(grads, opt_state, trainable)
+    # Leave out the momentum of parameters that are unfrozen later.
+    opt_state = merge_opt_state(state.opt_state, jax.eval_shape(config.tx.init, trainable))
+    updates, opt_state = config.tx.update(grads, opt_state, trainable)
     params = merge(optax.apply_updates(trainable, updates), kept)
     opt_state = merge_opt_state(opt_state, state.opt_state)
     new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
-    if ema_decay:
-        new_state = dataclasses.replace(new_state, ema=update_ema(state.ema, new_state, ema_decay))
-    return new_state, sum_over_devices(counts, model.axis_name)
+    if config.ema_decay:
+        new_state = dataclasses.replace(new_state, ema=update_ema(state.ema, new_state, config.ema_decay))
+    return new_state, sum_over_devices(counts, policy.axis_name)
 
 
 def train_steps(
     state: TrainState,
     examples: Examples | None,
     batches: Batch,
-    teacher: Any = None,
+    teacher_variables: Any = None,
     num_steps: Array | None = None,
     *,
     step: TrainStep,
 ) -> tuple[TrainState, Counts]:
-    """With the first `turns` of batches (K, B), or all of them, one after the other: counts (K,)."""
-    return scan_prefix(num_steps, lambda state, batch: step(state, examples, batch, teacher), state, batches)
+    """Trains on the first `num_steps` of K stacked batches (K, B), or on all; returns counts (K,), 0 for the others."""
+    return scan_prefix(num_steps, lambda state, batch: step(state, examples, batch, teacher_variables), state, batches)
 
 
 def scan_prefix(num_steps: Array | None, function: Callable[..., Any], carried: Any, each: Any) -> Any:
-    """jax.lax.scan with no more than so many of `each`; the results of others are 0."""
+    """Runs jax.lax.scan over the first `num_steps` elements, or over all; the results of the others are 0."""
     if num_steps is None:
         return jax.lax.scan(function, carried, each)
     function = jax.jit(function)  # traced once
@@ -153,7 +183,7 @@ def scan_prefix(num_steps: Array | None, function: Callable[..., Any], carried: 
     return jax.lax.fori_loop(0, num_steps, body, (carried, zeros))
 
 
-Step = Callable[..., Any]  # of variables, pictures and a batch, of a model and its preprocessing
+EvalStep = Callable[..., Any]  # (variables, examples, batch, *, config: EvalConfig)
 
 
 def map_batches(
@@ -162,52 +192,46 @@ def map_batches(
     batches: Batch,
     num_steps: Array | None = None,
     *,
-    step: Step,
-    model: ResNet,
-    preprocessing: Preprocessing,
-    fold: bool = True,
+    step: EvalStep,
+    config: EvalConfig,
 ) -> Any:
-    """What `step` gives for each of the first `turns` of batches (K, B), or for all of them: (K, ...)."""
+    """Maps `step` over the first `num_steps` of K stacked batches (K, B), or over all: (K, ...)."""
     variables: Any = state.variables()
-    if fold:
-        model, variables = fold_norms(model, variables)
-    step = partial(step, variables, examples, model=model, preprocessing=preprocessing)
+    if config.fold:
+        model, variables = fold_norms(config.model, variables)
+        config = config._replace(model=model)
+    step = partial(step, variables, examples, config=config)
     return scan_prefix(num_steps, lambda _, batch: (None, step(batch)), None, batches)[1]
 
 
-def eval_step(
-    variables: Any, examples: Examples | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
-) -> Predictions:
-    """Of each picture of the batch (num_devices, B), padding too; with running statistics."""
+def eval_step(variables: Any, examples: Examples | None, batch: Batch, *, config: EvalConfig) -> Predictions:
+    """Returns per-image predictions with running statistics, (num_devices, B) each, padding included."""
     examples = examples_for(examples, batch)
     image = examples.gather(batch.index)
     if image.ndim == 4:
-        image = preprocess(image, preprocessing)
-    logits: Any = model.apply(variables, image, train=False)
-    return jax.lax.all_gather(predictions_from_logits(logits, examples.label[batch.index]), model.axis_name)
+        image = preprocess(image, config.preprocessing)
+    logits = eval_logits(config.model, variables, image, config.policy)
+    predictions = predictions_from_logits(logits, examples.label[batch.index])
+    return jax.lax.all_gather(predictions, config.policy.axis_name)
 
 
-def features_step(
-    variables: Any, examples: Examples | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
-) -> jax.Array:
-    """What the head sees of each picture of the batch: (num_devices, B, F), padding too."""
+def features_step(variables: Any, examples: Examples | None, batch: Batch, *, config: EvalConfig) -> jax.Array:
+    """Returns the pooled features that the head reads, (num_devices, B, F), padding included."""
     examples = examples_for(examples, batch)
-    image = preprocess(examples.gather(batch.index), preprocessing)
-    return jax.lax.all_gather(model.apply(variables, image, train=False, features_only=True), model.axis_name)
+    image = preprocess(examples.gather(batch.index), config.preprocessing)
+    features = eval_features(config.model, variables, image, config.policy)
+    return jax.lax.all_gather(features, config.policy.axis_name)
 
 
-def statistics_step(
-    variables: Any, examples: Examples | None, batch: Batch, *, model: ResNet, preprocessing: Preprocessing
-) -> Any:
-    """The batch_stats that the batch would leave alone, over all devices."""
+def statistics_step(variables: Any, examples: Examples | None, batch: Batch, *, config: EvalConfig) -> Any:
+    """Returns batch_stats that hold only this batch's statistics, over all devices."""
     examples = examples_for(examples, batch)
-    image = preprocess(examples.gather(batch.index), preprocessing)
-    model = model.clone(batch_norm="sync", norm_momentum=1.0)
-    _, updates = model.apply(variables, image, batch.mask, train=True, mutable=["batch_stats"])
+    image = preprocess(examples.gather(batch.index), config.preprocessing)
+    policy = config.policy._replace(batch_norm="sync", norm_momentum=1.0)
+    _, updates = config.model.apply(variables, image, batch.mask, train=True, policy=policy, mutable=["batch_stats"])
     return updates["batch_stats"]
 
 
-def predict_step(variables: Any, image: Array, *, model: ResNet, preprocessing: Preprocessing) -> jax.Array:
-    """Probabilities (B, num_classes) of uint8 pictures (B, H, W, 3)."""
-    logits: Any = model.apply(variables, preprocess(image, preprocessing), train=False)
-    return jax.nn.softmax(logits)
+def predict_step(variables: Any, image: Array, *, config: EvalConfig) -> jax.Array:
+    """Returns the probabilities (B, num_classes) of uint8 images (B, H, W, 3)."""
+    return jax.nn.softmax(eval_logits(config.model, variables, preprocess(image, config.preprocessing), config.policy))

@@ -1,7 +1,8 @@
-"""How many batches the devices are given in one call."""
+"""Chooses how many batches the devices get in one call, and stacks them."""
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,41 +10,54 @@ from ml_collections import ConfigDict
 
 from jaxft.data.batches import Batch
 from jaxft.models.resnet import ResNet, multiply_adds
-from jaxft.training.state import TrainState
+from jaxft.ops.formulation import on_cpu
 
-MOST = 8  # batches a call on a CPU
+# NOTES: Several steps per call (docs/notes/memory.md)
+MOST = 8  # batches per call on a CPU
+WORK = 6e11  # multiply-adds per call on a CPU: some seconds on two cores, for which Ctrl-C has to wait
+
+# NOTES: Thresholds without a measurement (docs/notes/memory.md)
+STEPS_AHEAD = 2  # calls that the host launches before it waits for their results
 
 
-WORK = 6e11  # multiply-adds a call on a CPU: some seconds on two cores, for which Ctrl-C has to wait
+class StepsPerCall(NamedTuple):
+    """Settings of a run's calls of its mapped steps. Each number of stacked batches is compiled separately."""
+
+    steps: int = 1  # batches per call
+    padded: bool = False  # pad shorter calls to `steps` and pass their length, instead of compiling for 1 as well
+    ahead: int = STEPS_AHEAD
+
+    def scan_length(self, num_steps: int) -> np.int32 | None:
+        """Returns the length argument of `scan_prefix`: traced for padded calls, else None (static)."""
+        return np.int32(num_steps) if self.padded else None
 
 
-def batches_per_call(config: ConfigDict, model: ResNet, state: TrainState, *, train: bool) -> int:
-    """On a CPU several: with each call it takes the step's memory from the kernel, which has to clear it first."""
-    if config.steps_per_call or jax.default_backend() != "cpu":
-        return config.steps_per_call or 1
-    forward = multiply_adds(model, state.variables(), config.image_size) * config.batch_size
-    return int(min(max(WORK / (3 * forward if train else forward), 1), MOST))
+def choose_steps_per_call(config: ConfigDict, model: ResNet, *, train: bool) -> StepsPerCall:
+    """Chooses several steps per call on a CPU, where every call allocates a step's memory and the kernel zeroes it.
+
+    Accelerators take config.steps_per_call, or 1: loops of static length are faster there. They train STEPS_AHEAD
+    calls ahead of the host; a CPU does not, because signals have to wait for the calls that were launched.
+    """
+    if not on_cpu(model.formulation):
+        return StepsPerCall(config.steps_per_call or 1)
+    forward = multiply_adds(model, config.image_size) * config.batch_size
+    automatic = int(min(max(WORK / (3 * forward if train else forward), 1), MOST))
+    return StepsPerCall(config.steps_per_call or automatic, padded=True, ahead=0 if train else STEPS_AHEAD)
 
 
 def stack_batches(
-    batches: Iterator[Batch], number: int, per_call: int, *, first: bool = False
+    batches: Iterator[Batch], number: int, per_call: StepsPerCall, *, first: bool = False
 ) -> Iterator[tuple[Batch, int]]:
-    """The next `number` batches, several (devices, K, B) a call, and how many of these count.
+    """Yields the next `number` batches stacked into calls (devices, K, B), each with its count without padding.
 
-    Each K is compiled: on a CPU one, of which any number may count, and at `first` a single one, to show soon that
-    the work has begun; elsewhere, where loops of a known number of turns are faster, per_call or 1.
+    With padding, K is always per_call.steps; without, it is that or 1. first: the first padded call runs a single step,
+    so that progress shows early.
     """
-    on_cpu = jax.default_backend() == "cpu"
     while number:
-        count = min(number, per_call)
-        if first if on_cpu else count < per_call:
-            count = 1
+        count = min(number, per_call.steps)
+        single = first if per_call.padded else count < per_call.steps
+        count = 1 if single else count
         call = list(islice(batches, count))
-        padding = [call[-1]] * (per_call - count) if on_cpu else []
+        padding = [call[-1]] * (per_call.steps - count) if per_call.padded else []
         yield jax.tree.map(lambda *arrays: np.stack(arrays, 1), *call, *padding), count
         number, first = number - count, False
-
-
-def scan_length(count: int) -> np.int32 | None:
-    """As `scan_prefix` takes them: for calls of any number of batches, or of a known one."""
-    return np.int32(count) if jax.default_backend() == "cpu" else None

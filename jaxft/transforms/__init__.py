@@ -1,1 +1,1 @@
-"""Turns uint8 images into network inputs: pure functions that run on the device."""
+"""Preprocessing and random augmentation of uint8 images: pure functions that run on the device."""

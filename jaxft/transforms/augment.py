@@ -61,7 +61,7 @@ def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width
         ratio = augmentation.crop_ratio ** (2 * chance[1] - 1)  # width to height
         size = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)]), 1.0)
         corner = (1 - size) * chance[2:4] + augmentation.shift * (2 * chance[4:6] - 1)
-        # from the central square to the whole picture
+        # from fractions of the central square to fractions of the whole image
         shorter = min(height, width)
         scale = jnp.array([shorter / height, shorter / width])
         corner, size = (1 - scale) / 2 + corner * scale, size * scale

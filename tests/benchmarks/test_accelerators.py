@@ -1,4 +1,4 @@
-"""What benchmarks/accelerators.py reads in compiled programs."""
+"""Tests how benchmarks/accelerators.py reads compiled programs."""
 
 from benchmarks.accelerators import bytes_of, cycles, kernels
 

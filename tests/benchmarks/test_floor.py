@@ -1,4 +1,4 @@
-"""The operations that benchmarks/floor.py reckons with are those that torchvision tells of its networks."""
+"""Compares the operations that benchmarks/floor.py counts with torchvision's figures."""
 
 import pytest
 
@@ -19,7 +19,7 @@ from tests.helpers.reference import torchvision
 def test_multiply_adds_are_torchvisions(arch: str, weights: str) -> None:
     meta = getattr(torchvision.models, weights).IMAGENET1K_V1.meta
     layers = measure(ARCHITECTURES[arch](num_classes=1000), 224).convolutions
-    head = 1000 * layers[-1].made // 49  # features behind the mean over 7x7 pixels
+    head = 1000 * layers[-1].outputs // 49  # features behind the mean over 7x7 pixels
     assert sum(layer.multiply_adds for layer in layers) + head == pytest.approx(meta["_ops"] * 1e9, rel=1e-3)
 
 

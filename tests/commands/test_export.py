@@ -1,6 +1,7 @@
-"""The exported file, run without jaxft, against the checkpoint that it was made of."""
+"""The exported file, run without jaxft and compared with its checkpoint."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -23,14 +24,14 @@ from jaxft.export import compress, decompress, export_stablehlo, main
 from jaxft.models.fold import fold_norms
 from jaxft.training.restore import load_checkpoint
 from jaxft.transforms.preprocessing import resize_and_crop_any
-from tests.conftest import ROOT, Run
+from tests.helpers.runs import ROOT, Run
 
 
 @pytest.mark.parametrize(
     ("height", "width", "size"),
     [(32, 32, 32), (45, 30, 32), (30, 45, 33), (97, 61, 32), (300, 200, 64), (1, 7, 32), (31, 64, 33), (17, 19, 7)],
 )
-def test_resizing_to_any_shape_is_pillows(height: int, width: int, size: int) -> None:
+def test_resizing_any_shape_equals_pillow(height: int, width: int, size: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
     expected = np.stack([shrink(image, size) for image in images])
     np.testing.assert_array_equal(jax.jit(resize_and_crop_any, static_argnums=1)(images, size), expected)
@@ -46,14 +47,20 @@ def exported(run: Run, small_run: Path, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def call(path: Path) -> Callable[[np.ndarray], jax.Array]:
+def read(path: Path) -> jax.export.Exported:
     with zipfile.ZipFile(path) as archive:
         exported = jax.export.deserialize(bytearray(archive.read("model.stablehlo")))
+        assert tuple(json.loads(archive.read("info.json"))["platforms"]) == exported.platforms
+    return exported
+
+
+def call(path: Path) -> Callable[[np.ndarray], jax.Array]:
+    exported = read(path)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     return jax.jit(exported.call)
 
 
-def test_any_number_of_pictures_of_any_size(small_run: Path, exported: Path) -> None:
+def test_the_export_takes_any_number_of_images_of_any_size(small_run: Path, exported: Path) -> None:
     classifier = jaxft.load(small_run)
     images = datasets.load("sample:cifar10", "test").image[:7]
     wide = np.stack([np.asarray(Image.fromarray(image).resize((61, 43))) for image in images[:2]])
@@ -61,18 +68,54 @@ def test_any_number_of_pictures_of_any_size(small_run: Path, exported: Path) -> 
         np.testing.assert_allclose(call(exported)(batch), classifier.probabilities(batch), rtol=1e-4, atol=1e-6)
 
 
-def test_mirror_images_are_seen_by_what_is_exported_too(small_run: Path, exported: Path, tmp_path: Path) -> None:
+def operations(exported: jax.export.Exported) -> tuple[int, set[str], bool]:
+    """Counts a program's convolutions, and returns its custom calls and whether it keeps calls from being inlined."""
+    program = exported.mlir_module()
+    convolutions = len(re.findall(r"stablehlo\.convolution\b", program))  # of which JAX writes one for each platform
+    calls = set(re.findall(r"stablehlo\.custom_call @(\w+)", program))
+    return convolutions // len(exported.platforms), calls, "inlineable" in program
+
+
+def num_convolutions(workdir: Path) -> int:
+    return sum(leaf.ndim == 4 for leaf in jax.tree.leaves(load_checkpoint(workdir, "best").state.params))
+
+
+def test_a_portable_export_is_in_the_plain_formulation(small_run: Path, exported: Path) -> None:
+    assert operations(read(exported)) == (num_convolutions(small_run), {"shape_assertion"}, False)
+    assert "reduce_window" in read(exported).mlir_module()
+
+
+def test_an_export_for_one_platform_is_in_its_formulation(
+    small_run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the CPU's has products instead of 1x1 convolutions. Its probabilities are those of the portable file."""
+    for platform, max_pool in (("cpu", False), ("cuda", False), ("tpu", True)):
+        path = tmp_path / f"{platform}.zip"
+        main(["--workdir", str(small_run), "--to=stablehlo", f"--platform={platform}", "--out", str(path)])
+        assert capsys.readouterr().out.endswith(f" MB, for {platform}\n")
+        assert read(path).platforms == (platform,)
+        assert ("reduce_window" in read(path).mlir_module()) == max_pool
+        convolutions, calls, marked = operations(read(path))
+        assert calls == {"shape_assertion"} and marked == (platform == "cpu")
+        assert (convolutions < num_convolutions(small_run)) == (platform == "cpu")
+    images = datasets.load("sample:cifar10", "test").image[:9]
+    expected = jaxft.load(small_run).probabilities(images)
+    for path in (exported, tmp_path / "cpu.zip"):
+        np.testing.assert_allclose(jax.jit(read(path).call)(images), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_export_averages_mirror_images_with_test_flip(small_run: Path, exported: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(small_run, "best")
-    flipped = checkpoint._replace(model=checkpoint.model.clone(test_flip=True))
+    flipped = checkpoint._replace(policy=checkpoint.policy._replace(test_flip=True))
     export_stablehlo(flipped, tmp_path / "flipped.zip", "float32")
     images = datasets.load("sample:cifar10", "test").image[:9]
     found = np.asarray(call(tmp_path / "flipped.zip")(images))
-    one, other = (np.log(np.asarray(call(exported)(pictures))) for pictures in (images, images[:, :, ::-1]))
+    one, other = (np.log(np.asarray(call(exported)(batch))) for batch in (images, images[:, :, ::-1]))
     expected = np.exp((one + other) / 2)
     np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), rtol=1e-3, atol=1e-6)
 
 
-def test_ten_lines_without_jaxft_run_it(small_run: Path, exported: Path, tmp_path: Path) -> None:
+def test_ten_lines_without_jaxft_run_the_export(small_run: Path, exported: Path, tmp_path: Path) -> None:
     Image.fromarray(datasets.load("sample:cifar10", "test").image[3]).resize((70, 50)).save(tmp_path / "a.png")
     without_jaxft = "import runpy, sys; sys.modules['jaxft'] = None; runpy.run_path(sys.argv.pop(1))"
     arguments = [ROOT / "examples" / "run_exported.py", exported, tmp_path / "a.png"]
@@ -84,8 +127,10 @@ def test_ten_lines_without_jaxft_run_it(small_run: Path, exported: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("kind", "factor", "error"), [("float16", 2, 2**-11), ("int8", 4, None)])
-def test_smaller_weights(small_run: Path, exported: Path, tmp_path: Path, kind: str, factor: int, error: float) -> None:
-    """Close to the originals, as small as they say, and what the file computes with."""
+def test_compressed_weights_are_small_and_close_to_the_originals(
+    small_run: Path, exported: Path, tmp_path: Path, kind: str, factor: int, error: float
+) -> None:
+    """Compares the kernels, the size of the file and the probabilities that the file computes."""
     checkpoint = load_checkpoint(small_run, "best")
     model, variables = fold_norms(checkpoint.model, checkpoint.state.variables())
     kernel = np.asarray(variables["params"]["layer4"]["1"]["conv2"]["kernel"])
@@ -107,7 +152,7 @@ def test_smaller_weights(small_run: Path, exported: Path, tmp_path: Path, kind: 
     np.testing.assert_allclose(found, smaller.probabilities(images), rtol=1e-3, atol=1e-5)
 
 
-def test_the_accuracy_of_smaller_weights_is_told(
+def test_the_accuracy_of_compressed_weights_is_printed(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["--workdir", str(small_run), "--to=stablehlo", "--dtype=int8", "--out", str(tmp_path / "model.zip")])
@@ -125,9 +170,11 @@ def test_the_accuracy_of_smaller_weights_is_told(
         ("--to=stablehlo --out=nowhere/model.zip", "cannot be written"),
         ("--to=torchvision --dtype=int8 --out=model.pth", "takes --dtype float32, not int8"),
         ("--to=onnx --out=model.onnx", "invalid choice"),
+        ("--to=flax --platform=cpu --out=model.safetensors", "--platform is for --to stablehlo"),
+        ("--to=stablehlo --platform=gpu --out=model.zip", "invalid choice"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_written(
+def test_errors_are_reported_and_nothing_is_written(
     small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, part: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

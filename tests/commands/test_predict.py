@@ -1,4 +1,4 @@
-"""Predictions by command and from Python, against the evaluation and against the network itself."""
+"""Predictions by command and from Python, compared with the evaluation and the network itself."""
 
 import json
 import os
@@ -16,13 +16,15 @@ import pytest
 from PIL import Image
 
 import jaxft
+from jaxft import predict
 from jaxft.classifier import BATCH_SIZE, Classifier
 from jaxft.data import datasets
-from jaxft.errors import UserError
+from jaxft.data.dataset import DataOptions
+from jaxft.errors import UserError, run_command
 from jaxft.training.evaluation import evaluate
 from jaxft.training.restore import load_checkpoint
 from jaxft.transforms.preprocessing import preprocess
-from tests.conftest import ROOT, Run, environment
+from tests.helpers.runs import ROOT, Run, environment
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def classifier(small_run: Path) -> Classifier:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample's test pictures as PNG files, CLASS/NUMBER.png."""
+    """Writes the sample's test images as CLASS/NUMBER.png."""
     directory = tmp_path_factory.mktemp("pictures")
     sample = datasets.load("sample:cifar10", "test")
     for i, (image, label) in enumerate(zip(sample.image, sample.label, strict=True)):
@@ -42,23 +44,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_files_are_predicted_as_the_evaluation_predicts_them(run: Run, small_run: Path, folder: Path) -> None:
+def test_predictions_of_files_match_the_evaluation(
+    run: Run, small_run: Path, small_run_scores: dict[str, Any], folder: Path
+) -> None:
     result = run("-m", "jaxft.predict", "--workdir", small_run, "--json", "--top_k=5", folder)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["file"] for line in lines] == [str(path) for path in sorted(folder.rglob("*.png"))]
-    evaluation = json.loads(run("-m", "jaxft.evaluate", "--workdir", small_run, "--json").stdout)
     truth = [Path(line["file"]).parent.name for line in lines]
     correct = sum(line["label"] == label for line, label in zip(lines, truth, strict=True))
     in_top = sum(label in [top["label"] for top in line["top_k"]] for line, label in zip(lines, truth, strict=True))
-    assert (correct, in_top) == (evaluation["correct"], evaluation["top_k_accuracy"]["5"] * 1000)
+    assert (correct, in_top) == (small_run_scores["correct"], small_run_scores["top_k_accuracy"]["5"] * 1000)
     for line in lines:
         assert (line["label"], line["probability"]) == tuple(line["top_k"][0].values())
         assert sorted(line["top_k"], key=lambda top: -top["probability"]) == line["top_k"]
 
 
-def test_python_gives_what_the_network_gives(small_run: Path, classifier: Classifier, folder: Path) -> None:
-    """Files, arrays and Pillow's pictures of several shapes, in more than a batch, on eight devices."""
+def test_the_classifier_matches_the_network(small_run: Path, classifier: Classifier, folder: Path) -> None:
+    """Classifies files, arrays and Pillow images of several shapes, more than one batch, on eight devices."""
     files = sorted(folder.rglob("*.png"))[: BATCH_SIZE + 9]
     squares = np.stack([np.asarray(Image.open(file)) for file in files])
     wide = [np.asarray(Image.fromarray(image).resize((45, 30))) for image in squares[:5]]
@@ -80,14 +83,14 @@ def test_python_gives_what_the_network_gives(small_run: Path, classifier: Classi
     assert [p.probability for p in predictions] == pytest.approx(found[: len(files)].max(1).tolist())
 
 
-def test_large_pictures_go_the_way_of_the_runs_own(small_run: Path, tmp_path: Path) -> None:
-    """Of a folder with pictures of several sizes, kept as squares of 48 pixels for an image_size of 32."""
+def test_large_images_are_preprocessed_like_the_runs_data(small_run: Path, tmp_path: Path) -> None:
+    """The data is a folder of images of several sizes, stored as 48 x 48 pixels for an image_size of 32."""
     rng = np.random.default_rng(0)
     for i, (height, width) in enumerate([(90, 60), (50, 70), (80, 80)] * 2):
         path = tmp_path / "test" / f"class {i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
-    kept = datasets.load(f"folder:{tmp_path}", "test", side=48).image
+    kept = datasets.load(f"folder:{tmp_path}", "test", DataOptions(side=48)).image
     assert kept.shape == (6, 48, 48, 3)
     checkpoint = load_checkpoint(small_run, "best")
     checkpoint.info["config"]["data"]["stored_size"] = 48
@@ -96,28 +99,27 @@ def test_large_pictures_go_the_way_of_the_runs_own(small_run: Path, tmp_path: Pa
     np.testing.assert_array_equal(classifier.probabilities(files), classifier.probabilities(kept))
 
 
-def test_python_evaluates(classifier: Classifier, run: Run, small_run: Path) -> None:
-    line = json.loads(run("-m", "jaxft.evaluate", "--workdir", small_run, "--json").stdout)
+def test_the_classifier_evaluates_like_the_command(classifier: Classifier, small_run_scores: dict[str, Any]) -> None:
     evaluation = classifier.evaluate()
-    assert evaluation.checkpoint == line["checkpoint"]
-    assert int((evaluation.predictions.rank == 0).sum()) == line["correct"]
+    assert evaluation.checkpoint == small_run_scores["checkpoint"]
+    assert int((evaluation.predictions.rank == 0).sum()) == small_run_scores["correct"]
 
 
-def test_evaluation_with_mirror_images(classifier: Classifier, small_run: Path) -> None:
+def test_flip_averages_the_predictions_of_mirror_images(classifier: Classifier, small_run: Path) -> None:
     images = datasets.load("sample:cifar10", "test").image
-    one, other = (np.log(classifier.probabilities(pictures)) for pictures in (images, images[:, :, ::-1]))
+    one, other = (np.log(classifier.probabilities(batch)) for batch in (images, images[:, :, ::-1]))
     flipped = evaluate(small_run, flip=True).predictions
-    assert (flipped.predicted == (one + other).argmax(1)).mean() > 0.997  # but for ties of rounding
+    assert (flipped.predicted == (one + other).argmax(1)).mean() > 0.997  # except for ties by rounding
     assert (flipped.predicted != one.argmax(1)).any()
 
 
-def test_pictures_of_any_kind(classifier: Classifier, folder: Path, tmp_path: Path) -> None:
-    """The same picture stored in several ways, and turned."""
+def test_images_of_any_format_and_mode_are_classified(classifier: Classifier, folder: Path, tmp_path: Path) -> None:
+    """Stores the same image in several ways, once rotated."""
     picture = Image.open(next(folder.rglob("*.png")))
     picture.save(tmp_path / "rgb.bmp")
     picture.convert("RGBA").save(tmp_path / "alpha.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 270 degrees
+    exif[0x0112] = 6  # rotate by 270 degrees to display
     picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     rows = classifier.probabilities([tmp_path / "rgb.bmp", tmp_path / "alpha.png", tmp_path / "turned.png", picture])
     np.testing.assert_allclose(rows, rows[[-1] * 4], rtol=1e-5, atol=1e-7)
@@ -128,7 +130,9 @@ def test_pictures_of_any_kind(classifier: Classifier, folder: Path, tmp_path: Pa
     assert np.isfinite(classifier.probabilities(sorted(tmp_path.glob("*.*")))).all()
 
 
-def test_what_is_no_picture_is_named_and_the_rest_predicted(run: Run, small_run: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_named_and_the_rest_predicted(
+    run: Run, small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "Rot äöü.png")
     (tmp_path / "broken.jpg").write_text("no picture")
     (tmp_path / "notes.txt").write_text("not looked at")
@@ -144,16 +148,15 @@ def test_what_is_no_picture_is_named_and_the_rest_predicted(run: Run, small_run:
         assert name in lines[name]["error"]
     assert lines["Rot äöü.png"]["probability"] > 0.1
 
-    table = run("-m", "jaxft.predict", "--workdir", small_run, tmp_path)
-    assert table.returncode == 2
-    red, broken, dangling = table.stdout.splitlines()
+    assert run_command(predict.main, ["--workdir", str(small_run), str(tmp_path)]) == 2
+    red, broken, dangling = capsys.readouterr().out.splitlines()
     assert red.count("%") == 3
     assert broken.endswith("cannot be read")
     assert dangling.endswith("cannot be read")
 
 
 @pytest.mark.parametrize("no_color", [True, False])
-def test_a_terminal_gets_colours_unless_told_otherwise(small_run: Path, folder: Path, no_color: bool) -> None:
+def test_a_terminal_gets_colours_unless_no_color_is_set(small_run: Path, folder: Path, no_color: bool) -> None:
     files = [*sorted(folder.rglob("*.png"))[::200], Path("absent.png")]
     command = [sys.executable, "-m", "jaxft.predict", "--workdir", str(small_run), *map(str, files)]
     leader, terminal = pty.openpty()
@@ -166,7 +169,7 @@ def test_a_terminal_gets_colours_unless_told_otherwise(small_run: Path, folder: 
         try:
             while part := os.read(leader, 4096):
                 output += part
-        except OSError:  # Linux's way to say that the other side is closed
+        except OSError:  # on Linux: the other side is closed
             pass
     os.close(leader)
     lines = output.decode().splitlines()
@@ -176,14 +179,14 @@ def test_a_terminal_gets_colours_unless_told_otherwise(small_run: Path, folder: 
     assert all(len(line) <= 80 and file.name in line for line, file in zip(plain, files, strict=True))
 
 
-def test_mistakes_are_told_in_one_line(fails: Callable[..., str], small_run: Path, tmp_path: Path) -> None:
+def test_errors_are_reported_in_one_line(fails: Callable[..., str], small_run: Path, tmp_path: Path) -> None:
     assert "there is no checkpoint" in fails("-m", "jaxft.predict", "--workdir", tmp_path, "picture.png")
-    assert "no pictures in" in fails("-m", "jaxft.predict", "--workdir", small_run, tmp_path)
+    assert "no images in" in fails("-m", "jaxft.predict", "--workdir", small_run, tmp_path)
     assert "at least 1" in fails("-m", "jaxft.predict", "--workdir", small_run, "--top_k=0", "picture.png")
     assert "no checkpoint '7'" in fails("-m", "jaxft.predict", "--workdir", small_run, "--checkpoint=7", "a.png")
 
 
-def test_arrays_of_another_kind_are_refused(classifier: Classifier) -> None:
+def test_arrays_of_other_dtypes_and_shapes_are_refused(classifier: Classifier) -> None:
     with pytest.raises(UserError, match="uint8"):
         classifier.predict([np.zeros((32, 32, 3), np.float32)])
     with pytest.raises(UserError, match="uint8"):

@@ -1,4 +1,4 @@
-"""Folders of pictures: splits, classes, what is held out, and what is wrong with them."""
+"""Folders of images: splits, classes, the holdout, and errors for wrong folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxft.data import datasets
+from jaxft.data.dataset import DataOptions
 from jaxft.errors import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -27,7 +28,7 @@ def save(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (8, 6
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes; 4 + 2 pictures to train, in folders within folders too, and 1 to test."""
+    """Writes two classes: 4 + 2 images to train, some in nested folders, and 1 to test."""
     root = tmp_path / "my pictures é"
     for i in range(4):
         save(root / "train" / "röd" / f"{i}.png", RED)
@@ -39,11 +40,11 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def load(root: Path, split: str, **options: Any) -> datasets.Dataset:
-    return datasets.load(f"folder:{root}", split, **options)
+def load(root: Path, split: str, class_names: tuple[str, ...] | None = None, **options: Any) -> datasets.Dataset:
+    return datasets.load(f"folder:{root}", split, DataOptions(**options), class_names)
 
 
-def test_splits_and_classes_are_the_folders(root: Path) -> None:
+def test_folders_name_the_splits_and_classes(root: Path) -> None:
     train = load(root, "train")
     assert train.class_names == ("blå", "röd")
     assert train.image.shape == (6, 6, 8, 3)
@@ -57,16 +58,16 @@ def test_a_class_may_be_missing_in_the_test_split(root: Path) -> None:
     assert val.class_names == ("aqua", "blå", "röd")
 
 
-def test_pictures_that_differ_in_size_become_squares(root: Path) -> None:
+def test_images_of_different_sizes_become_squares(root: Path) -> None:
     save(root / "train" / "röd" / "wide.png", RED, (400, 200))
     assert load(root, "train", side=5).image.shape == (7, 5, 5, 3)
 
 
-def test_large_pictures_of_one_size_become_squares_too(root: Path) -> None:
+def test_large_images_of_one_size_become_squares_too(root: Path) -> None:
     assert load(root, "train", side=4).image.shape == (6, 4, 4, 3)
 
 
-def test_the_cache_follows_the_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_rebuilt_when_files_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(root, "train")
     with monkeypatch.context() as patch:
         patch.setattr("jaxft.data.image_folder.decode", None)
@@ -77,11 +78,11 @@ def test_the_cache_follows_the_files(root: Path, monkeypatch: pytest.MonkeyPatch
     assert len(load(root, "train").label) == 5
 
 
-def what_is_shown(data: datasets.Dataset) -> set[tuple[int, int]]:
+def colours_and_labels(data: datasets.Dataset) -> set[tuple[int, int]]:
     return {(int(image[0, 0, 0]), int(label)) for image, label in zip(data.image, data.label, strict=True)}
 
 
-def test_without_folders_by_split_a_fraction_of_each_class_is_held_out(tmp_path: Path) -> None:
+def test_without_split_folders_a_fraction_of_each_class_is_held_out(tmp_path: Path) -> None:
     root = tmp_path / "flat"
     for name, count in (("a", 20), ("b", 10), ("c", 1)):
         for i in range(count):
@@ -89,13 +90,13 @@ def test_without_folders_by_split_a_fraction_of_each_class_is_held_out(tmp_path:
     train, test = (load(root, split, holdout=0.3) for split in ("train", "test"))
     np.testing.assert_array_equal(np.bincount(train.label), [14, 7, 1])
     np.testing.assert_array_equal(np.bincount(test.label), [6, 3])
-    shown = [what_is_shown(data) for data in (train, test)]
+    shown = [colours_and_labels(data) for data in (train, test)]
     assert len(shown[0] | shown[1]) == 31
     assert not shown[0] & shown[1]
     save(root / "a" / "another.png", (99, 0, 0))
     again = load(root, "test", holdout=0.3)
-    stay = what_is_shown(again) & shown[1]
-    assert len(stay) >= 8  # one picture more moves one at most
+    stay = colours_and_labels(again) & shown[1]
+    assert len(stay) >= 8  # one more image moves at most one other
 
 
 def break_text(root: Path) -> None:
@@ -138,15 +139,15 @@ def empty_folder(root: Path) -> None:
     ("build", "split", "part"),
     [
         (lambda root: None, "train", "there is no folder"),
-        (empty_folder, "train", "has no pictures in folders named by class"),
-        (only("a.png"), "train", "has no pictures in folders named by class"),
-        (only("train/a/1.png"), "train", "one class alone, a"),
+        (empty_folder, "train", "has no images in folders named by class"),
+        (only("a.png"), "train", "has no images in folders named by class"),
+        (only("train/a/1.png"), "train", "only one class, a"),
         (only("train/a/1.png", "val/a/1.png", "train/b/1.png"), "test", "no split 'test'; it has train, val"),
-        (only("a/1.png", "b/1.png"), "test", "a data.holdout of 0.2 leaves no picture"),
-        (only("train/a/1.png", "train/b/1.png", "val/c/1.png"), "val", "that the training pictures lack: c"),
+        (only("a/1.png", "b/1.png"), "test", "a data.holdout of 0.2 leaves no image"),
+        (only("train/a/1.png", "train/b/1.png", "val/c/1.png"), "val", "that the training images lack: c"),
     ],
 )
-def test_wrong_folders_are_told(tmp_path: Path, build: Callable[[Path], None], split: str, part: str) -> None:
+def test_wrong_folders_are_explained(tmp_path: Path, build: Callable[[Path], None], split: str, part: str) -> None:
     build(tmp_path / "root")
     with pytest.raises(UserError) as error:
         load(tmp_path / "root", split, class_names=None if split == "train" else ("a", "b"))

@@ -1,10 +1,11 @@
-"""Streamed pictures beside those that are on the devices: the same, in the same order, whatever reads them."""
+"""Streamed images equal those held on the devices, in the same order, whichever reader is used."""
 
 import pickle
 import re
 import shutil
 import signal
 import tarfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +20,12 @@ from PIL import Image
 
 from jaxft.data import budget, datasets, lazy_images
 from jaxft.data.batches import make_batches
-from jaxft.data.dataset import Dataset
+from jaxft.data.dataset import DataOptions, Dataset
 from jaxft.data.lazy_images import LazyImages, MappedImages
 from jaxft.data.loader import BatchReader, ResidentLoader, make_loader
 from jaxft.errors import UserError
 from jaxft.files import SAMPLES_DIR
-from tests.commands.test_train import metrics, without_times
-from tests.conftest import ROOT, Run
-from tests.run.test_survival import TINY, started, wait_for_steps
+from tests.helpers.runs import ROOT, TINY, Run, metrics, started, wait_for_steps, without_times
 
 DATA = ROOT / "tests" / "fixtures"
 STREAMED = "--config.data.stream=always"
@@ -40,7 +39,7 @@ MIXED = "--config.augment.cutmix=1"
     seed=st.integers(0, 99),
     partners=st.booleans(),
 )
-def test_a_batch_brings_the_pictures_that_it_names(
+def test_a_streamed_batch_contains_the_examples_that_it_indexes(
     size: int, share: int, devices: int, seed: int, partners: bool
 ) -> None:
     numbers = np.arange(size)
@@ -61,7 +60,7 @@ def test_a_batch_brings_the_pictures_that_it_names(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample's test pictures as files, one in ten of another size."""
+    """Writes the sample's test images as files, one in ten with another size."""
     folder = tmp_path_factory.mktemp("pictures")
     with tarfile.open(SAMPLES_DIR / "cifar10.tar.xz") as tar:
         tar.extractall(folder, [member for member in tar if member.name.startswith("test")], filter="data")
@@ -70,8 +69,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
-    arrays, files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
+def kept_and_lazy(folder: Path) -> tuple[Dataset, Dataset]:
+    """Returns the test split from the cache and from its files."""
+    load = partial(datasets.load, f"folder:{folder}", "test")
+    return load(DataOptions(side=24, cache="always")), load(DataOptions(side=24, cache="never"))
+
+
+def test_lazy_images_from_files_index_like_arrays(folder: Path) -> None:
+    arrays, files = kept_and_lazy(folder)
     assert isinstance(files.image, LazyImages)
     assert files.image.shape == arrays.image.shape
     assert files.image.nbytes == arrays.image.nbytes
@@ -80,7 +85,7 @@ def test_files_are_indexed_as_arrays_are(folder: Path) -> None:
         np.testing.assert_array_equal(files.image[index], arrays.image[index])
 
 
-def test_pictures_are_kept_decoded_where_the_disk_has_twice_their_room(
+def test_decoded_images_are_cached_if_the_disk_has_twice_their_size(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "not" / "yet"))
@@ -92,20 +97,21 @@ def test_pictures_are_kept_decoded_where_the_disk_has_twice_their_room(
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(budget.shutil, "disk_usage", disk_usage)
-    records = ("tiny_pictures", "train", str(DATA / "array_record"))
-    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, LazyImages)
-    assert isinstance(datasets.load(*records, side=2000).image, np.ndarray)
+    records = partial(datasets.load, "tiny_pictures", "train")
+    options = DataOptions(dir=str(DATA / "array_record"), side=2000)
+    assert isinstance(datasets.load(f"folder:{folder}", "test", DataOptions(side=24)).image, LazyImages)
+    assert isinstance(records(options).image, np.ndarray)
     free = 2 * needed
-    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
+    assert isinstance(datasets.load(f"folder:{folder}", "test", DataOptions(side=24)).image, np.memmap)
     free = 0
-    assert isinstance(datasets.load(f"folder:{folder}", "test", side=24).image, np.memmap)
+    assert isinstance(datasets.load(f"folder:{folder}", "test", DataOptions(side=24)).image, np.memmap)
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "other"))
-    assert isinstance(datasets.load(*records, side=2000).image, LazyImages)
+    assert isinstance(records(options).image, LazyImages)
 
 
 @pytest.mark.parametrize("stream", ["auto", "never"])
-def test_pictures_that_fit_are_read_once_where_the_disk_keeps_none(folder: Path, stream: str) -> None:
-    kept, in_files = (datasets.load(f"folder:{folder}", "test", side=24, cache=cache) for cache in ("always", "never"))
+def test_images_that_fit_in_memory_are_read_once_without_a_disk_cache(folder: Path, stream: str) -> None:
+    kept, in_files = kept_and_lazy(folder)
     loader = make_loader(in_files, ConfigDict({"stream": stream, "workers": 0}))
     assert isinstance(loader, ResidentLoader)
     np.testing.assert_array_equal(loader.examples.gather(np.arange(len(kept.label))), kept.image)
@@ -113,7 +119,7 @@ def test_pictures_that_fit_are_read_once_where_the_disk_keeps_none(folder: Path,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full stands for a full disk")
 @pytest.mark.parametrize("cache", ["always", "never"])
-def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+def test_a_full_disk_is_reported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     opened = Path.open
 
@@ -122,15 +128,15 @@ def test_a_full_disk_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "open", open_full)
     with pytest.raises(UserError, match=rf"cannot be kept in {tmp_path} \(No space left on device\).*data.cache=never"):
-        datasets.load(f"folder:{folder}", "test", side=24, cache=cache)
+        datasets.load(f"folder:{folder}", "test", DataOptions(side=24, cache=cache))
     assert not list((tmp_path / "datasets").iterdir())
 
 
-def test_worker_processes_get_the_name_of_an_array_not_a_copy(
+def test_worker_processes_receive_the_path_of_an_array_and_not_a_copy(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-    kept = datasets.load(f"folder:{folder}", "test", side=24, cache="always").image
+    kept = datasets.load(f"folder:{folder}", "test", DataOptions(side=24, cache="always")).image
     pickled = pickle.dumps(MappedImages.of(kept))
     assert len(pickled) < 1000
     index = np.array([[3, 999], [3, 0]])
@@ -144,12 +150,13 @@ def test_worker_processes_get_the_name_of_an_array_not_a_copy(
 
 
 @pytest.mark.parametrize("side", [32, 20])
-def test_records_are_indexed_as_arrays_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+def test_lazy_images_from_records_index_like_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-    where = ("tiny_pictures", "train[10%:]", str(DATA / "array_record"))
-    records = datasets.load(*where, side=side, cache="never")
-    again = datasets.load(*where, side=side, cache="never")
-    arrays = datasets.load(*where, side=side)
+    options = DataOptions(dir=str(DATA / "array_record"), side=side)
+    load = partial(datasets.load, "tiny_pictures", "train[10%:]")
+    records = load(options._replace(cache="never"))
+    again = load(options._replace(cache="never"))
+    arrays = load(options)
     for data in (records, again):
         assert isinstance(data.image, LazyImages)
         assert data.image.shape == arrays.image.shape
@@ -159,29 +166,29 @@ def test_records_are_indexed_as_arrays_are(tmp_path: Path, monkeypatch: pytest.M
             np.testing.assert_array_equal(data.image[index], arrays.image[index])
 
 
-def test_records_that_vanish_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vanished_records_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     shutil.copytree(DATA / "array_record", tmp_path / "data")
-    where = ("tiny_pictures", "train", str(tmp_path / "data"))
-    records = datasets.load(*where, cache="never")
+    load = partial(datasets.load, "tiny_pictures", "train", DataOptions(dir=str(tmp_path / "data"), cache="never"))
+    records = load()
     for path in tmp_path.rglob("*.array_record*"):
         path.write_bytes(b"no records")
-    with pytest.raises(UserError, match=r"picture 3 of .*tiny_pictures.* cannot be read: "):
+    with pytest.raises(UserError, match=r"image 3 of .*tiny_pictures.* cannot be read: "):
         records.image[3]
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(UserError, match=r"neither TFDS nor .* has a data set 'tiny_pictures'"):
-        datasets.load(*where, cache="never")
+    with pytest.raises(UserError, match=r"neither TFDS nor .* has a dataset 'tiny_pictures'"):
+        load()
 
 
-def test_pictures_of_one_small_size_are_streamed_as_they_are(tmp_path: Path) -> None:
+def test_small_images_of_one_size_are_streamed_without_resizing(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 6), "red").save(tmp_path / name / "0.png")
-    data = datasets.load(f"folder:{tmp_path}", "train", side=24, holdout=0, cache="never")
+    data = datasets.load(f"folder:{tmp_path}", "train", DataOptions(side=24, holdout=0, cache="never"))
     np.testing.assert_array_equal(data.image[[1]], np.broadcast_to(np.array([255, 0, 0], np.uint8), (1, 6, 8, 3)))
 
 
-def test_unreadable_files_are_found_before_the_training(
+def test_unreadable_files_are_found_before_training(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = tmp_path / "mine"
@@ -189,16 +196,16 @@ def test_unreadable_files_are_found_before_the_training(
     broken = sorted((mine / "test" / "cat").iterdir())[3]
     broken.write_bytes(broken.read_bytes()[:300])  # the header is whole
     with pytest.raises(UserError, match=rf"1 of 1000 files cannot be used: {broken}.*data.unreadable=skip"):
-        datasets.load(f"folder:{mine}", "test", cache="never")
-    for _ in range(2):  # the second time by what the first found
-        data = datasets.load(f"folder:{mine}", "test", cache="never", unreadable="skip")
+        datasets.load(f"folder:{mine}", "test", DataOptions(cache="never"))
+    for _ in range(2):  # the second time from the first one's result
+        data = datasets.load(f"folder:{mine}", "test", DataOptions(cache="never", unreadable="skip"))
         assert len(data.label) == 999
         assert broken not in data.image.read.paths
     assert capsys.readouterr().err.count(f"skipped: {broken}") == 1
     for path in mine.rglob("*.jpg"):
         path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=f"folder:{mine} has no pictures"):
-        datasets.load(f"folder:{mine}", "test", cache="never", unreadable="skip")
+    with pytest.raises(UserError, match=f"folder:{mine} has no images"):
+        datasets.load(f"folder:{mine}", "test", DataOptions(cache="never", unreadable="skip"))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +219,7 @@ def from_memory(run: Run, folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "cache"), [(0, "never"), (2, "never"), (0, "auto"), (2, "auto")])
-def test_a_streamed_run_is_the_run_from_memory_killed_or_not(
+def test_a_killed_streamed_run_equals_a_run_from_memory(
     run: Run, folder: Path, from_memory: Path, tmp_path: Path, workers: int, cache: str
 ) -> None:
     command = (
@@ -240,8 +247,8 @@ def test_a_streamed_run_is_the_run_from_memory_killed_or_not(
 
 
 @pytest.mark.slow
-def test_devices_and_streams_draw_the_same(run: Run, folder: Path, tmp_path: Path) -> None:
-    """Across devices pictures are mixed with those of the next one."""
+def test_streamed_and_resident_runs_on_four_devices_are_equal(run: Run, folder: Path, tmp_path: Path) -> None:
+    """CutMix takes a device's partners from the next device."""
     lines = []
     for stream in ("always", "never"):
         command = (*TINY, MIXED, f"--config.data.name=folder:{folder}", f"--config.data.stream={stream}")
@@ -252,12 +259,12 @@ def test_devices_and_streams_draw_the_same(run: Run, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_processes_that_read(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_reader_processes(folder: Path, tmp_path: Path) -> None:
     command = (*TINY, STREAMED, f"--config.data.name=folder:{folder}", "--config.data.workers=2")
     with started(*command, "--workdir", tmp_path / "run") as process:
         wait_for_steps(process, tmp_path / "run", 6)
         readers = psutil.Process(process.pid).children(recursive=True)
-        for one in [*readers, process]:  # as a terminal sends it
+        for one in [*readers, process]:  # a terminal signals all processes
             one.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
@@ -267,7 +274,7 @@ def test_ctrl_c_ends_the_processes_that_read(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_vanishes_ends_the_run_in_one_line(folder: Path, tmp_path: Path, workers: int) -> None:
+def test_a_vanished_file_ends_the_run_with_a_one_line_error(folder: Path, tmp_path: Path, workers: int) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)
     settings = (f"--config.data.name=folder:{mine}", f"--config.data.workers={workers}", "--config.data.cache=never")
@@ -277,5 +284,5 @@ def test_a_file_that_vanishes_ends_the_run_in_one_line(folder: Path, tmp_path: P
         shutil.rmtree(mine / "test" / "cat")
         _, error = process.communicate(timeout=120)
     assert process.returncode == 2, error
-    assert re.search(r"^error: there is no picture .*/cat/.*\.jpg$", error, re.MULTILINE)
+    assert re.search(r"^error: there is no image .*/cat/.*\.jpg$", error, re.MULTILINE)
     assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""How a formulation is compared with the plain one."""
+"""Compares a formulation with the plain one."""
 
 import platform
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxft.ops import onednn
 
-on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="jaxlib has oneDNN for x86 alone")
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="jaxlib has oneDNN for x86 only")
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -22,7 +22,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def same(ours: Any, plain: Any, *arguments: Any, tolerance: float = 1e-12) -> None:
-    """The results, and the gradients of all arguments for a random gradient of the result."""
+    """Compares the results, and the gradients of all arguments for a random gradient of the result."""
 
     @partial(jax.jit, static_argnums=0)
     def result_and_gradients(function: Any, arguments: Any, gradient: Any) -> Any:
@@ -37,16 +37,8 @@ def same(ours: Any, plain: Any, *arguments: Any, tolerance: float = 1e-12) -> No
 
 
 @contextmanager
-def as_if_on(backend: str) -> Iterator[None]:
-    """Traces the formulations that are chosen for "gpu" or "tpu", to run them where the tests run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: backend)
-        yield
-
-
-@contextmanager
 def onednn_in_double_precision() -> Iterator[None]:
-    """oneDNN's operations by XLA's, so that what is made of them can be compared in float64, which oneDNN lacks."""
+    """Replaces oneDNN's operations by XLA's, to compare what is built from them in float64, which oneDNN lacks."""
 
     def convolution(
         x: jax.Array,
@@ -55,7 +47,7 @@ def onednn_in_double_precision() -> Iterator[None]:
         padding: tuple[int, int],
         extra: tuple[int, int] = (0, 0),
         transposed: bool = False,
-        epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, it is immutable
+        epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, immutable
     ) -> jax.Array:
         pads = [(before, before + more) for before, more in zip(padding, extra, strict=True)]
         kernel = kernel.swapaxes(2, 3) if transposed else kernel
@@ -67,7 +59,7 @@ def onednn_in_double_precision() -> Iterator[None]:
         b: jax.Array,
         transpose_a: bool = False,
         transpose_b: bool = False,
-        epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, it is immutable
+        epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, immutable
     ) -> jax.Array:
         return after((a.mT if transpose_a else a) @ (b.mT if transpose_b else b), epilogue)
 

@@ -1,6 +1,6 @@
-"""Norms folded into convolutions, beside torch's own folding and torchvision's networks."""
+"""Compares folded BatchNorm with torch's own folding and with torchvision's networks."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxft.models.fold import fold_norms
-from jaxft.models.resnet import ARCHITECTURES
-from tests.helpers.formulations import as_if_on, onednn_in_double_precision
+from jaxft.ops.formulation import Formulation
+from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch
-from tests.models.test_resnet import images, nchw, random_torch_model, to_flax
+from tests.helpers.torch_models import flax_model, images, nchw, random_torch_model, to_flax
 
 
 @pytest.fixture(autouse=True)
@@ -45,21 +45,23 @@ def test_kernels_and_biases_are_torchs() -> None:
 
 
 def with_variables(arch: str, reference: torch.nn.Module, **options: Any) -> tuple[Any, Any]:
-    model = ARCHITECTURES[arch](num_classes=10, dtype=jnp.float64, **options)
+    model = flax_model(arch, dtype=jnp.float64, **options)
     return model, to_flax(reference.state_dict(), model)
 
 
-@pytest.mark.parametrize("formulations", ["cpu", "onednn", "gpu"])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", pytest.param("resnext50_32x4d", marks=pytest.mark.slow)])
-def test_logits_are_torchvisions(arch: str, formulations: str) -> None:
+@pytest.mark.parametrize("formulation", ["plain", "cpu", "cpu-onednn", "gpu"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "basic",
+        "bottleneck",
+        *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("resnet18", "resnet50", "resnext50_32x4d")),
+    ],
+)
+def test_logits_are_torchvisions(arch: str, formulation: Formulation) -> None:
     reference = random_torch_model(arch).eval()
     x = images(64, 64)
-    model, variables = fold_norms(*with_variables(arch, reference, by_onednn=formulations == "onednn"))
-    hows: dict[str, AbstractContextManager[None]] = {
-        "cpu": nullcontext(),
-        "onednn": onednn_in_double_precision(),
-        "gpu": as_if_on("gpu"),
-    }
-    with hows[formulations]:
+    model, variables = fold_norms(*with_variables(arch, reference, formulation=formulation))
+    with onednn_in_double_precision() if formulation == "cpu-onednn" else nullcontext():
         logits = jax.jit(partial(model.apply, train=False))(variables, x)
     np.testing.assert_allclose(logits, reference(nchw(x)).detach().numpy(), rtol=1e-10, atol=1e-11)

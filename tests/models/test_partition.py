@@ -1,4 +1,4 @@
-"""Which parameters are meant, and that frozen ones stay as they are to the bit."""
+"""Tests which parameters are selected, and that frozen ones keep their bits."""
 
 from functools import partial
 from typing import Any
@@ -15,29 +15,34 @@ from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, epoch_order, make_batches
 from jaxft.errors import UserError
 from jaxft.models import partition
-from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet
+from jaxft.models.policy import Policy
+from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet, abstract_variables
 from jaxft.training.optimizer import learning_rate_factor, make_optimizer
-from jaxft.training.state import TrainState, create_train_state
-from jaxft.training.steps import train_step
+from jaxft.training.state import TrainState, abstract_train_state, create_train_state
+from jaxft.training.steps import StepConfig, train_step
 from jaxft.transforms.preprocessing import Preprocessing
+from tests.helpers.devices import replicate_on
 from tests.helpers.reference import torch, torchvision
 
 PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-MODEL = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, width=8)
-PATHS = sorted(flatten_dict(partition.abstract_variables(MODEL)["params"], sep="/"))
+MODEL = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, width=8, formulation="cpu")
+PATHS = sorted(flatten_dict(abstract_variables(MODEL)["params"], sep="/"))
+
+
+def config_with(**values: Any) -> Any:
+    """Returns the default config with these values in its `optimizer` section."""
+    config = default_config()
+    config.optimizer.update(**values)
+    return config
 
 
 def optimizer_config(**values: Any) -> Any:
-    config = default_config().optimizer
-    config.update(**values)
-    return config
+    return config_with(**values).optimizer
 
 
 def test_parts_are_torchvisions_modules() -> None:
     """Every parameter is in one part, as many in each as torchvision's network has there."""
-    paths = list(
-        flatten_dict(partition.abstract_variables(ARCHITECTURES["resnet18"](num_classes=10))["params"], sep="/")
-    )
+    paths = partition.parameter_paths(ARCHITECTURES["resnet18"](num_classes=10))
     modules = {"stem": ("conv1", "bn1"), "head": ("fc",)} | {f"stage{i}": (f"layer{i}",) for i in range(1, 5)}
     reference = torchvision.models.resnet18(num_classes=10)
     assert sum(len(partition.select(paths, name)) for name in modules) == len(paths)
@@ -54,35 +59,37 @@ def test_parts_are_torchvisions_modules() -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"freeze": "stage5"}, "'stage5' is no part of the network"),
-        ({"freeze": "stem,("}, "'(' is no pattern"),
+        ({"freeze": "stage5"}, "'stage5' is neither a part of the network"),
+        ({"freeze": "stem,("}, "'(' is not a pattern"),
         ({"freeze": "."}, "leaves nothing to train"),
         ({"freeze": "stem", "unfreeze": "stem"}, "as in '3: stage4, 5: stage3'"),
-        ({"freeze": "stem", "unfreeze": "2: stage1"}, "names 'stage1', which is not frozen then"),
+        ({"freeze": "stem", "unfreeze": "2: stage1"}, "names 'stage1', which is not frozen in that epoch"),
     ],
 )
-def test_wrong_names_are_told(values: dict[str, str], part: str) -> None:
+def test_wrong_names_are_errors(values: dict[str, str], part: str) -> None:
     with pytest.raises(UserError) as error:
-        partition.freeze(MODEL, optimizer_config(**values), 1)
+        partition.make_policy(config_with(**values), MODEL, 1)
     assert part in str(error.value)
 
 
-def test_parts_thaw_at_their_epochs() -> None:
-    config = optimizer_config(freeze="backbone", unfreeze="2: stage4, 4: backbone")
-    assert partition.freeze(MODEL, config, 1).frozen == partition.select(PATHS, "backbone")
+def test_parts_are_unfrozen_at_their_epochs() -> None:
+    config = config_with(freeze="backbone", unfreeze="2: stage4, 4: backbone")
+    assert partition.make_policy(config, MODEL, 1).frozen == partition.select(PATHS, "backbone")
     for epoch in (2, 3):
-        assert partition.freeze(MODEL, config, epoch).frozen == partition.select(PATHS, "stem,stage1,stage2,stage3")
-    assert partition.freeze(MODEL, config, 4).frozen == set()
+        frozen = partition.make_policy(config, MODEL, epoch).frozen
+        assert frozen == partition.select(PATHS, "stem,stage1,stage2,stage3")
+    assert partition.make_policy(config, MODEL, 4).frozen == set()
 
 
-def train(model: ResNet, config: Any, state: TrainState, steps: int, devices: int = 2) -> TrainState:
+def train(policy: Policy, config: Any, state: TrainState, steps: int, devices: int = 2) -> TrainState:
     sample = datasets.load("sample:cifar10", "train")
     tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
-    step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
+    step = partial(train_step, config=StepConfig(MODEL, tx, PREPROCESSING, policy))
     p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
-    pictures = Examples(sample.image, sample.label)
+    examples = Examples(sample.image, sample.label)
+    state = replicate_on(devices, state)
     for batch in list(make_batches(epoch_order(0, 1, 2000), 32, devices))[:steps]:
-        state, _ = p_step(state, pictures, batch)
+        state, _ = p_step(state, examples, batch)
     return state
 
 
@@ -95,12 +102,13 @@ def train(model: ResNet, config: Any, state: TrainState, steps: int, devices: in
     ],
 )
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(names: str, batch_norm: Any) -> None:
-    """Parameters and statistics, with weight decay and on devices that see other pictures."""
-    config = optimizer_config(freeze=names, weight_decay=0.1, learning_rate=0.05)
-    model = partition.freeze(MODEL.clone(batch_norm=batch_norm), config, 1)
-    tx = make_optimizer(config, 10, 1)
-    state = create_train_state(model, tx, jax.random.key(0))
-    after = train(model, config, state, 3)
+    """Parameters and statistics, with weight decay and on devices that see other images."""
+    config = config_with(freeze=names, weight_decay=0.1, learning_rate=0.05)
+    config.model.batch_norm = batch_norm
+    policy = partition.make_policy(config, MODEL, 1)
+    tx = make_optimizer(config.optimizer, 10, 1)
+    state = jax.jit(partial(create_train_state, MODEL, tx, policy=policy))(jax.random.key(0))
+    after = train(policy, config.optimizer, state, 3)
     for before_tree, after_tree in ((state.params, after.params), (state.batch_stats, after.batch_stats)):
         before, moved = flatten_dict(before_tree, sep="/"), flatten_dict(after_tree, sep="/")
         for path, array in before.items():
@@ -114,11 +122,11 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(names: str, batch_no
         for part in [jax.tree_util.keystr(path)]
         if ".trace" in part
     }
-    assert len(momentum) == len(PATHS) - len(model.frozen)
+    assert len(momentum) == len(PATHS) - len(policy.frozen)
 
 
 def products(jaxpr: Any) -> int:
-    """Convolutions and matrix products in a traced function, in all that it calls."""
+    """Counts the convolutions and matrix products in a traced function and in everything that it calls."""
     count = 0
     for equation in jaxpr.eqns:
         count += equation.primitive.name in ("conv_general_dilated", "dot_general")
@@ -129,26 +137,26 @@ def products(jaxpr: Any) -> int:
 
 
 def test_nothing_is_propagated_back_through_a_frozen_prefix() -> None:
-    """With only the head to train a step has the forward pass's products and one more: the head's gradient."""
+    """If only the head trains, a step has the forward pass's products and one more: the head's gradient."""
     image = jnp.zeros((4, 32, 32, 3), jnp.uint8)
-    pictures, batch = Examples(image, jnp.zeros(4, jnp.int32)), Batch(jnp.arange(4), jnp.arange(4), jnp.ones(4))
+    examples, batch = Examples(image, jnp.zeros(4, jnp.int32)), Batch(jnp.arange(4), jnp.arange(4), jnp.ones(4))
 
     def in_a_step(names: str) -> int:
-        config = optimizer_config(freeze=names)
-        model = partition.freeze(MODEL, config, 1)
-        tx = make_optimizer(config, 10, 1)
-        state = jax.eval_shape(partial(create_train_state, model, tx), jax.random.key(0))
-        step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
-        return products(jax.make_jaxpr(step, axis_env=[("batch", 1)])(state, pictures, batch).jaxpr)
+        config = config_with(freeze=names)
+        policy = partition.make_policy(config, MODEL, 1)
+        tx = make_optimizer(config.optimizer, 10, 1)
+        state = abstract_train_state(MODEL, tx, policy)
+        step = partial(train_step, config=StepConfig(MODEL, tx, PREPROCESSING, policy))
+        return products(jax.make_jaxpr(step, axis_env=[("batch", 1)])(state, examples, batch).jaxpr)
 
-    variables = partition.abstract_variables(MODEL)
+    variables = abstract_variables(MODEL)
     forward = jax.make_jaxpr(partial(MODEL.apply, train=False))(variables, jnp.zeros((4, 32, 32, 3)))
     assert in_a_step("backbone") == products(forward.jaxpr) + 1
     assert in_a_step("backbone") < in_a_step("stem,stage1,stage2") < in_a_step("stem") < in_a_step("")
 
 
-def test_a_part_that_thaws_begins_with_no_momentum_and_the_rest_goes_on() -> None:
-    """Against torch: two steps with conv1 frozen, then two with everything, towards a target."""
+def test_an_unfrozen_part_begins_without_momentum_and_the_rest_keeps_it() -> None:
+    """Compares with torch: two steps with conv1 frozen, then two with everything, towards a target."""
     config = optimizer_config(weight_decay=1e-2, learning_rate=2**-5)
     rng = np.random.default_rng(0)
     start, target = ({"conv1": {"kernel": rng.normal(size=5)}, "fc": {"kernel": rng.normal(size=5)}} for _ in range(2))
@@ -190,9 +198,9 @@ def test_learning_rates_by_part() -> None:
     np.testing.assert_allclose(scaled["conv1"]["kernel"], 0.5**5 * plain["conv1"]["kernel"])
 
 
-def test_the_table_tells_what_trains() -> None:
-    config = optimizer_config(freeze="stem,stage1")
-    lines = partition.table(partition.freeze(MODEL, config, 1)).splitlines()
+def test_the_table_lists_what_trains() -> None:
+    policy = partition.make_policy(config_with(freeze="stem,stage1"), MODEL, 1)
+    lines = partition.table(MODEL, policy).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert rows["stem"][1:] == ["0", "stay"]
     assert rows["stage1"][1:] == ["0", "stay"]

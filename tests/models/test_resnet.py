@@ -1,7 +1,8 @@
-"""Against torchvision's ResNets with random weights and random running statistics."""
+"""Compares with torchvision's ResNets, with random weights and random running statistics."""
 
 import math
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.models.resnet import ARCHITECTURES, BasicBlock, BatchNorm, ResNet
+from jaxft.models.policy import Policy, eval_features, eval_logits
+from jaxft.models.resnet import ARCHITECTURES, BasicBlock, BatchNorm, ResNet, abstract_variables
+from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import from_torch, torch_shapes
-from tests.helpers.formulations import as_if_on, onednn_in_double_precision
+from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch, torchvision
+from tests.helpers.torch_models import flax_model, images, nchw, random_torch_model, to_flax
 
+KEY = jax.random.key(0, impl="rbg")  # compiles much sooner than JAX's default generator
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4", "fc")
 
 
@@ -24,42 +29,9 @@ def double_precision() -> Any:
         yield
 
 
-@pytest.fixture
-def onednn_is_exact() -> Any:
-    with onednn_in_double_precision():
-        yield
-
-
-def random_torch_model(arch: str, seed: int = 0) -> torch.nn.Module:
-    """In float64, with statistics and affine parameters far from 0 and 1."""
-    torch.manual_seed(seed)
-    model = getattr(torchvision.models, arch)(num_classes=10).double()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2.0)
-    return model
-
-
-def to_flax(state: dict[str, torch.Tensor], model: ResNet) -> dict[str, Any]:
-    return from_torch({key: value.numpy().copy() for key, value in state.items()}, model)
-
-
-def images(height: int, width: int, count: int = 2) -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(count, height, width, 3))
-
-
-def nchw(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_parameters_are_torchvisions(arch: str) -> None:
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         state = getattr(torchvision.models, arch)().state_dict()
     expected = {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
     assert torch_shapes(ARCHITECTURES[arch](num_classes=1000)) == expected
@@ -89,7 +61,7 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
     with torch.no_grad():
         reference(nchw(x))
     for dtype, tolerance in ((jnp.float64, 1e-11), (jnp.float32, 1e-5)):
-        model = ARCHITECTURES[arch](num_classes=10, dtype=dtype)
+        model = ARCHITECTURES[arch](num_classes=10, dtype=dtype, formulation="cpu")
         variables = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), to_flax(reference.state_dict(), model))
         apply = partial(
             model.apply,
@@ -105,24 +77,28 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
 
 
 @pytest.mark.parametrize(
-    ("arch", "train", "formulations"),
+    ("arch", "train", "formulation"),
     [
-        pytest.param(arch, train, "cpu", marks=[] if (arch, train) == ("resnet50", True) else pytest.mark.slow)
-        for arch in ARCHITECTURES
-        for train in (True, False)
-    ]
-    + [("resnet18", False, "onednn"), ("resnet18", True, "tpu")]
-    + [pytest.param("resnet50", True, which, marks=pytest.mark.slow) for which in ("onednn", "gpu", "tpu")],
+        ("bottleneck", True, "cpu"),
+        ("basic", True, "plain"),
+        ("basic", False, "cpu-onednn"),
+        ("basic", True, "tpu"),
+        *(
+            pytest.param(arch, train, "cpu", marks=pytest.mark.slow)
+            for arch in ARCHITECTURES
+            for train in (True, False)
+        ),
+        *(
+            pytest.param(arch, train, formulation, marks=pytest.mark.slow)
+            for arch, train in (("resnet18", True), ("resnet18", False), ("resnet50", True))
+            for formulation in ("plain", "cpu-onednn", "gpu", "tpu")
+        ),
+    ],
 )
-def test_gradients_and_running_statistics_are_torchs(
-    arch: str, train: bool, formulations: str, request: pytest.FixtureRequest
-) -> None:
-    """Of the input and of all parameters, in training and in evaluation mode, in float64."""
-    by_onednn = formulations == "onednn"
-    if by_onednn:
-        request.getfixturevalue("onednn_is_exact")
+def test_gradients_and_running_statistics_are_torchs(arch: str, train: bool, formulation: Formulation) -> None:
+    """Gradients of the input and of all parameters, in training and in evaluation mode, in float64."""
     reference = random_torch_model(arch).train(train)
-    model = ARCHITECTURES[arch](num_classes=10, dtype=jnp.float64, by_onednn=by_onednn)
+    model = flax_model(arch, dtype=jnp.float64, formulation=formulation)
     variables = to_flax(reference.state_dict(), model)
     x, label = images(64, 64, count=3), np.array([1, 7, 3])
 
@@ -139,7 +115,7 @@ def test_gradients_and_running_statistics_are_torchs(
         logits, updates = model.apply(variables_, x, train=train, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[jnp.arange(3), label].mean(), updates["batch_stats"]
 
-    with as_if_on("cpu" if by_onednn else formulations):
+    with onednn_in_double_precision() if formulation == "cpu-onednn" else nullcontext():
         (grads, image_grad), new_statistics = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
     for (path, ours), want in zip(
         jax.tree.leaves_with_path({"params": grads, "batch_stats": new_statistics}),
@@ -154,14 +130,15 @@ def relative(ours: Any, expected: Any) -> float:
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.parametrize("formulation", ["plain", "cpu", "gpu"])
 @pytest.mark.parametrize("mask", [(1, 1, 1, 1, 1), (1, 1, 1, 0, 0), (1, 0, 0, 0, 0)])
-def test_batch_norm_leaves_padding_out(mask: tuple[int, ...]) -> None:
+def test_batch_norm_leaves_padding_out(mask: tuple[int, ...], formulation: Formulation) -> None:
     x = images(3, 4, count=5) * 2 + 1
     reference = torch.nn.BatchNorm2d(3).double().train()
     kept = np.flatnonzero(mask)
     expected = reference(nchw(x[kept])).detach().numpy().transpose(0, 2, 3, 1)
     statistics: dict[str, Any] = reference.state_dict()
-    norm = BatchNorm(3, dtype=jnp.float64)
+    norm = BatchNorm(3, dtype=jnp.float64, formulation=formulation)
     variables = norm.init(jax.random.key(0), x, None)
     y, updates = norm.apply(variables, x, jnp.array(mask), mutable=["batch_stats"])
     np.testing.assert_allclose(np.asarray(y)[kept], expected, atol=1e-12)
@@ -169,45 +146,46 @@ def test_batch_norm_leaves_padding_out(mask: tuple[int, ...]) -> None:
     np.testing.assert_allclose(updates["batch_stats"]["var"], statistics["running_var"], atol=1e-12)
 
 
-def test_batch_norm_is_accurate_where_the_mean_is_large() -> None:
-    """In float32, where E[x^2] - E[x]^2 would lose every digit: mean 10,000, deviation 1."""
+@pytest.mark.parametrize("formulation", ["plain", "cpu"])
+def test_batch_norm_is_accurate_for_a_large_mean(formulation: Formulation) -> None:
+    """In float32, in which E[x^2] - E[x]^2 would lose every digit: mean 10,000, deviation 1."""
     x = (images(32, 32, count=8) + 10_000).astype(np.float32)
     exact = x.astype(np.float64)
     expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
-    norm = BatchNorm(3)
+    norm = BatchNorm(3, formulation=formulation)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), norm.init(jax.random.key(0), x, None))
     y, _ = norm.apply(variables, x, None, mutable=["batch_stats"])
     assert np.abs(y - expected).max() < 5e-3
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_batch_norm_of_one_pass_is_accurate_where_the_running_mean_is_near(backend: str) -> None:
-    """In float32, by a running mean that is a deviation off: mean 10,000, deviation 1."""
+@pytest.mark.parametrize("formulation", ["gpu", "tpu"])
+def test_batch_norm_in_one_pass_is_accurate_if_the_running_mean_is_close(formulation: Formulation) -> None:
+    """In float32, with a running mean that is one deviation off: mean 10,000, deviation 1."""
     x = (images(32, 32, count=8) + 10_000).astype(np.float32)
     exact = x.astype(np.float64)
     expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
-    norm = BatchNorm(3)
+    norm = BatchNorm(3, formulation=formulation)
     variables = jax.tree.map(lambda a: a.astype(jnp.float32), norm.init(jax.random.key(0), x, None))
     variables["batch_stats"]["mean"] += 10_001
-    with as_if_on(backend):
-        y, _ = norm.apply(variables, x, None, mutable=["batch_stats"])
+    y, _ = norm.apply(variables, x, None, mutable=["batch_stats"])
     assert np.abs(y - expected).max() < 5e-3
 
 
 def test_frozen_batch_norm_uses_and_keeps_its_running_statistics() -> None:
     reference = random_torch_model("resnet18").eval()
-    model = ARCHITECTURES["resnet18"](num_classes=10, batch_norm="frozen", dtype=jnp.float64)
+    model = ARCHITECTURES["resnet18"](num_classes=10, dtype=jnp.float64, formulation="cpu")
     variables = to_flax(reference.state_dict(), model)
     x = images(64, 64)
-    logits, updates = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))(variables, x)
+    apply = partial(model.apply, train=True, policy=Policy(batch_norm="frozen"), mutable=["batch_stats"])
+    logits, updates = jax.jit(apply)(variables, x)
     np.testing.assert_allclose(logits, reference(nchw(x)).detach().numpy(), rtol=1e-10)
     jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:
-    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=16)
+    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=16, formulation="cpu")
     x = images(64, 64).astype(np.float32)
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+    variables = jax.jit(partial(model.init, train=False))(KEY, x)
     full: Any = jax.jit(partial(model.apply, train=False))(variables, x)
     half: Any = jax.jit(partial(model.clone(dtype=jnp.bfloat16).apply, train=False))(variables, x)
     assert half.dtype == jnp.float32
@@ -217,17 +195,16 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:
 
 @pytest.mark.parametrize("precision", ["high", "highest"])
 def test_all_products_have_the_precision_asked_for(precision: str) -> None:
-    """Those of the gradients too, in the program that a TPU gets."""
-    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=8, precision=precision)
-    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    """Those of the gradients too, in a TPU's program."""
+    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=8, precision=precision, formulation="tpu")
+    variables = abstract_variables(model)
 
     def gradients(variables: Any, x: jax.Array) -> Any:
         loss = lambda variables: model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()  # noqa: E731
         return jax.grad(loss)(variables)
 
-    with as_if_on("tpu"):
-        traced = jax.jit(gradients).trace(variables, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
-        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    traced = jax.jit(gradients).trace(variables, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
     products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", program)
     assert len(products) >= 3 * 6  # the stem, three blocks' and the head; forward, and to inputs and kernels
     for product in products:
@@ -235,14 +212,14 @@ def test_all_products_have_the_precision_asked_for(precision: str) -> None:
 
 
 def test_random_initialisation_is_torchvisions() -> None:
-    """Per layer: the same deviation and range, as far as a sample tells."""
+    """Each layer has the same deviation and range, as far as a sample shows."""
     torch.manual_seed(0)
     expected = from_torch(
         {key: value.numpy() for key, value in torchvision.models.resnet18().state_dict().items()},
         ARCHITECTURES["resnet18"](num_classes=1000),
     )["params"]
     model = ARCHITECTURES["resnet18"](num_classes=1000)
-    ours = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))()["params"]
+    ours = jax.jit(lambda: model.init(KEY, jnp.zeros((1, 32, 32, 3)), train=False))()["params"]
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
         assert abs(float(a.std()) - float(b.std())) <= 0.05 * float(b.std()), jax.tree_util.keystr(path)
         assert abs(float(abs(a).max()) - float(abs(b).max())) <= 0.35 * float(abs(b).max())
@@ -252,7 +229,7 @@ def test_rematerialisation_keeps_less_and_gives_the_same() -> None:
     images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
     kept, grads = [], []
     for remat in (False, True):
-        model = ResNet(BasicBlock, (2,), num_classes=10, width=4, stem="small", remat=remat)
+        model = ResNet(BasicBlock, (2,), num_classes=10, width=4, stem="small", remat=remat, formulation="cpu")
         variables = random_variables(model)
 
         def loss(params: Any, model: ResNet = model, variables: Any = variables) -> Any:
@@ -268,20 +245,20 @@ def test_rematerialisation_keeps_less_and_gives_the_same() -> None:
 
 
 def random_variables(model: ResNet) -> Any:
-    return jax.jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    return jax.jit(partial(model.init, train=False))(KEY, jnp.zeros((1, 32, 32, 3)))
 
 
-def test_a_flipped_test_is_the_mean_of_both_sides_logits() -> None:
+def test_test_flip_averages_the_logits_of_both_mirror_images() -> None:
     images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 32, 3)), jnp.float32)
-    model = ResNet(BasicBlock, (1,), num_classes=10, width=8)
+    model = ResNet(BasicBlock, (1,), num_classes=10, width=8, formulation="cpu")
     variables = random_variables(model)
 
-    def logits(model: ResNet, images: jax.Array, **options: Any) -> Any:
-        return jax.jit(partial(model.apply, **options))(variables, images)
+    def logits(images: jax.Array, policy: Policy) -> Any:
+        return jax.jit(partial(eval_logits, model, policy=policy))(variables, images)
 
-    one, other = (logits(model, pictures, train=False) for pictures in (images, images[:, :, ::-1]))
+    one, other = (logits(batch, Policy()) for batch in (images, images[:, :, ::-1]))
     assert np.abs(one - other).max() > 1e-3
-    flipped = model.clone(test_flip=True)
-    np.testing.assert_allclose(logits(flipped, images, train=False), (one + other) / 2, rtol=1e-5, atol=1e-6)
-    trained, again = (logits(m, images, train=True, mutable=["batch_stats"])[0] for m in (model, flipped))
-    np.testing.assert_array_equal(trained, again)
+    flip = Policy(test_flip=True)
+    np.testing.assert_allclose(logits(images, flip), (one + other) / 2, rtol=1e-5, atol=1e-6)
+    features = jax.jit(partial(eval_features, model, policy=flip))(variables, images)
+    np.testing.assert_allclose(logits(features, flip), (one + other) / 2, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The table of named weights, held against torchvision's own."""
+"""The table of named weights, compared with torchvision's metadata."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ import pytest
 from jaxft.files import cache_dir
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.pretrained import download
-from jaxft.pretrained.catalog import WEIGHTS, NamedWeights, find, near, table, weights_file
+from jaxft.pretrained.catalog import WEIGHTS, NamedWeights, find, similar_names, table, weights_file
 from tests.helpers.reference import torchvision
 
 MODELS = torchvision.models
@@ -22,7 +22,7 @@ TORCHVISION = [
 
 
 @pytest.mark.parametrize(("name", "enum"), TORCHVISION)
-def test_torchvisions_rows_are_what_torchvision_says(name: str, enum: Any) -> None:
+def test_torchvision_rows_match_torchvisions_metadata(name: str, enum: Any) -> None:
     weights = find(name)
     assert weights
     transforms = enum.transforms()
@@ -35,12 +35,12 @@ def test_torchvisions_rows_are_what_torchvision_says(name: str, enum: Any) -> No
     assert list(weights.std) == transforms.std
 
 
-def test_torchvision_has_no_more_and_no_fewer() -> None:
+def test_exactly_torchvisions_weights_are_listed() -> None:
     assert {w.name for w in WEIGHTS if w.source == "torchvision"} == {name for name, _ in TORCHVISION}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda weights: weights.name)
-def test_every_row_holds_together(weights: NamedWeights) -> None:
+def test_every_row_is_consistent(weights: NamedWeights) -> None:
     assert re.fullmatch("[0-9a-f]{8}", weights.sha256_prefix)
     assert weights.url.startswith("https://")
     assert weights.url.endswith((f"-{weights.sha256_prefix}.pth", f"-{weights.sha256_prefix}.safetensors"))
@@ -52,12 +52,12 @@ def test_every_row_holds_together(weights: NamedWeights) -> None:
     assert weights.license
 
 
-def test_names_addresses_and_checksums_are_unique() -> None:
+def test_names_urls_and_checksums_are_unique() -> None:
     for column in ("name", "url", "sha256_prefix"):
         assert len({getattr(weights, column) for weights in WEIGHTS}) == len(WEIGHTS)
 
 
-def test_the_table_lists_all_in_narrow_lines() -> None:
+def test_the_table_lists_all_weights_within_100_columns() -> None:
     head, *lines = table().splitlines()
     assert head.startswith("name")
     assert [line.split()[0] for line in lines] == [weights.name for weights in WEIGHTS]
@@ -65,17 +65,17 @@ def test_the_table_lists_all_in_narrow_lines() -> None:
     assert max(map(len, (head, *lines))) <= 100
 
 
-def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
+def test_a_misspelt_name_gets_the_nearest_names() -> None:
     assert find("resnet50.tv_v2") is None
-    assert near("resnet50.tv_v2")[0] == "resnet50.tv_in1k_v2"
-    assert near("ResNet50.A1_in1k")[0] == "resnet50.a1_in1k"
-    assert near("resnet50")[:2] == ["resnet50.tv_in1k_v1", "resnet50.tv_in1k_v2"]
-    assert near("efficientnet_v2") == []
+    assert similar_names("resnet50.tv_v2")[0] == "resnet50.tv_in1k_v2"
+    assert similar_names("ResNet50.A1_in1k")[0] == "resnet50.a1_in1k"
+    assert similar_names("resnet50")[:2] == ["resnet50.tv_in1k_v1", "resnet50.tv_in1k_v2"]
+    assert similar_names("efficientnet_v2") == []
 
 
-def test_files_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_file_is_used_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(download, "urlopen", None)  # a file that is there needs no network
+    monkeypatch.setattr(download, "urlopen", None)  # any download would fail
     data = b"weights"
     weights = WEIGHTS[0]._replace(sha256_prefix=hashlib.sha256(data).hexdigest()[:8])
     path = tmp_path / "weights" / "resnet18-f37072fd.pth"

@@ -1,8 +1,7 @@
-"""torchvision's state_dict to Flax and jaxft's files: the same numbers, or a message."""
+"""Conversion of PyTorch's state_dicts to Flax and jaxft's files: the same numbers, or an error message."""
 
 import hashlib
 import http.server
-import runpy
 import threading
 from functools import partial
 from pathlib import Path
@@ -14,20 +13,22 @@ import pytest
 import safetensors.torch
 from flax.traverse_util import flatten_dict
 
+from jaxft import convert
 from jaxft.errors import UserError
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.pretrained import catalog
-from jaxft.pretrained.convert import infer_arch, load_pretrained, read_weights, to_torch
+from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.load import infer_arch, load_pretrained, read_weights
 from jaxft.pretrained.torch_files import read_tensors, write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.targets.classification import replace_head
-from tests.conftest import ROOT, Run
 from tests.helpers.reference import torch, torchvision
+from tests.helpers.runs import ROOT, Run
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """Of a ResNet-18 with 7 classes and statistics that are not 0 and 1."""
+    """Returns the state_dict of a ResNet-18 with 7 classes and running statistics other than 0 and 1."""
     torch.manual_seed(0)
     state = torchvision.models.resnet18(num_classes=7).state_dict()
     for key, value in state.items():
@@ -45,12 +46,12 @@ def source(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit for bit."""
+    """Returns whether two trees have the same keys and bytes."""
     a, b = flatten_dict(a), flatten_dict(b)
     return a.keys() == b.keys() and all(np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
 
 
-def test_every_number_is_where_torchvision_has_it(source: Path, state: dict[str, torch.Tensor]) -> None:
+def test_every_tensor_keeps_its_values_in_the_new_layout(source: Path, state: dict[str, torch.Tensor]) -> None:
     variables, provenance = read_weights(source)
     block = variables["params"]["layer2"]["0"]
     np.testing.assert_array_equal(
@@ -66,7 +67,7 @@ def test_every_number_is_where_torchvision_has_it(source: Path, state: dict[str,
     assert (provenance["arch"], provenance["num_classes"], provenance["width"]) == ("resnet18", 7, 64)
 
 
-def test_the_command_writes_what_the_source_holds(run: Run, source: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_weights_of_the_source(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     result = run("weights/convert.py", source, out)
     assert result.returncode == 0, result.stderr
@@ -77,7 +78,7 @@ def test_the_command_writes_what_the_source_holds(run: Run, source: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "source.pth"]
 
 
-def test_arrays_that_are_not_contiguous_survive_the_file(tmp_path: Path, source: Path) -> None:
+def test_noncontiguous_arrays_survive_a_round_trip(tmp_path: Path, source: Path) -> None:
     weights = read_weights(source)
     transposed = jax.tree.map(lambda a: np.ascontiguousarray(a.T).T, weights.variables)
     assert not transposed["params"]["conv1"]["kernel"].flags.c_contiguous
@@ -85,7 +86,7 @@ def test_arrays_that_are_not_contiguous_survive_the_file(tmp_path: Path, source:
     assert same(read_weights(tmp_path / "t.safetensors").variables, weights.variables)
 
 
-def test_replace_head_changes_the_head_alone(source: Path) -> None:
+def test_replace_head_changes_only_the_head(source: Path) -> None:
     variables = read_weights(source).variables
     before = jax.tree.map(np.array, variables)
     replaced = replace_head(variables, 10, jax.random.key(0))
@@ -97,7 +98,7 @@ def test_replace_head_changes_the_head_alone(source: Path) -> None:
     assert head["bias"].shape == (10,)
 
 
-def test_the_new_head_is_initialised_as_torchs_linear() -> None:
+def test_the_new_head_is_initialised_like_torchs_linear() -> None:
     variables = {"params": {"fc": {"kernel": np.zeros((512, 7))}}, "batch_stats": {}}
     head = replace_head(variables, 1000, jax.random.key(3))["params"]["fc"]
     reference = torch.nn.Linear(512, 1000)
@@ -106,7 +107,7 @@ def test_the_new_head_is_initialised_as_torchs_linear() -> None:
         assert float(ours.std()) == pytest.approx(theirs.std().item(), rel=0.1)
 
 
-def test_all_wrong_keys_in_one_message(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+def test_one_message_lists_all_wrong_keys(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     broken = dict(state)
     del broken["layer1.0.conv1.weight"], broken["layer4.1.bn2.running_var"]
     broken["layer9.weight"] = torch.ones(1)
@@ -119,31 +120,31 @@ def test_all_wrong_keys_in_one_message(tmp_path: Path, state: dict[str, torch.Te
     assert "layer2.0.conv2.weight (128, 128, 1, 1) instead of (128, 128, 3, 3)" in str(error.value)
 
 
-def test_another_architecture_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_wrong_architecture_is_named(source: Path, tmp_path: Path) -> None:
     write_weights(tmp_path / "converted.safetensors", read_weights(source))
     for path in (source, tmp_path / "converted.safetensors"):
         with pytest.raises(UserError, match="holds a resnet18, not a resnet50"):
             read_weights(path, "resnet50")
 
 
-def test_the_command_tells_errors_in_one_line(fails: Any, tmp_path: Path, source: Path) -> None:
+def test_the_command_reports_errors_in_one_line(fails: Any, tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out.safetensors"
-    assert "no weights file" in fails("weights/convert.py", tmp_path / "none.pth", out)
-    assert "not a resnet50" in fails("weights/convert.py", source, out, "--arch", "resnet50")
-    assert "must end in .safetensors" in fails("weights/convert.py", source, tmp_path / "out.npz")
-    assert "cannot be written" in fails("weights/convert.py", source, tmp_path / "none" / "out.safetensors")
-    assert "is it complete?" in fails("weights/convert.py", ROOT / "README.md", out)
+    assert "no weights file" in fails("-m", "jaxft.convert", tmp_path / "none.pth", out)
+    assert "not a resnet50" in fails("-m", "jaxft.convert", source, out, "--arch", "resnet50")
+    assert "must end in .safetensors" in fails("-m", "jaxft.convert", source, tmp_path / "out.npz")
+    assert "cannot be written" in fails("-m", "jaxft.convert", source, tmp_path / "none" / "out.safetensors")
+    assert "is it complete?" in fails("-m", "jaxft.convert", ROOT / "README.md", out)
     source.write_bytes(source.read_bytes()[:-1000])
-    assert "is it complete?" in fails("weights/convert.py", source, out)
+    assert "is it complete?" in fails("-m", "jaxft.convert", source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_in_and_out_again_is_bit_identical(
+def test_a_round_trip_is_bit_identical(
     tmp_path: Path, state: dict[str, torch.Tensor], suffix: str, dtype: torch.dtype
 ) -> None:
-    """Types, shapes and the count of batches too, through a converted file; torchvision takes it with strict=True."""
+    """Compares dtypes, shapes, values and num_batches_tracked; torchvision loads the result with strict=True."""
     converted = {key: value.to(dtype) if value.is_floating_point() else value + 5 for key, value in state.items()}
     torch.save(converted, tmp_path / "source.pth")
     write_weights(tmp_path / "jaxft.safetensors", read_weights(tmp_path / "source.pth"))
@@ -159,14 +160,14 @@ def test_in_and_out_again_is_bit_identical(
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_is_recognised(arch: str) -> None:
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # only shapes
         state = getattr(torchvision.models, arch)(num_classes=3).state_dict()
     assert infer_arch({key: np.broadcast_to(np.float32(0), value.shape) for key, value in state.items()}) == arch
 
 
 @pytest.mark.parametrize("depths", [[2, 2, 2, 2], [3, 4, 6, 3]])
-def test_hugging_face_files(tmp_path: Path, depths: list[int]) -> None:
-    """transformers' own network with random statistics gives the logits of the converted one."""
+def test_hugging_face_files_give_the_logits_of_transformers(tmp_path: Path, depths: list[int]) -> None:
+    """Compares the converted network with transformers' own, with random running statistics."""
     import transformers
 
     bottleneck = depths[1] == 4
@@ -193,7 +194,7 @@ def test_hugging_face_files(tmp_path: Path, depths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
-def test_timms_plain_resnets_are_torchvisions(tmp_path: Path, name: str) -> None:
+def test_timms_plain_resnets_are_recognised(tmp_path: Path, name: str) -> None:
     import timm
 
     reference = timm.create_model(name, num_classes=4)
@@ -220,12 +221,11 @@ def test_other_families_are_refused_with_the_reason(tmp_path: Path, name: str, p
     assert "missing" not in str(error.value)
 
 
-def test_verify_compares_with_torchvision_and_keeps_the_result(
+def test_verify_compares_with_torchvision_and_stores_the_result(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, where tests.helpers.reference has made torchvision importable."""
-    convert = runpy.run_path(str(ROOT / "weights" / "convert.py"))
-    convert["main"]([str(source), str(tmp_path / "out.safetensors"), "--verify"])
+    """Runs in this process, in which tests.helpers.reference has made torchvision importable."""
+    convert.main([str(source), str(tmp_path / "out.safetensors"), "--verify"])
     assert "layer4" in capsys.readouterr().out
     verified = read_weights(tmp_path / "out.safetensors").provenance["verified"]
     assert max(verified["float32"].values()) < 1e-5
@@ -233,17 +233,16 @@ def test_verify_compares_with_torchvision_and_keeps_the_result(
     assert "torchvision" in verified["against"]
 
 
-def test_verify_notices_a_wrong_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One kernel flipped left to right, as a wrong order of axes would leave it."""
-    convert = runpy.run_path(str(ROOT / "weights" / "convert.py"))
+def test_verify_detects_a_wrong_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flips one kernel left to right, as a wrong order of axes would."""
     weights = read_weights(source)
     kernel = weights.variables["params"]["layer3"]["0"]["conv2"]["kernel"]
     weights.variables["params"]["layer3"]["0"]["conv2"]["kernel"] = np.array(kernel[:, ::-1])
     with pytest.raises(UserError, match="differs from torchvision's network"):
-        convert["verify"](str(source), weights)
+        convert.verify(str(source), weights)
 
 
-def test_the_command_goes_back_to_torchvision(run: Run, source: Path, tmp_path: Path) -> None:
+def test_the_command_converts_back_to_torchvision(run: Run, source: Path, tmp_path: Path) -> None:
     assert run("weights/convert.py", source, tmp_path / "jaxft.safetensors").returncode == 0
     result = run("weights/convert.py", tmp_path / "jaxft.safetensors", tmp_path / "back.pth", "--to", "torchvision")
     assert result.returncode == 0, result.stderr
@@ -255,7 +254,7 @@ def test_the_command_goes_back_to_torchvision(run: Run, source: Path, tmp_path: 
 def test_named_weights_are_fetched_and_converted_once(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a server on this machine, which is gone by the second time."""
+    """Uses a local server that is shut down before the second load."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(source.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -279,8 +278,8 @@ def test_named_weights_are_fetched_and_converted_once(
         load_pretrained("resnet18.test", "resnet50")
 
 
-def test_an_unknown_name_is_told_with_its_neighbours() -> None:
-    with pytest.raises(UserError, match=r"named are resnet50\.tv_in1k_v2, resnet50\.tv_in1k_v1"):
+def test_an_unknown_name_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(UserError, match=r"similar names: resnet50\.tv_in1k_v2, resnet50\.tv_in1k_v1"):
         load_pretrained("resnet50.tv_in1k_v9")
 
 

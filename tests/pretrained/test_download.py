@@ -1,4 +1,4 @@
-"""Downloads from a server that misbehaves: the right bytes under the final name, or a message and nothing."""
+"""Downloads from a misbehaving server: the right bytes under the final name, or an error message and no file."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from jaxft.errors import UserError
 from jaxft.pretrained import download
 from jaxft.pretrained.download import fetch
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 
 DATA = random.Random(0).randbytes(1_000_000)
 NAME = "net-12345678.pth"
@@ -41,16 +41,16 @@ PREFIX = sha256(DATA)[:8]
 
 @dataclasses.dataclass
 class Answer:
-    """How the server answers one request; by default as it should."""
+    """Describes the server's response to one request; the default is a correct one."""
 
-    status: int = 0  # of an error, with nothing else
-    ranges: bool = True  # else the whole file, with status 200
-    shift: int = 0  # of the part that is sent against the part asked for
-    longer: int = 0  # bytes that Content-Length says too many
-    text: bool = True  # with a Content-Length at all
-    cut: int | None = None  # bytes after which the connection ends
-    reset: bool = False  # ... by a reset
-    stall: bool = False  # ... after having hung
+    status: int = 0  # an HTTP error to send and nothing else
+    ranges: bool = True  # honours Range; otherwise sends the whole file with status 200
+    shift: int = 0  # offset of the range sent from the range requested
+    longer: int = 0  # bytes by which Content-Length is too large
+    sized: bool = True  # sends a Content-Length
+    cut: int | None = None  # bytes after which the connection closes
+    reset: bool = False  # ... with a reset
+    stall: bool = False  # ... after a hang
     delay: float = 0  # seconds before the body
     redirect: bool = False
 
@@ -59,7 +59,7 @@ OK = Answer()
 
 
 class Server(ThreadingHTTPServer):
-    """Takes `answers` one after another, then `then` for ever. Notes where each request starts, and bytes sent."""
+    """Gives each of `answers` once, then always `then`; records where requests start and the bytes sent."""
 
     daemon_threads = True
 
@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        with suppress(ConnectionError):  # the client may go
+        with suppress(ConnectionError):  # the client may disconnect
             self.answer()
 
     def answer(self) -> None:
@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             start = 0
             self.send_response(200)
         body = server.data[start:]
-        if answer.text:
+        if answer.sized:
             self.send_header("Content-Length", str(len(body) + answer.longer))
         self.end_headers()
         time.sleep(answer.delay)
@@ -157,7 +157,7 @@ def assert_fetched(server: Server, folder: Path) -> None:
 
 
 def failure(url: str, folder: Path) -> str:
-    """The message, in one line, with all that is needed to fetch the file by other means."""
+    """Returns the error, which must be one line with all that is needed to fetch the file by other means."""
     with pytest.raises(UserError) as caught:
         fetch(url, PREFIX, folder)
     message = str(caught.value)
@@ -176,13 +176,13 @@ def test_a_file_is_fetched_once(tmp_path: Path) -> None:
         assert server.starts == [0]
 
 
-def test_a_good_file_needs_no_server_and_no_write(tmp_path: Path) -> None:
+def test_a_valid_file_needs_no_server_and_no_write(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(DATA)
     assert fetch(f"http://127.0.0.1:1/{NAME}", PREFIX, tmp_path) == tmp_path / NAME
     assert [file.name for file in tmp_path.iterdir()] == [NAME]
 
 
-def test_an_address_may_have_a_query(tmp_path: Path) -> None:
+def test_a_url_may_have_a_query(tmp_path: Path) -> None:
     with serving() as server:
         assert fetch(f"{server.url}?raw=true", PREFIX, tmp_path) == tmp_path / NAME
 
@@ -191,7 +191,7 @@ def test_an_address_may_have_a_query(tmp_path: Path) -> None:
     ("answers", "starts"),
     [
         ([Answer(cut=300_000)], [0, 300_000]),
-        ([Answer(cut=300_000, text=False)], [0, 300_000]),
+        ([Answer(cut=300_000, sized=False)], [0, 300_000]),
         ([Answer(cut=300_000, reset=True)], [0, 300_000]),
         ([Answer(cut=1000), Answer(cut=5), Answer(cut=0), Answer(cut=0)], [0, 1000, 1005, 1005, 1005]),
         ([Answer(cut=300_000), Answer(ranges=False)], [0, 300_000]),
@@ -207,17 +207,17 @@ def test_an_address_may_have_a_query(tmp_path: Path) -> None:
         ([Answer(longer=-400_000)], [0, 600_000]),
         ([Answer(longer=-400_000), Answer(longer=-100_000)], [0, 600_000, 900_000]),
         ([Answer(longer=-1_000_000)], [0, 0]),
-        ([Answer(text=False)], [0]),
+        ([Answer(sized=False)], [0]),
     ],
     ids=str,
 )
-def test_it_copes(answers: list[Answer], starts: list[int], tmp_path: Path) -> None:
+def test_a_download_recovers_from_server_faults(answers: list[Answer], starts: list[int], tmp_path: Path) -> None:
     with serving(*answers) as server:
         assert_fetched(server, tmp_path)
         assert server.starts == starts
 
 
-def test_a_server_that_hangs_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_server_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.5)
     with serving(Answer(cut=300_000, stall=True)) as server:
         assert_fetched(server, tmp_path)
@@ -228,12 +228,12 @@ def test_a_server_that_hangs_is_asked_again(tmp_path: Path, monkeypatch: pytest.
 @given(
     cuts=st.lists(st.integers(1, 200), max_size=12),
     idle=st.integers(0, download.TRIES - 1),
-    text=st.booleans(),
+    sized=st.booleans(),
     longer=st.sampled_from([0, 50]),
 )
-def test_any_cuts_end_with_the_right_bytes(cuts: list[int], idle: int, text: bool, longer: int) -> None:
+def test_any_interruptions_end_with_the_right_bytes(cuts: list[int], idle: int, sized: bool, longer: int) -> None:
     data = DATA[:1000]
-    answers = [Answer(cut=cut, text=text, longer=longer) for cut in cuts] + [Answer(cut=0)] * idle
+    answers = [Answer(cut=cut, sized=sized, longer=longer) for cut in cuts] + [Answer(cut=0)] * idle
     with tempfile.TemporaryDirectory() as folder, serving(*answers, data=data) as server:
         path = fetch(server.url, sha256(data)[:8], Path(folder))
         assert path.read_bytes() == data
@@ -242,7 +242,7 @@ def test_any_cuts_end_with_the_right_bytes(cuts: list[int], idle: int, text: boo
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.lists(st.integers(0, 999), max_size=download.TRIES - 1))
-def test_any_cuts_without_ranges_too(cuts: list[int]) -> None:
+def test_any_interruptions_without_ranges_end_with_the_right_bytes(cuts: list[int]) -> None:
     data = DATA[:1000]
     answers = [Answer(cut=cut, ranges=False) for cut in cuts]
     with (
@@ -253,19 +253,19 @@ def test_any_cuts_without_ranges_too(cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "then", [OK, Answer(text=False), Answer(ranges=False), Answer(ranges=False, text=False)], ids=str
+    "then", [OK, Answer(sized=False), Answer(ranges=False), Answer(ranges=False, sized=False)], ids=str
 )
-def test_wrong_bytes_are_refused_and_told(then: Answer, tmp_path: Path) -> None:
+def test_wrong_bytes_are_refused_and_reported(then: Answer, tmp_path: Path) -> None:
     wrong = DATA[:-1] + b"?"
     with serving(then=then, data=wrong) as server:
         message = failure(server.url, tmp_path)
-        assert server.sent <= 2 * len(wrong)  # of which the second is hardly read
+        assert server.sent <= 2 * len(wrong)  # the second answer is hardly read
     assert f"{len(wrong)} bytes" in message
     assert sha256(wrong)[:16] in message
     assert [file.name for file in tmp_path.iterdir()] == [f"{NAME}.lock"]
 
 
-def test_wrong_bytes_are_told_where_lengths_are_wrong_too(tmp_path: Path) -> None:
+def test_wrong_bytes_are_reported_even_with_a_wrong_length(tmp_path: Path) -> None:
     wrong = DATA[:-1] + b"?"
     with serving(then=Answer(longer=100), data=wrong) as server:
         assert sha256(wrong)[:16] in failure(server.url, tmp_path)
@@ -275,7 +275,7 @@ def test_wrong_bytes_are_told_where_lengths_are_wrong_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("status", [404, 403])
-def test_a_missing_file_is_told_at_once(status: int, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_at_once(status: int, tmp_path: Path) -> None:
     with serving(then=Answer(status=status)) as server:
         assert str(status) in failure(server.url, tmp_path)
         assert server.starts == [0]
@@ -285,13 +285,13 @@ def test_a_missing_file_is_told_at_once(status: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("then", "requests"), [(Answer(status=500), 3), (Answer(cut=0), 3), (Answer(cut=1000, ranges=False), 4)], ids=str
 )
-def test_a_server_that_never_recovers_is_left(then: Answer, requests: int, tmp_path: Path) -> None:
+def test_a_server_that_never_recovers_is_given_up(then: Answer, requests: int, tmp_path: Path) -> None:
     with serving(then=then) as server:
         failure(server.url, tmp_path)
         assert len(server.starts) == requests
 
 
-def test_offline_one_line_tells_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PAUSE_SECONDS", 0.5)
     with serving() as server:
         url = server.url
@@ -301,15 +301,15 @@ def test_offline_one_line_tells_what_to_do(tmp_path: Path, monkeypatch: pytest.M
     assert [file.name for file in tmp_path.iterdir()] == [f"{NAME}.lock"]
 
 
-def test_a_host_that_is_not_known_is_told(tmp_path: Path) -> None:
+def test_an_unknown_host_is_reported(tmp_path: Path) -> None:
     failure(f"http://no-such-host.invalid/{NAME}", tmp_path)
 
 
-def test_a_wrong_file_is_replaced_when_the_right_one_is_complete(tmp_path: Path) -> None:
+def test_a_wrong_file_is_replaced_only_when_the_right_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / NAME
     path.write_bytes(b"wrong")
     with serving(then=Answer(cut=0)) as server:
-        assert "in place of the wrong one" in failure(server.url, tmp_path)
+        assert "replacing the wrong one" in failure(server.url, tmp_path)
         assert path.read_bytes() == b"wrong"
     with serving() as server:
         assert_fetched(server, tmp_path)
@@ -318,16 +318,18 @@ def test_a_wrong_file_is_replaced_when_the_right_one_is_complete(tmp_path: Path)
 @pytest.mark.parametrize(
     ("partial", "starts"),
     [
-        (DATA, []),  # killed just before it got its name
+        (DATA, []),  # killed just before the rename
         (DATA[:1234], [1234]),
         (b"", [0]),
-        (b"?" * 1234, [1234, 1_000_000, 0]),  # damaged: seen when all is there, and fetched anew
+        (b"?" * 1234, [1234, 1_000_000, 0]),  # damaged: noticed once complete, and fetched again
         (DATA + b"?", [1_000_001, 0]),
     ],
     ids=["whole", "part", "empty", "damaged", "too long"],
 )
 @pytest.mark.parametrize("then", [OK, Answer(ranges=False)], ids=["ranges", "no ranges"])
-def test_an_earlier_run_left_a_partial_file(partial: bytes, starts: list[int], then: Answer, tmp_path: Path) -> None:
+def test_a_partial_file_of_an_earlier_run_is_completed(
+    partial: bytes, starts: list[int], then: Answer, tmp_path: Path
+) -> None:
     (tmp_path / f"{NAME}.partial").write_bytes(partial)
     with serving(then=then) as server:
         assert_fetched(server, tmp_path)
@@ -345,7 +347,7 @@ fetch(url, prefix, pathlib.Path(folder))
 
 
 def start_process(server: Server, folder: Path, limit: int = resource.RLIM_INFINITY) -> subprocess.Popen[str]:
-    """`limit`: bytes that a file may have."""
+    """Starts a process that fetches the file; `limit` is the largest size of a file in bytes."""
     command = [sys.executable, "-c", FETCH, server.url, PREFIX, str(folder), str(limit)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -361,7 +363,7 @@ def test_processes_that_start_together_download_once(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"(waiting for another process .*\n)?", error) for error in errors), errors
 
 
-def test_a_killed_download_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_download_resumes_where_it_stopped(tmp_path: Path) -> None:
     growing = tmp_path / f"{NAME}.partial"
     with serving(Answer(cut=300_000, stall=True)) as server:
         process = start_process(server, tmp_path)
@@ -375,8 +377,8 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path: Path) -> None:
         assert server.starts == [0, 300_000]
 
 
-def test_a_disk_that_is_full_is_told_and_the_rest_fetched_later(tmp_path: Path) -> None:
-    """By a limit on the size of files, which fails in the middle of a write as a full disk does."""
+def test_a_full_disk_is_reported_and_the_download_resumes_later(tmp_path: Path) -> None:
+    """Simulates a full disk by a file-size limit, which makes a write fail in the middle."""
     other = tmp_path / "other.pth"
     other.write_bytes(b"good")
     with serving() as server:
@@ -389,7 +391,7 @@ def test_a_disk_that_is_full_is_told_and_the_rest_fetched_later(tmp_path: Path) 
     assert other.read_bytes() == b"good"
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"net-12345678\.pth cannot be read or written: Not a directory"):
         fetch(f"http://127.0.0.1:1/{NAME}", PREFIX, tmp_path / "file" / "weights")

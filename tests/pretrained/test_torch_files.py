@@ -1,4 +1,4 @@
-"""Files written by torch.save, and files that nobody should load."""
+"""Files written by torch.save and safetensors, and damaged or hostile ones."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def save(state: Any, path: Path, kind: str) -> Path:
     transposed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_tensor_comes_back(
+def test_any_tensor_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, kind: str, shape: list[int], dtype: Any, transposed: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def test_any_tensor_comes_back(
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_views_of_one_storage(tmp_path: Path, kind: str) -> None:
+def test_views_of_one_storage_are_read(tmp_path: Path, kind: str) -> None:
     base = torch.arange(24.0)
     views = {"whole": base.view(4, 6), "part": base[6:12], "every_third": base[1::3], "column": base.view(4, 6)[:, 2]}
     arrays = read_tensors(save(views, tmp_path / "file", kind))
@@ -73,7 +73,7 @@ def test_views_of_one_storage(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_a_wrapped_state_dict(tmp_path: Path, kind: str, wrapper: str) -> None:
+def test_a_wrapped_state_dict_is_unwrapped(tmp_path: Path, kind: str, wrapper: str) -> None:
     state = OrderedDict({"module.fc.bias": torch.nn.Parameter(torch.ones(2))})
     path = save({wrapper: state, "epoch": 3, "arch": "resnet50"}, tmp_path / "file", kind)
     np.testing.assert_array_equal(read_tensors(path)["fc.bias"], [1, 1])
@@ -101,7 +101,7 @@ def test_code_is_refused_by_name(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_truncated_file_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_truncated_file_is_named_in_the_error(tmp_path: Path, kind: str) -> None:
     path = save({"a": torch.rand(50), "b": torch.rand(50)}, tmp_path / "file", kind)
     whole = path.read_bytes()
     for length in range(0, len(whole) - 1, 29):
@@ -125,7 +125,7 @@ def test_a_damaged_file_gives_tensors_or_a_user_error(tmp_path: Path, kind: str)
             assert path.name in str(error)
 
 
-def test_a_zip_notices_flipped_bytes_of_a_tensor(tmp_path: Path) -> None:
+def test_flipped_bytes_in_a_zip_are_detected(tmp_path: Path) -> None:
     path = save({"a": torch.ones(100)}, tmp_path / "file", "zip")
     whole = path.read_bytes()
     data = np.ones(100, np.float32).tobytes()
@@ -139,7 +139,7 @@ def test_a_zip_notices_flipped_bytes_of_a_tensor(tmp_path: Path) -> None:
     [
         (torch.ones(2), "not a state_dict"),
         ([1, 2], "holds a list"),
-        ({"a": 1}, "'a' is no tensor"),
+        ({"a": 1}, "'a' is not a tensor"),
         ({1: torch.ones(1)}, "entry 1"),
     ],
 )
@@ -149,7 +149,7 @@ def test_other_content_is_refused(tmp_path: Path, content: Any, message: str) ->
 
 
 def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
-    """A forged size must not read other memory or make much of little."""
+    """A forged size must not read other memory or make a large array of a small file."""
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(3, 5)}, buffer)
     path = tmp_path / "file.pth"
@@ -160,11 +160,11 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
                 assert b"K\x03K\x05\x86" in content  # the pickled tuple (3, 5)
                 content = content.replace(b"K\x03K\x05\x86", b"K\x03K\xff\x86")
             new.writestr(name, content)
-    with pytest.raises(UserError, match="over and over"):
+    with pytest.raises(UserError, match="repeat the same numbers"):
         read_tensors(path)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_in_the_error(tmp_path: Path) -> None:
     for name in ("none.pth", "none.safetensors"):
         with pytest.raises(UserError, match=f"no weights file .*{name}"):
             read_tensors(tmp_path / name)
@@ -177,7 +177,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
     dtype=st.sampled_from(list(DTYPES)),
     seed=st.integers(0, 2**16),
 )
-def test_torch_loads_what_is_written(
+def test_torch_loads_written_files(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, shapes: list[list[int]], dtype: Any, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -193,7 +193,7 @@ def test_torch_loads_what_is_written(
 
 
 def test_keras_files_are_refused_with_the_reason(tmp_path: Path) -> None:
-    """An HDF5 file by its signature (HDF5's format specification), a .keras file by what is zipped in it."""
+    """Recognises HDF5 by its signature (HDF5's format specification) and .keras by the names in its zip."""
     (tmp_path / "resnet50.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     with zipfile.ZipFile(tmp_path / "resnet50.keras", "w") as archive:
         archive.writestr("model.weights.h5", b"")

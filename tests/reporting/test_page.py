@@ -1,4 +1,4 @@
-"""The report: what it shows, that it needs nothing else, and how a browser shows it."""
+"""The report: its content, that it is self-contained, and how a browser renders it."""
 
 import dataclasses
 import json
@@ -17,15 +17,16 @@ from jaxft import report
 from jaxft.data import datasets
 from jaxft.errors import UserError
 from jaxft.reporting import page as report_page
+from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import Predictions, evaluation_summary
-from tests.conftest import Run
+from tests.helpers.runs import Run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 ADDRESSES = {"src", "href", "srcset", "poster", "action", "data"}
 
 
 class Page(HTMLParser):
-    """Checks that elements are closed in their order, and gathers texts, addresses and elements."""
+    """Asserts that elements nest properly, and collects texts, addresses and elements."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -59,14 +60,14 @@ def assert_self_contained(page: Page, html: str) -> None:
     assert not re.search(r"@import|url\(", html)
 
 
-def test_a_run_leaves_its_report(small_run: Path, run: Run) -> None:
+def test_a_run_writes_a_self_contained_report(small_run: Path, run: Run) -> None:
     html = (small_run / "report.html").read_text()
     page = Page(html)
     assert_self_contained(page, html)
     line = json.loads(run("-m", "jaxft.evaluate", "--workdir", small_run, "--checkpoint=latest", "--json").stdout)
     text = " ".join(page.text.split())
     low, high = line["accuracy_interval"]
-    assert f"{line['accuracy']:.2%} accuracy, {100 * low:.1f} to {high:.1%} with 95 % confidence" in text
+    assert f"{line['accuracy']:.2%} accuracy (95 % confidence interval: {100 * low:.1f} to {high:.1%})" in text
     for name, accuracy in line["per_class_accuracy"].items():
         assert re.search(rf"{name} +100 +{100 * accuracy:.1f}%", text), name
     for part in (
@@ -74,26 +75,28 @@ def test_a_run_leaves_its_report(small_run: Path, run: Run) -> None:
         "data.name sample:cifar10",
         "random initialisation",
         "orbax-checkpoint",
-        "after epoch 2",
+        "after epoch 3",
     ):
         assert part in text
-    assert text.count(", taken for") == report_page.MISTAKES
-    assert "What training saw" in text
+    assert text.count(", predicted as") == report_page.MISTAKES
+    assert "Augmented training images" in text
     with Image.open(small_run / "sheet.jpg") as sheet:
         assert max(sheet.size) <= 8 * report_page.THUMBNAIL
     assert f"--config {small_run}/config.json" in text
 
 
 @pytest.mark.slow
-def test_the_command_that_it_shows_repeats_the_run(small_run: Path, run: Run, tmp_path: Path) -> None:
-    """To the very numbers, from DIR/config.json alone."""
+def test_the_command_in_the_report_repeats_the_run(small_run: Path, run: Run, tmp_path: Path) -> None:
+    """Gives the same losses from DIR/config.json only."""
     result = run("-m", "jaxft.train", "--config", small_run / "config.json", "--workdir", tmp_path / "again")
     assert result.returncode == 0, result.stderr
-    first, again = (report_page.load_run(workdir) for workdir in (small_run, tmp_path / "again"))
+    first, again = (report_page.load_run(Workdir(path)) for path in (small_run, tmp_path / "again"))
     assert [row["loss"] for row in first.rows] == [row["loss"] for row in again.rows]
 
 
-def test_runs_side_by_side(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_shows_runs_side_by_side(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(small_run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
     with np.load(tmp_path / "other" / "evaluation.npz") as file:
         arrays = dict(file)
@@ -107,15 +110,15 @@ def test_runs_side_by_side(small_run: Path, tmp_path: Path, capsys: pytest.Captu
     assert_self_contained(page, html)
     text = " ".join(page.text.split())
     assert "other, small 2 runs side by side" in text
-    assert "What differs in their configs other small optimizer.learning_rate 0.125 0.05 Classes" in text
-    accuracy = evaluation_summary(report_page.load_run(small_run).predictions, info["class_names"])["accuracy"]
+    assert "Config differences other small optimizer.learning_rate 0.125 0.05 Classes" in text
+    accuracy = evaluation_summary(report_page.load_run(Workdir(small_run)).predictions, info["class_names"])["accuracy"]
     assert text.count(f"{accuracy:.2%} (") == 2
 
 
 @pytest.fixture
 def hostile(small_run: Path, tmp_path: Path) -> report_page.Run:
-    """Names that mean something to HTML or to Matplotlib, a class without pictures, no mistake, and one epoch."""
-    original = report_page.load_run(small_run)
+    """Returns a run with names special to HTML and Matplotlib, a class without images, no mistake and one epoch."""
+    original = report_page.load_run(Workdir(small_run))
     names = ["<script>alert(1)</script>", "$x_1$ & co", "猫", "a" * 300, "never seen"]
     label = np.arange(40, dtype=np.int32) % 4
     predictions = Predictions(label, label, np.full(40, 0.9), np.zeros(40, int), np.full(40, 0.1))
@@ -125,11 +128,11 @@ def hostile(small_run: Path, tmp_path: Path) -> report_page.Run:
     rows = [row for row in original.rows if row["epoch"] == 1]
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     data = datasets.Dataset(np.zeros((40, 5, 7, 3), np.uint8), label, tuple(names))
-    report_page.update(workdir, info, data, predictions)
-    return report_page.load_run(workdir)
+    report_page.update(Workdir(workdir), info, data, data, predictions)
+    return report_page.load_run(Workdir(workdir))
 
 
-def test_odd_names_and_empty_classes(hostile: report_page.Run) -> None:
+def test_odd_names_are_escaped_and_empty_classes_shown(hostile: report_page.Run) -> None:
     html = report_page.render(hostile)
     page = Page(html)
     assert_self_contained(page, html)
@@ -139,19 +142,19 @@ def test_odd_names_and_empty_classes(hostile: report_page.Run) -> None:
     Page(report_page.render_comparison([hostile, hostile, hostile]))
 
 
-def test_mistakes_are_the_most_confident_ones(small_run: Path) -> None:
-    run = report_page.load_run(small_run)
+def test_the_most_confident_mistakes_are_shown(small_run: Path) -> None:
+    run = report_page.load_run(Workdir(small_run))
     sample = datasets.load("sample:cifar10", "test")
     wrong = [i for i in range(1000) if run.predictions.predicted[i] != sample.label[i]]
     expected = sorted(wrong, key=lambda i: -run.predictions.confidence[i])[: report_page.MISTAKES]
     assert run.mistakes.tolist() == expected
-    for i, picture in zip(expected, run.pictures, strict=True):
+    for i, picture in zip(expected, run.thumbnails, strict=True):
         np.testing.assert_array_equal(picture, sample.image[i])
 
 
-def test_a_report_is_drawn_once_in_a_minute(small_run: Path, tmp_path: Path) -> None:
-    """And the last; and on request after any epoch."""
-    run = report_page.load_run(small_run)
+def test_a_report_is_written_at_most_once_a_minute(small_run: Path, tmp_path: Path) -> None:
+    """The last epoch's is always written, and jaxft.report writes one at any time."""
+    run = report_page.load_run(Workdir(small_run))
     data = datasets.load("sample:cifar10", "test")
     info = run.info | {"config": run.info["config"] | {"num_epochs": 7}}
     row = run.split("eval")[0] | {"seconds": 12.5}
@@ -160,7 +163,7 @@ def test_a_report_is_drawn_once_in_a_minute(small_run: Path, tmp_path: Path) -> 
     for epoch in range(1, 8):
         rows += [row | {"split": split, "epoch": epoch, "step": epoch} for split in ("train", "eval")]
         (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        report_page.update(tmp_path, info, data, run.predictions)
+        report_page.update(Workdir(tmp_path), info, data, data, run.predictions)
         drawn.append((tmp_path / "report.html").exists())
         (tmp_path / "report.html").unlink(missing_ok=True)
         if epoch == 1:
@@ -170,8 +173,8 @@ def test_a_report_is_drawn_once_in_a_minute(small_run: Path, tmp_path: Path) -> 
     assert drawn == [False, False, True, False, True, False, True]
 
 
-def test_hundreds_of_classes_are_drawn(small_run: Path) -> None:
-    run = report_page.load_run(small_run)
+def test_a_report_of_hundreds_of_classes_stays_small(small_run: Path) -> None:
+    run = report_page.load_run(Workdir(small_run))
     rng = np.random.default_rng(0)
     names = [f"class {i}" for i in range(300)]
     label, predicted = rng.integers(0, 300, (2, 5000), np.int32)
@@ -189,21 +192,21 @@ def test_hundreds_of_classes_are_drawn(small_run: Path) -> None:
     assert len(html) < 1_000_000
 
 
-def test_mistakes_are_told_in_one_line(fails: Callable[..., str], small_run: Path, tmp_path: Path) -> None:
+def test_errors_are_reported_in_one_line(fails: Callable[..., str], small_run: Path, tmp_path: Path) -> None:
     assert "no finished epoch" in fails("-m", "jaxft.report", "--workdir", tmp_path)
     (tmp_path / "evaluation.npz").write_bytes(b"PK damaged")
     with pytest.raises(UserError, match="cannot be read"):
-        report_page.load_run(tmp_path)
+        report_page.load_run(Workdir(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("kind", ["usual", "hostile", "compare"])
-def test_a_browser_shows_it(
+def test_a_browser_renders_the_report(
     browser: Any, small_run: Path, hostile: report_page.Run, tmp_path: Path, width: int, kind: str
 ) -> None:
-    """Every picture, nothing wider than the window, nothing in the console."""
-    usual = report_page.load_run(small_run)
+    """Every image loads, nothing is wider than the window, and the console is empty."""
+    usual = report_page.load_run(Workdir(small_run))
     html = (
         report_page.render_comparison([usual, hostile])
         if kind == "compare"
@@ -230,16 +233,35 @@ def test_thumbnails_are_small() -> None:
     assert report_page._thumbnail(picture).shape == (43, 128, 3)
 
 
+@pytest.mark.parametrize("name", ["evaluation.npz", "report.html"])
 def test_a_report_that_cannot_be_written_does_not_end_the_run(
-    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """A folder stands where its file should be, as a full disk would stand in its way."""
-    workdir = tmp_path / "run"
-    shutil.copytree(small_run, workdir)
+    """Simulates a full disk by a folder in place of the file to write."""
+    shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    workdir = Workdir(tmp_path / "run")
     run = report_page.load_run(workdir)
-    (workdir / "evaluation.npz.partial").mkdir()
-    report_page.update(workdir, run.info, datasets.load("sample:cifar10", "test"), run.predictions)
-    assert f"the report in {workdir} could not be written" in capsys.readouterr().err
-    (workdir / "evaluation.npz.partial").rmdir()
-    report_page.update(workdir, run.info, datasets.load("sample:cifar10", "test"), run.predictions)
+    data = datasets.load("sample:cifar10", "test")
+    (workdir.path / name).unlink()
+    (workdir.path / name).mkdir()
+    report_page.update(workdir, run.info, data, data, run.predictions)
+    assert f"\nthe report in {workdir.path} could not be written: " in capsys.readouterr().err
+    (workdir.path / name).rmdir()
+    report_page.update(workdir, run.info, data, data, run.predictions)
     assert capsys.readouterr().err == ""
+    assert (workdir.path / name).is_file()
+
+
+def test_the_sheet_shows_the_training_images_without_reading_them_again(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    workdir = Workdir(tmp_path / "run")
+    before = np.asarray(Image.open(workdir.sheet)).astype(int)
+    workdir.sheet.unlink()
+    run = report_page.load_run(workdir)
+    train, test = (datasets.load("sample:cifar10", split) for split in ("train", "test"))
+    monkeypatch.setattr(datasets, "load", None)
+    report_page.update(workdir, run.info, train, test, run.predictions)
+    after = np.asarray(Image.open(workdir.sheet)).astype(int)
+    assert np.abs(after - before).max() <= 16  # JPEG magnifies float32 noise

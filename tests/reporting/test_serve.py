@@ -1,4 +1,4 @@
-"""The web page of predict --serve, as a process that a user starts."""
+"""The web page of predict --serve, in a process started as a user does."""
 
 import http.client
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 import jaxft
 from jaxft.data import datasets
 from jaxft.reporting.serve import MAX_BYTES
-from tests.conftest import ROOT, environment
+from tests.helpers.runs import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -51,35 +51,35 @@ def png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_answer_is_the_commands(port: int, small_run: Path) -> None:
+def test_the_answer_equals_the_classifiers_prediction(port: int, small_run: Path) -> None:
     picture = datasets.load("sample:cifar10", "test").image[5]
-    status, text = post(port, png(picture))
+    status, answer = post(port, png(picture))
     (prediction,) = jaxft.load(small_run).predict([picture])
     assert status == 200
-    assert [top["label"] for top in text["top_k"]] == [label for label, _ in prediction.top_k]
-    np.testing.assert_allclose([top["probability"] for top in text["top_k"]], [p for _, p in prediction.top_k], 1e-4)
+    assert [top["label"] for top in answer["top_k"]] == [label for label, _ in prediction.top_k]
+    np.testing.assert_allclose([top["probability"] for top in answer["top_k"]], [p for _, p in prediction.top_k], 1e-4)
 
 
-def test_what_is_no_picture_is_refused(port: int) -> None:
+def test_bodies_that_are_not_images_are_refused(port: int) -> None:
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")  # 400 million pixels in a few kilobytes
     for body, status, part in (
-        (b"", 422, "cannot be read as a picture"),
-        (b"<script>alert(1)</script>", 422, "cannot be read as a picture"),
-        (png(np.zeros((40, 40, 3), np.uint8))[:50], 422, "cannot be read as a picture"),
+        (b"", 422, "cannot be read as an image"),
+        (b"<script>alert(1)</script>", 422, "cannot be read as an image"),
+        (png(np.zeros((40, 40, 3), np.uint8))[:50], 422, "cannot be read as an image"),
         (bomb.getvalue(), 422, "20000 x 20000 pixels"),
         (bytes(MAX_BYTES + 1), 413, "larger than 20 MB"),
     ):
-        found, text = post(port, body)
-        assert (found, part in text["error"]) == (status, True), text
-    assert post(port, png(np.zeros((40, 40, 3), np.uint8)))[0] == 200  # it is still there
+        found, answer = post(port, body)
+        assert (found, part in answer["error"]) == (status, True), answer
+    assert post(port, png(np.zeros((40, 40, 3), np.uint8)))[0] == 200  # the server still works
 
 
-def test_other_names_of_the_address_are_refused(port: int) -> None:
+def test_other_host_names_are_refused(port: int) -> None:
     assert post(port, b"", Host="evil.example")[0] == 400
 
 
-def test_the_page_lets_nothing_else_in(port: int) -> None:
+def test_only_the_page_is_served_and_it_may_load_nothing_else(port: int) -> None:
     for path, status in (("/", 200), ("/../../etc/passwd", 404)):
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
             connection.request("GET", path)
@@ -88,9 +88,9 @@ def test_the_page_lets_nothing_else_in(port: int) -> None:
             assert status != 200 or "default-src 'none'" in str(response.headers["Content-Security-Policy"])
 
 
-def test_mistakes_are_told_in_one_line(fails: Callable[..., str], small_run: Path) -> None:
+def test_errors_are_reported_in_one_line(fails: Callable[..., str], small_run: Path) -> None:
     predict = ("-m", "jaxft.predict", "--workdir", small_run)
-    assert "name pictures or folders" in fails(*predict)
+    assert "name either images and folders, or --serve" in fails(*predict)
     assert "cannot listen" in fails(*predict, "--serve", "--host=203.0.113.1")
 
 
@@ -104,7 +104,7 @@ def test_a_browser_shows_the_answer(browser: Any, port: int, tmp_path: Path, wid
     (tmp_path / "no picture.png").write_text("no picture")
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get_log("browser")  # what earlier pages left there
+    browser.get_log("browser")  # discards the entries of earlier pages
     browser.get(f"http://127.0.0.1:{port}/")
     browser.find_element(By.ID, "file").send_keys(str(tmp_path / "picture.png"))
     WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#answer li"))
@@ -114,4 +114,4 @@ def test_a_browser_shows_the_answer(browser: Any, port: int, tmp_path: Path, wid
     assert browser.get_log("browser") == []
     browser.find_element(By.ID, "file").send_keys(str(tmp_path / "no picture.png"))
     WebDriverWait(browser, 60).until(lambda _: browser.find_element(By.ID, "error").text)
-    assert "cannot be read as a picture" in browser.find_element(By.ID, "error").text
+    assert "cannot be read as an image" in browser.find_element(By.ID, "error").text

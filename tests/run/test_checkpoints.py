@@ -1,4 +1,4 @@
-"""What is kept, that a save is of the moment it was asked for, and that nothing damaged is restored."""
+"""Checkpoints: the ones kept, that a save captures the state at its call, and that damaged ones are refused."""
 
 import resource
 from pathlib import Path
@@ -12,6 +12,7 @@ from jaxft.data.batches import replicate
 from jaxft.errors import UserError
 from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError, NotFiniteError, checksums
 from jaxft.run.metrics_file import MetricsFile
+from jaxft.run.workdir import Workdir
 from jaxft.training.state import TrainState
 
 
@@ -29,14 +30,14 @@ def abstract_state(size: int = 4) -> TrainState:
 
 
 def writer(workdir: Path, accuracy: dict[int, float] | None = None, **options: int) -> Checkpoints:
-    """Of a run whose evaluations gave `accuracy`, by step."""
+    """Returns the checkpoints of a run with the given evaluation accuracies, by step."""
     metrics = MetricsFile(workdir / "metrics.jsonl")
     metrics.accuracy.update(accuracy or {})
-    return Checkpoints(workdir, metrics, **options)
+    return Checkpoints(Workdir(workdir), metrics, **options)
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
-    """Steps 15 to 35 lie within an epoch and were never evaluated."""
+    """Steps 15, 25 and 35 lie within an epoch and are never evaluated."""
     accuracy = {10: 0.3, 20: 0.8, 30: 0.5, 40: 0.6}
     checkpoints = writer(tmp_path, accuracy)
     for step in (10, 15, 20, 25, 30, 35, 40):
@@ -45,7 +46,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f'{{"step": {step}, "split": "eval", "accuracy": {value}}}\n' for step, value in accuracy.items())
     )
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Workdir(tmp_path))
     assert checkpoints.steps() == [20, 40]
     assert (checkpoints.resolve("best"), checkpoints.resolve("latest"), checkpoints.resolve("40")) == (20, 40, 40)
     assert checkpoints.info(20)["note"] == 20
@@ -58,7 +59,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_what_was_not_evaluated_is_not_the_best(tmp_path: Path) -> None:
+def test_only_evaluated_checkpoints_can_be_the_best(tmp_path: Path) -> None:
     checkpoints = writer(tmp_path, {10: 0.3}, keep_latest=2, keep_best=0)
     for step in (5, 10, 15):
         checkpoints.save(make_state(step), {})
@@ -68,11 +69,11 @@ def test_what_was_not_evaluated_is_not_the_best(tmp_path: Path) -> None:
     checkpoints.close()
     (tmp_path / "checkpoints" / "10").rename(tmp_path / "10")
     with pytest.raises(UserError, match="no checkpoint 'best'"):
-        Checkpoints(tmp_path).resolve("best")
+        Checkpoints(Workdir(tmp_path)).resolve("best")
 
 
-def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
-    """The buffers that were saved are donated at once to steps that overwrite them."""
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """Donates the buffers being saved to steps that overwrite them at once."""
     state = make_state(1, size=4_000_000)
     step = jax.pmap(
         lambda state, _: TrainState(state.step + 1, {"w": state.params["w"] + 1}, {}, ()),
@@ -87,7 +88,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
         state = step(state, np.zeros(jax.local_device_count()))
     jax.block_until_ready(state)
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(Workdir(tmp_path))
     restored = checkpoints.restore(1, abstract_state(4_000_000))
     assert (np.asarray(restored.params["w"]) == 1).all()
     assert (np.asarray(state.params["w"]) == 51).all()
@@ -104,7 +105,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_a_checksum_notices_any_bit_the_type_and_the_shape() -> None:
+def test_a_checksum_depends_on_every_bit_the_dtype_and_the_shape() -> None:
     array = np.arange(12, dtype=np.float32)
     seen = {checksums(other)[""] for other in (array, array.reshape(3, 4), array.view(np.int32), array.astype("f8"))}
     for bit in range(array.nbytes * 8):
@@ -119,7 +120,7 @@ def largest_file(folder: Path) -> Path:
 
 
 def flip_bytes(folder: Path) -> None:
-    """In the middle of the arrays, where Orbax itself notices nothing."""
+    """Flips one bit in the middle of the arrays, which Orbax itself does not notice."""
     path = largest_file(folder / "state")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -146,16 +147,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     assert (int(state.step), checkpoints.steps()) == (5, [5])
     assert {path.name for path in (tmp_path / "damaged_checkpoints").iterdir()} == {"6", "7"}
     info = checkpoints.info(5)
-    checkpoints.save(random_state(6), info)  # a step that was once above the latest
+    checkpoints.save(random_state(6), info)  # the damaged checkpoint of this step was moved away
     checkpoints.close()
-    assert int(Checkpoints(tmp_path).restore(6, abstract_state(100_000)).step) == 6
+    assert int(Checkpoints(Workdir(tmp_path)).restore(6, abstract_state(100_000)).step) == 6
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the event loop that Orbax gave up
-def test_a_save_that_fails_leaves_the_earlier_one_and_the_next_succeeds(
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from an event loop that Orbax abandons
+def test_a_failed_save_keeps_the_earlier_checkpoint_and_the_next_succeeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file-size limit stands for a full disk: the system itself refuses to write."""
+    """Simulates a full disk by a file-size limit, which makes writes fail."""
     checkpoints = writer(tmp_path)
     checkpoints.save(random_state(1), {})
     checkpoints.wait()
@@ -180,8 +181,8 @@ def test_a_save_that_fails_leaves_the_earlier_one_and_the_next_succeeds(
     checkpoints.close()
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As when it turns read-only, but for root too: a file is where the folder was."""
+def test_an_unwritable_folder_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Replaces the folder by a file, which stops even root from writing."""
     checkpoints = writer(tmp_path)
     checkpoints.save(make_state(1), {})
     checkpoints.wait()

@@ -1,4 +1,4 @@
-"""Several real processes that train as one, on forced CPU devices."""
+"""Several real processes that train together, on forced CPU devices."""
 
 import json
 import signal
@@ -14,32 +14,19 @@ import pytest
 
 from jaxft.run.remote_workdir import training_folder
 from jaxft.training.restore import load_checkpoint
-from tests.commands.test_train import metrics, same_bits, without_times
-from tests.conftest import ROOT, Run, environment
-from tests.run.test_survival import wait_for_steps
+from tests.helpers.runs import ROOT, TINY, Run, environment, metrics, same_bits, wait_for_steps, without_times
 
 GENTLE = (  # random weights magnify float32 noise at every step; test_steps.py compares in float64
-    "-m",
-    "jaxft.train",
-    "--config=configs/quickstart.py",
-    "--config.data.train_split=test",
-    "--config.image_size=16",
-    "--config.model.pretrained=",
-    "--config.model.width=4",
+    *TINY,
     "--config.model.batch_norm=sync",
-    "--config.batch_size=72",
     "--config.num_epochs=2",
-    "--config.augment.flip=True",
-    "--config.augment.crop_area=0.5",
-    "--config.augment.mixup=0.2",
     "--config.optimizer.learning_rate=0.0001",
-    "--config.checkpoint.every_steps=4",
 )
 
 
 @contextmanager
 def together(processes: int, devices: int, *arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
-    """One command in several processes with so many devices each."""
+    """Runs one command in several processes with this many devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -92,18 +79,18 @@ sys.exit(run_together(main, sys.argv[1:]))
 """
 
 
-def test_each_process_feeds_its_own_part_and_every_picture_counts_once() -> None:
+def test_processes_load_their_own_shards_and_every_example_counts_once() -> None:
     with together(2, 2, "-c", SCRIPT) as processes:
         outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0] == f"{[1.0] * 10} True\n"
-    assert outputs[1][0] == ""  # process 0 alone speaks
+    assert outputs[1][0] == ""  # only process 0 prints
 
 
 @pytest.mark.parametrize(
     ("argument", "killed"), [("fail", None), ("wait", 0), pytest.param("wait", 1, marks=pytest.mark.slow)]
 )
-def test_where_one_process_ends_all_do(argument: str, killed: int | None) -> None:
+def test_if_one_process_ends_all_do(argument: str, killed: int | None) -> None:
     with together(2, 2, "-c", SCRIPT, argument) as processes:
         assert processes[0].stdout
         processes[0].stdout.readline()
@@ -117,14 +104,14 @@ def test_where_one_process_ends_all_do(argument: str, killed: int | None) -> Non
         assert "error: of process 1" in errors[1]
     other = 0 if killed != 0 else 1
     assert processes[other].returncode != 0
-    # Ours, where a collective fails first; JAX's, where its coordinator notices first.
+    # Our message if a collective fails first, JAX's if its coordinator notices first.
     assert "lost the others" in errors[other] or "another task died" in errors[other]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_train_as_one_does(run: Run, tmp_path: Path, processes: int) -> None:
-    """Killed once, stopped once and resumed; then the same with one process of as many devices, without a pause."""
+def test_several_processes_train_like_one(run: Run, tmp_path: Path, processes: int) -> None:
+    """Kills, stops and resumes the processes; compares with one uninterrupted process with as many devices."""
     several = (*GENTLE, "--workdir", tmp_path / "several")
     with together(processes, 2, *several) as started:
         wait_for_steps(started[0], tmp_path / "several", 6)
@@ -134,7 +121,7 @@ def test_several_processes_train_as_one_does(run: Run, tmp_path: Path, processes
             assert process.returncode
     with together(processes, 2, *several) as started:
         wait_for_steps(started[0], tmp_path / "several", 16)
-        started[-1].send_signal(signal.SIGTERM)  # to one: all of them stop after the same step
+        started[-1].send_signal(signal.SIGTERM)  # only to one, but all stop after the same step
         for process in started:
             _, error = process.communicate(timeout=120)
             assert process.returncode == 143, error
@@ -143,7 +130,7 @@ def test_several_processes_train_as_one_does(run: Run, tmp_path: Path, processes
     with together(processes, 2, *several) as started:
         outputs = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0] * processes, outputs
-    assert f"goes on after step {step}" in outputs[0][0]
+    assert f"resuming after step {step}" in outputs[0][0]
     assert all(stdout == "" for stdout, _ in outputs[1:])
 
     result = run(*GENTLE, "--workdir", tmp_path / "one", devices=2 * processes)
@@ -161,8 +148,8 @@ def test_several_processes_train_as_one_does(run: Run, tmp_path: Path, processes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_goes_on_on_other_devices(run: Run, tmp_path: Path, dtype: str) -> None:
-    """Eight devices, then one, two processes, one again, eight again; the bits of each checkpoint arrive everywhere."""
+def test_a_run_resumes_on_other_devices(run: Run, tmp_path: Path, dtype: str) -> None:
+    """Trains on 8 devices, 1, 2 x 2, 1 and 8; each checkpoint evaluates alike on 1, 2 and 8 devices."""
     command = (*GENTLE, f"--config.model.dtype={dtype}", "--config.num_epochs=5", "--workdir", tmp_path / "run")
     for epoch, (processes, devices) in enumerate([(1, 8), (1, 1), (2, 2), (1, 1), (1, 8)], 1):
         with together(processes, devices, *command) as started:
@@ -188,7 +175,7 @@ def test_a_run_goes_on_on_other_devices(run: Run, tmp_path: Path, dtype: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_an_interrupted_run_of_two_processes_ends_with_the_same_bits(tmp_path: Path, scheme: str) -> None:
-    """Also where the workdir is a bucket and each process has a folder of its own that is kept like it."""
+    """Also with a workdir that is a URL, of which each process has a synchronised local folder."""
     for name, steps in (("undisturbed", None), ("killed", 9), ("killed", None)):
         workdir = f"{scheme if name == 'killed' else ''}{tmp_path / name}"
         with together(2, 2, *GENTLE, "--workdir", workdir) as started:

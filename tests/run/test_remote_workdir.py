@@ -1,4 +1,4 @@
-"""A workdir that is a URL: a folder by file://, which fsspec treats as it does a bucket."""
+"""A workdir that is a URL: here a file:// folder, which fsspec treats like a bucket."""
 
 import shutil
 import signal
@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 
 from jaxft.errors import UserError
+from jaxft.files import partial_path
 from jaxft.run import remote_workdir
 from jaxft.run.remote_workdir import COMMITTED, reading_folder, synced, training_folder
-from tests.commands.test_train import metrics
-from tests.conftest import Run
-from tests.run.test_survival import TINY, assert_same_run, started, undisturbed, wait_for_steps
-
-assert undisturbed  # a fixture
+from tests.helpers.runs import TINY, Run, assert_same_run, metrics, started, wait_for_steps
 
 
 @pytest.fixture(autouse=True)
@@ -32,26 +29,26 @@ def write_checkpoint(workdir: Path, step: int, content: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Of what a workdir is about; not hidden."""
+    """Returns the text of each file that is not hidden, by relative path."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: path.read_text() for name, path in names.items() if not name.startswith(".")}
 
 
-def test_a_folder_of_this_machine_is_used_as_it_is(tmp_path: Path) -> None:
+def test_a_local_folder_is_used_directly(tmp_path: Path) -> None:
     assert training_folder(tmp_path) == reading_folder(str(tmp_path)) == tmp_path
     with synced(tmp_path, tmp_path):
         (tmp_path / "metrics.jsonl").write_text("1\n")
     assert contents(tmp_path) == {"metrics.jsonl": "1\n"}
 
 
-def test_what_training_writes_and_removes_is_so_there(tmp_path: Path) -> None:
+def test_files_written_and_removed_by_training_are_synchronised(tmp_path: Path) -> None:
     url, there = f"file://{tmp_path}/bucket/run", tmp_path / "bucket" / "run"
     folder = training_folder(url)
     with synced(url, folder):
         (folder / "config.json").write_text("{}")
         (folder / "metrics.jsonl").write_text("1\n")
-        (folder / "half.partial").write_text("not whole yet")
+        partial_path(folder / "report.html").write_text("incomplete")
         (folder / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
         write_checkpoint(folder, 1, "a")
         write_checkpoint(folder, 2, "b")
@@ -61,6 +58,7 @@ def test_what_training_writes_and_removes_is_so_there(tmp_path: Path) -> None:
         for step, text in (("1", "a"), ("2", "b"))
     )
     assert contents(there) == expected | of_1 | of_2
+    assert not partial_path(there / "report.html").exists()
     with synced(url, folder):
         shutil.rmtree(folder / "checkpoints" / "1")
         (folder / "metrics.jsonl").write_text("1\n2\n")
@@ -68,7 +66,7 @@ def test_what_training_writes_and_removes_is_so_there(tmp_path: Path) -> None:
     assert contents(reading_folder(url)) == contents(there)
 
 
-def test_it_is_brought_there_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_uploaded_during_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_workdir, "PUSH_SECONDS", 0.01)
     url = f"file://{tmp_path}/run"
     with synced(url, folder := training_folder(url)):
@@ -79,7 +77,7 @@ def test_it_is_brought_there_meanwhile(tmp_path: Path, monkeypatch: pytest.Monke
             time.sleep(0.01)
 
 
-def test_a_new_machine_goes_on_and_takes_no_half_checkpoint(tmp_path: Path, cache: Path) -> None:
+def test_a_new_machine_resumes_and_ignores_an_incomplete_checkpoint(tmp_path: Path, cache: Path) -> None:
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     write_checkpoint(there, 1, "a")
     write_checkpoint(there, 2, "b")
@@ -90,7 +88,7 @@ def test_a_new_machine_goes_on_and_takes_no_half_checkpoint(tmp_path: Path, cach
     assert contents(there)["checkpoints/2/state/array"] == "c"
 
 
-def test_half_of_an_earlier_pull_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_incomplete_download_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     write_checkpoint(there, 1, "a")
     folder = reading_folder(url)
@@ -99,7 +97,7 @@ def test_half_of_an_earlier_pull_is_no_checkpoint(tmp_path: Path) -> None:
     assert contents(reading_folder(url)) == contents(there)
 
 
-def test_another_run_of_the_same_steps_replaces_the_old_one(tmp_path: Path) -> None:
+def test_another_run_with_the_same_steps_replaces_the_local_copy(tmp_path: Path) -> None:
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     write_checkpoint(there, 1, "a")
     assert contents(reading_folder(url))["checkpoints/1/state/array"] == "a"
@@ -108,7 +106,7 @@ def test_another_run_of_the_same_steps_replaces_the_old_one(tmp_path: Path) -> N
     assert contents(reading_folder(url))["checkpoints/1/state/array"] == "b"
 
 
-def test_what_a_killed_run_could_not_bring_there_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_files_not_yet_uploaded(tmp_path: Path) -> None:
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     with synced(url, folder := training_folder(url)):
         (folder / "config.json").write_text("{}")
@@ -122,19 +120,19 @@ def test_what_a_killed_run_could_not_bring_there_is_gone_on_from(tmp_path: Path)
     (there / "metrics.jsonl").write_text("another run's\n")
     with synced(url, folder):
         assert contents(folder)["metrics.jsonl"] == "another run's\n"
-    shutil.rmtree(there)  # by a person
+    shutil.rmtree(there)  # as a user might
     with synced(url, folder):
         assert contents(folder) == {}
 
 
-def test_a_bucket_that_cannot_be_written_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_lost_if_the_bucket_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url, there = f"file://{tmp_path}/bucket/run", tmp_path / "bucket"
     there.write_text("a file where a folder should be")
     folder = training_folder(url)
     with pytest.raises(UserError, match=r"cannot be written: "), synced(url, folder):
-        raise AssertionError("refused before anything is trained")
+        raise AssertionError("training must not start")
     there.unlink()
-    with pytest.raises(UserError, match=r"cannot be written .*; all of the run is in /"), synced(url, folder):
+    with pytest.raises(UserError, match=r"cannot be written .*; the whole run is in /"), synced(url, folder):
         shutil.rmtree(there)
         there.write_text("by now a file")
         (folder / "config.json").write_text("{}")
@@ -153,13 +151,13 @@ def test_a_bucket_that_cannot_be_written_loses_nothing(tmp_path: Path, capsys: p
         ("file:///", "names no folder"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_told(fails: Callable[..., str], workdir: str, reason: str) -> None:
+def test_an_unusable_url_is_reported(fails: Callable[..., str], workdir: str, reason: str) -> None:
     assert reason in fails("-m", "jaxft.evaluate", "--workdir", workdir)
 
 
 @pytest.mark.slow
-def test_a_machine_that_vanishes_loses_nothing(run: Run, undisturbed: Path, tmp_path: Path, cache: Path) -> None:
-    """SIGTERM, as a spot machine gets it, and then another machine; then kill -9 on that one, and the same again."""
+def test_no_progress_is_lost_with_a_machine(run: Run, undisturbed: Path, tmp_path: Path, cache: Path) -> None:
+    """Stops a run by SIGTERM, as on a spot machine; resumes on another machine, kills it there, resumes again."""
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     with started(*TINY, "--workdir", url) as process:
         wait_for_steps(process, training_folder(url), 5)
@@ -172,7 +170,7 @@ def test_a_machine_that_vanishes_loses_nothing(run: Run, undisturbed: Path, tmp_
         process.send_signal(signal.SIGKILL)
     result = run(*TINY, "--workdir", url)
     assert result.returncode == 0, result.stderr
-    assert f"workdir  {url}, goes on after step" in result.stdout
+    assert f"workdir  {url}, resuming after step" in result.stdout
     assert_same_run(there, undisturbed)
     assert (there / "report.html").exists()
     assert run("-m", "jaxft.report", "--workdir", url, "--compare", undisturbed).returncode == 0

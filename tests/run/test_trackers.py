@@ -1,4 +1,4 @@
-"""What TensorBoard finds in its event files, read as it reads them, beside metrics.jsonl."""
+"""TensorBoard's event files, read as TensorBoard reads them and compared with metrics.jsonl."""
 
 import struct
 from collections.abc import Iterator
@@ -12,13 +12,12 @@ from jaxft.config import default_config
 from jaxft.errors import UserError
 from jaxft.run import trackers
 from jaxft.run.trackers import Trackers, check_trackers
-from tests.commands.test_train import metrics
-from tests.conftest import Run
-from tests.run.test_survival import TINY, started, wait_for_steps
+from jaxft.run.workdir import Workdir
+from tests.helpers.runs import TINY, Run, metrics, started, wait_for_steps
 
 
 def events(folder: Path) -> Iterator[Event]:
-    """The records of all files: a length and its checksum, an Event and its checksum (TFRecord)."""
+    """Yields the Events of all files; a TFRecord is a length, its checksum, the Event and its checksum."""
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         while content:
@@ -28,7 +27,7 @@ def events(folder: Path) -> Iterator[Event]:
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """By tag and step; a restart voids what lies at its step and beyond."""
+    """Returns values by tag and step; a restart discards those at its step and later."""
     found: dict[tuple[str, int], float] = {}
     for event in events(folder):
         if event.HasField("session_log") and event.session_log.status == event.session_log.START:
@@ -40,7 +39,7 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.slow
-def test_tensorboard_has_each_line_once_after_a_kill(run: Run, tmp_path: Path) -> None:
+def test_tensorboard_has_each_metrics_line_once_after_a_kill(run: Run, tmp_path: Path) -> None:
     command = (*TINY, "--config.log.tensorboard=True", "--workdir", tmp_path / "run")
     with started(*command) as process:
         wait_for_steps(process, tmp_path / "run", 18)
@@ -55,13 +54,13 @@ def test_tensorboard_has_each_line_once_after_a_kill(run: Run, tmp_path: Path) -
         assert found[f"{row['split']}/loss", row["step"]] == pytest.approx(row["loss"], rel=1e-6)
 
 
-def test_tensorboard_has_what_is_written(tmp_path: Path) -> None:
+def test_tensorboard_has_the_values_of_the_restarted_run(tmp_path: Path) -> None:
     config = default_config()
     config.log.tensorboard = True
     rows: list[dict[str, Any]] = []
     for first in (1, 3):  # again from step 3 on
         rows = rows[: first - 1]
-        board = Trackers(config, tmp_path, rows)
+        board = Trackers(config, Workdir(tmp_path), rows)
         for step in range(first, 5):
             row = {"loss": step / 2, "accuracy": first / 8, "images_per_second": 9.0}
             rows.append(row | {"step": step, "split": "train", "epoch": 1})
@@ -72,7 +71,7 @@ def test_tensorboard_has_what_is_written(tmp_path: Path) -> None:
     assert [found["train/accuracy", step] for step in range(1, 5)] == [1 / 8, 1 / 8, 3 / 8, 3 / 8]
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = default_config()
     check_trackers(config.log)
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)

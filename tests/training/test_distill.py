@@ -1,4 +1,4 @@
-"""Distillation beside torch's divergence, and a student beside the teacher it learns from."""
+"""Compares distillation with torch's divergence, and a student with its teacher."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +14,7 @@ from PIL import Image
 
 from jaxft.data import datasets
 from jaxft.data.batches import Examples, make_batches
+from jaxft.models.policy import Policy
 from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.training.distill import Distillation, distillation_loss
 from jaxft.training.restore import load_checkpoint
@@ -21,10 +22,8 @@ from jaxft.training.state import create_train_state
 from jaxft.training.steps import StepConfig, train_step
 from jaxft.transforms.augment import Augmentation
 from jaxft.transforms.preprocessing import Preprocessing
-from tests.commands.test_train import metrics
-from tests.conftest import Run
 from tests.helpers.reference import torch
-from tests.run.test_survival import TINY
+from tests.helpers.runs import TINY, Run, metrics
 
 PREPROCESSING = Preprocessing(24, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
@@ -41,21 +40,23 @@ def test_the_divergence_is_torchs(temperature: float) -> None:
 
 
 def step_with(weight: float, teacher: Any) -> Any:
-    """The parameters after a step on two devices, the last batch not full."""
+    """Returns the parameters after a step on two devices, with a last batch that is not full."""
     sample = datasets.load("sample:cifar10", "train")
-    model = ResNet(BasicBlock, (1,), num_classes=10, width=4, stem="small", batch_norm="sync")
+    model = ResNet(BasicBlock, (1,), num_classes=10, width=4, stem="small", formulation="cpu")
     tx = optax.sgd(0.1)
     state = jax.jit(partial(create_train_state, model, tx))(jax.random.key(0))
-    distillation = Distillation(model.clone(width=8), PREPROCESSING, weight, temperature=2.0)
-    step = partial(
-        train_step,
-        model=model,
-        tx=tx,
-        preprocessing=PREPROCESSING._replace(image_size=16),
-        step_config=StepConfig(augmentation=Augmentation(flip=True, mixup=0.3)),
+    distillation = Distillation(model.clone(width=8), Policy(), PREPROCESSING, weight, temperature=2.0)
+    config = StepConfig(
+        model,
+        tx,
+        PREPROCESSING._replace(image_size=16),
+        Policy(batch_norm="sync"),
+        augmentation=Augmentation(flip=True, mixup=0.3),
         distillation=distillation if weight else None,
     )
-    p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0, None), out_axes=None)
+    p_step = jax.pmap(
+        partial(train_step, config=config), axis_name="batch", in_axes=(None, None, 0, None), out_axes=None
+    )
     (batch,) = make_batches(np.arange(13), 16, 2)
     return jax.device_get(p_step(state, Examples(sample.image, sample.label), batch, teacher))[0].params
 
@@ -87,9 +88,9 @@ def test_a_student_learns_its_teacher(run: Run, fails: Callable[..., str], small
     assert agreement[1] > agreement[0] + 0.03
     best = load_checkpoint(small_run, "best").step
     assert load_checkpoint(workdir, "latest").info["teacher_checkpoint"] == str(best)
-    assert "learns from" in result.stdout
+    assert f"teacher  checkpoint {best} of {small_run}" in result.stdout
     other = f"--config.data.name=folder:{_two_classes(tmp_path)}"
-    assert "knows other classes" in fails(*TINY, teacher, other, "--workdir", tmp_path / "other")
+    assert "trained on other classes" in fails(*TINY, teacher, other, "--workdir", tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert "there is no checkpoint" in fails(*TINY, "--config.distill.teacher=nowhere", "--workdir", tmp_path / "x")
     assert len(metrics(workdir)) == 45

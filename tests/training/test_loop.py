@@ -1,4 +1,4 @@
-"""How batches are parted and called: pure functions of the train loop."""
+"""Tests how batches are divided into calls, and the loop that makes the calls."""
 
 import signal
 import threading
@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,13 +15,13 @@ from hypothesis import strategies as st
 from jaxft.config import default_config
 from jaxft.data.batches import Batch
 from jaxft.models.resnet import ARCHITECTURES
+from jaxft.ops.formulation import Formulation
 from jaxft.run.signals import StopSignals
 from jaxft.targets.classification import Counts
 from jaxft.training.loop import run_steps, steps_between_checkpoints
-from jaxft.training.state import TrainState, abstract_train_state
+from jaxft.training.state import TrainState
 from jaxft.training.steps import scan_prefix, train_steps
-from jaxft.training.steps_per_call import batches_per_call, stack_batches
-from tests.helpers.formulations import as_if_on
+from jaxft.training.steps_per_call import STEPS_AHEAD, StepsPerCall, choose_steps_per_call, stack_batches
 
 
 @given(
@@ -30,37 +29,37 @@ from tests.helpers.formulations import as_if_on
     count=st.integers(0, 50),
     every_steps=st.integers(0, 20),
     per_call=st.integers(1, 9),
-    backend=st.sampled_from(["cpu", "gpu"]),
+    padded=st.booleans(),
 )
-def test_every_batch_has_its_turn(done: int, count: int, every_steps: int, per_call: int, backend: str) -> None:
+def test_every_batch_is_trained_on_once(done: int, count: int, every_steps: int, per_call: int, padded: bool) -> None:
     numbers = range(done + 1, done + count + 1)
     rest = iter([Batch(np.full(1, step), np.full(1, step), np.ones(1)) for step in numbers])
-    with as_if_on(backend):
-        sizes = enumerate(steps_between_checkpoints(done, done + count, every_steps))
-        parts = [list(stack_batches(rest, size, per_call, first=not i)) for i, size in sizes]
-    trained = [[step for batches, turns in part for step in batches.index[0, :turns].tolist()] for part in parts]
+    calls = StepsPerCall(per_call, padded)
+    sizes = enumerate(steps_between_checkpoints(done, done + count, every_steps))
+    parts = [list(stack_batches(rest, size, calls, first=not i)) for i, size in sizes]
+    trained = [[step for batches, length in part for step in batches.index[0, :length].tolist()] for part in parts]
     assert [step for part in trained for step in part] == list(numbers)
     assert {part[-1] for part in trained} == {step for step in numbers if every_steps and step % every_steps == 0} | {
         *numbers[-1:]
     }
     compiled = {batches.index.shape[1] for part in parts for batches, _ in part}
-    if backend == "cpu":
+    if padded:
         assert compiled <= {per_call}
-        assert [turns for part in parts[:1] for _, turns in part[:1]] == [1][:count]
+        assert [length for part in parts[:1] for _, length in part[:1]] == [1][:count]
     else:
         assert compiled <= {1, per_call}
-        assert all(turns == batches.index.shape[1] for part in parts for batches, turns in part)
+        assert all(length == batches.index.shape[1] for part in parts for batches, length in part)
 
 
-@pytest.mark.parametrize("turns", [None, 0, 1, 3])
-def test_so_many_steps_as_there_are_turns(turns: int | None) -> None:
-    def step(state: Any, pictures: Any, batch: Batch, teacher: Any) -> Any:
+@pytest.mark.parametrize("num_steps", [None, 0, 1, 3])
+def test_train_steps_takes_num_steps(num_steps: int | None) -> None:
+    def step(state: Any, examples: Any, batch: Batch, teacher_variables: Any) -> Any:
         return state + batch.index, Counts(batch.index, state, batch.mask)
 
     batches = Batch(np.array([3, 5, 7]), np.zeros(3), np.ones(3))
-    traced: Any = np.int32(turns) if turns is not None else None
+    traced: Any = np.int32(num_steps) if num_steps is not None else None
     state, counts = jax.jit(partial(train_steps, step=step))(jnp.int32(100), None, batches, None, traced)
-    done = 3 if turns is None else turns
+    done = 3 if num_steps is None else num_steps
     assert int(state) == 100 + sum([3, 5, 7][:done])
     np.testing.assert_array_equal(counts.loss, [3, 5, 7][:done] + [0] * (3 - done))
     np.testing.assert_array_equal(counts.correct, [100, 103, 108][:done] + [0] * (3 - done))
@@ -73,18 +72,21 @@ def test_so_many_steps_as_there_are_turns(turns: int | None) -> None:
 def test_a_call_on_a_cpu_takes_some_seconds(
     image_size: int, batch_size: int, setting: int, train: int, test: int
 ) -> None:
+    """On accelerators it takes as many steps as the config says, or one."""
     config = default_config()
     config.update(image_size=image_size, batch_size=batch_size, steps_per_call=setting)
-    model = ARCHITECTURES["resnet50"](num_classes=10)
-    state = abstract_train_state(model, optax.sgd(0.1))
-    per_call = partial(batches_per_call, config, model, state)
-    assert (per_call(train=True), per_call(train=False)) == (train, test)
-    with as_if_on("gpu"):
-        assert per_call(train=True) == per_call(train=False) == (setting or 1)
+
+    def found(formulation: Formulation) -> list[StepsPerCall]:
+        model = ARCHITECTURES["resnet50"](num_classes=10, formulation=formulation)
+        return [choose_steps_per_call(config, model, train=train) for train in (True, False)]
+
+    for formulation in ("cpu", "cpu-onednn"):
+        assert found(formulation) == [StepsPerCall(train, True, 0), StepsPerCall(test, True, STEPS_AHEAD)]
+    assert found("gpu") == found("tpu") == 2 * [StepsPerCall(setting or 1, False, STEPS_AHEAD)]
 
 
-def test_a_loop_of_any_number_of_turns_traces_its_body_once() -> None:
-    """A ResNet-50's takes a second or two."""
+def test_a_loop_of_traced_length_traces_its_body_once() -> None:
+    """Tracing a ResNet-50's step takes a second or two."""
     traced = 0
 
     def step(total: Any, number: Any) -> Any:
@@ -92,32 +94,34 @@ def test_a_loop_of_any_number_of_turns_traces_its_body_once() -> None:
         traced += 1
         return total + number, 100 * number
 
-    first = jax.jit(lambda turns: scan_prefix(turns, step, jnp.int32(0), jnp.array([3, 5, 7], jnp.int32)))
+    first = jax.jit(lambda num_steps: scan_prefix(num_steps, step, jnp.int32(0), jnp.array([3, 5, 7], jnp.int32)))
     total, each = first(np.int32(2))
     assert total == 8 and traced == 1
     np.testing.assert_array_equal(each, [300, 500, 0])
 
 
-def test_signals_are_heard_while_a_cpu_works() -> None:
+def test_signals_are_handled_while_a_cpu_computes() -> None:
     heard, in_time = threading.Event(), []
 
     def work(number: Any) -> Any:
         in_time.append(heard.wait(20))
         return number
 
-    def step(state: Any, pictures: Any, batch: Batch, teacher: Any) -> Any:
+    def step(state: Any, examples: Any, batch: Batch, teacher_variables: Any) -> Any:
         return state, Counts(jax.pure_callback(work, batch.mask, batch.mask), batch.mask, batch.mask)
 
     one = np.ones((1, 1), np.float32)
     each: Any = jax.jit(partial(train_steps, step=step))
-    steps: Any = lambda state, pictures, batches, turns: each(  # noqa: E731
-        state, pictures, jax.tree.map(lambda array: array[0], batches), None, turns
+    steps: Any = lambda state, batches, num_steps: each(  # noqa: E731
+        state, None, jax.tree.map(lambda array: array[0], batches), None, num_steps
     )
+    found: list[int] = []
     state = TrainState(jnp.int32(0), {}, {}, ())
     before = signal.signal(signal.SIGALRM, lambda *_: heard.set())
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        found = list(run_steps(steps, state, None, [(Batch(one, one, one), 1)], StopSignals()))
+        calls = [(Batch(one, one, one), 1)]
+        run_steps(steps, state, calls, StepsPerCall(1, True, 0), StopSignals(), lambda step, *_: found.append(step))
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert in_time == [True] and [step for _, step, _, _ in found] == [1]
+    assert in_time == [True] and found == [1]

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, against torch and against other ways of sharing the work."""
+"""Compares train and evaluation steps with torch, and with other ways of sharing the work among devices."""
 
 from functools import partial
 from typing import Any
@@ -13,68 +13,74 @@ from jaxft.config import default_config
 from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, epoch_order, make_batches
 from jaxft.data.loader import ResidentLoader
-from jaxft.models.partition import freeze
-from jaxft.models.resnet import ARCHITECTURES, BasicBlock, BatchNormMode, ResNet
+from jaxft.models.partition import make_policy
+from jaxft.models.policy import BatchNormMode, Policy
+from jaxft.models.resnet import BasicBlock, ResNet
+from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import from_torch
 from jaxft.targets.classification import Counts, count_predictions, cross_entropy
 from jaxft.training.evaluation import evaluate_pictures, extract_features, pmap_eval_steps, recalibrate
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, create_train_state
-from jaxft.training.steps import StepConfig, train_step, train_steps
+from jaxft.training.steps import EvalConfig, StepConfig, train_step, train_steps
+from jaxft.training.steps_per_call import StepsPerCall
 from jaxft.transforms.augment import Augmentation
 from jaxft.transforms.preprocessing import Preprocessing, preprocess
-from tests.helpers.formulations import as_if_on
-from tests.helpers.reference import torch, torchvision
+from tests.helpers.devices import replicate_on
+from tests.helpers.reference import torch
+from tests.helpers.torch_models import flax_model, random_torch_model, to_flax
 
 PREPROCESSING = Preprocessing(64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def torch_input(image: np.ndarray) -> torch.Tensor:
-    """Float64, of the very pixels that the steps see; how they come about is tested in test_preprocessing.py."""
-    array = np.asarray(jax.jit(lambda image: preprocess(image, PREPROCESSING))(image), np.float64)
+    """Returns in float64 the very pixels that the steps see; test_preprocessing.py tests these."""
+    array = np.asarray(jax.jit(preprocess, static_argnums=1)(image, PREPROCESSING), np.float64)
     return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
 
 
-SMALL = ResNet(BasicBlock, (1,), num_classes=10, width=8)
+SMALL = ResNet(BasicBlock, (1,), num_classes=10, width=8, formulation="cpu")
 
 
-def random_state(model: ResNet, tx: Any, *, ema: bool = False) -> TrainState:
-    return jax.jit(partial(create_train_state, model, tx, ema=ema))(jax.random.key(0))
+def random_state(model: ResNet, tx: Any, policy: Policy = Policy(), *, ema: bool = False) -> TrainState:  # noqa: B008
+    return jax.jit(partial(create_train_state, model, tx, policy=policy, ema=ema))(jax.random.key(0))
 
 
 def is_trace(node: Any) -> bool:
     return isinstance(node, optax.TraceState)
 
 
+def pmap_step(config: StepConfig) -> Any:
+    return jax.pmap(partial(train_step, config=config), axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+
+
 def sgd_steps(
-    state: TrainState, pictures: Examples, batches: list[Batch], model: ResNet, tx: Any
+    state: TrainState, examples: Examples, batches: list[Batch], config: StepConfig
 ) -> tuple[TrainState, list[Counts]]:
-    step = partial(train_step, model=model, tx=tx, preprocessing=PREPROCESSING)
-    p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
+    p_step = pmap_step(config)
+    state = replicate_on(len(batches[0].mask), state)
     counts = []
     for batch in batches:
-        state, count = p_step(state, pictures, batch)
+        state, count = p_step(state, examples, batch)
         counts.append(count)
     return state, counts
 
 
 @pytest.mark.parametrize(
-    ("depths", "nesterov"),
+    ("arch", "nesterov"),
     [
-        ((1, 1, 1, 1), True),
-        pytest.param((2, 2, 2, 2), True, marks=pytest.mark.slow),
-        pytest.param((2, 2, 2, 2), False, marks=pytest.mark.slow),
+        ("basic", True),
+        pytest.param("resnet18", True, marks=pytest.mark.slow),
+        pytest.param("resnet18", False, marks=pytest.mark.slow),
     ],
 )
-def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...], nesterov: bool) -> None:
-    """In float64: 75 pictures in batches of 8, the last with 3; parameters, momentum and running statistics."""
-    torch.manual_seed(0)
-    block = torchvision.models.resnet.BasicBlock
-    reference = torchvision.models.resnet.ResNet(block, list(depths), num_classes=10).double().train()
+def test_ten_steps_with_a_smaller_last_batch_are_torchs(arch: str, nesterov: bool) -> None:
+    """In float64: 75 images in batches of 8, the last of 3; parameters, momentum and running statistics."""
+    reference = random_torch_model(arch).train()
     sample = datasets.load("sample:cifar10", "train")
     order = epoch_order(0, 1, 2000)[:75]
     with jax.enable_x64(True):
-        model = ResNet(BasicBlock, depths, num_classes=10, dtype=jnp.float64)
+        model = flax_model(arch, dtype=jnp.float64, formulation="cpu")
         config = default_config().optimizer
         config.update(learning_rate=2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)  # 2^-7 is exact
         tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
@@ -82,8 +88,9 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
         variables = from_torch(state_dict, model)
         params, batch_stats = variables["params"], variables["batch_stats"]
         state = TrainState(jnp.int32(0), params, batch_stats, tx.init(params))
-        pictures = Examples.packed(sample.image, sample.label)
-        state, counts = sgd_steps(state, pictures, list(make_batches(order, 8, 1)), model, tx)
+        examples = Examples.packed(sample.image, sample.label)
+        batches = list(make_batches(order, 8, 1))
+        state, counts = sgd_steps(state, examples, batches, StepConfig(model, tx, PREPROCESSING))
 
         sgd = torch.optim.SGD(reference.parameters(), 2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)
         for i, start in enumerate(range(0, 75, 8)):
@@ -114,22 +121,22 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(depths: tuple[int, ...],
 
 
 @pytest.mark.parametrize(
-    ("batch_norm", "backend"),
+    ("batch_norm", "formulation"),
     [("sync", "cpu"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sync", "tpu"), ("frozen", "cpu")))],
 )
-def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, backend: str) -> None:
-    """In float64, with a last batch that leaves one device no picture and another fewer than the rest."""
+def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, formulation: Formulation) -> None:
+    """In float64, with a last batch that leaves one device without images and another with fewer than the rest."""
     sample = datasets.load("sample:cifar10", "train")
-    pictures = Examples(sample.image, sample.label)
+    examples = Examples(sample.image, sample.label)
     order = epoch_order(0, 1, 2000)[:86]  # 32, 32 and 22: shares of 4, 4, 4, 4, 4, 2, 0, 0
     with jax.enable_x64(True):
-        model = SMALL.clone(batch_norm=batch_norm, dtype=jnp.float64)
+        model = SMALL.clone(formulation=formulation, dtype=jnp.float64)
         tx = optax.sgd(0.05, momentum=0.9)
+        config = StepConfig(model, tx, PREPROCESSING, Policy(batch_norm=batch_norm))
         state = random_state(model, tx)
         state = jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, state)
-        with as_if_on(backend):
-            one, counts_one = sgd_steps(state, pictures, list(make_batches(order, 32, 1)), model, tx)
-            eight, counts_eight = sgd_steps(state, pictures, list(make_batches(order, 32, 8)), model, tx)
+        one, counts_one = sgd_steps(state, examples, list(make_batches(order, 32, 1)), config)
+        eight, counts_eight = sgd_steps(state, examples, list(make_batches(order, 32, 8)), config)
     np.testing.assert_allclose([c.loss for c in counts_eight], [c.loss for c in counts_one], rtol=1e-9)
     np.testing.assert_array_equal([c.correct for c in counts_eight], [c.correct for c in counts_one])
     np.testing.assert_array_equal([c.num_images for c in counts_eight], [32, 32, 22])
@@ -143,18 +150,16 @@ def test_eight_devices_take_the_steps_of_one(batch_norm: BatchNormMode, backend:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("any_number", [True, False])
-def test_steps_in_one_call_are_the_steps_of_several(any_number: bool) -> None:
-    """Bit for bit, on two devices, with augmentation, in loops of any number of turns or a known one."""
+@pytest.mark.parametrize("padded", [True, False])
+def test_steps_in_one_call_are_the_steps_of_several(padded: bool) -> None:
+    """Bit for bit, on two devices, with augmentation, in loops of traced or static length."""
     sample = datasets.load("sample:cifar10", "test")
-    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=4, batch_norm="sync")
+    model = ResNet(BasicBlock, (1, 1), num_classes=10, width=4, formulation="cpu")
     tx = make_optimizer(default_config().optimizer, steps_per_epoch=10, num_epochs=1)
-    step = partial(
-        train_step, model=model, tx=tx, preprocessing=PREPROCESSING, step_config=StepConfig(0, Augmentation(flip=True))
-    )
+    config = StepConfig(model, tx, PREPROCESSING, Policy(batch_norm="sync"), augmentation=Augmentation(flip=True))
     devices = jax.local_devices()[:2]
     p_steps = jax.pmap(
-        partial(train_steps, step=step),
+        partial(train_steps, step=partial(train_step, config=config)),
         axis_name="batch",
         in_axes=(None, None, 0, None, None),
         out_axes=None,
@@ -165,10 +170,10 @@ def test_steps_in_one_call_are_the_steps_of_several(any_number: bool) -> None:
     for per_call in (1, 2, 6):
         state, losses = random_state(model, tx), []
         for start in range(0, 6, per_call):
-            padding = batches[:1] * (6 - per_call) if any_number else []
+            padding = batches[:1] * (6 - per_call) if padded else []
             call = jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches[start : start + per_call], *padding)
-            turns = np.int32(per_call) if any_number else None
-            state, counts = p_steps(state, Examples(sample.image, sample.label), call, None, turns)
+            num_steps = np.int32(per_call) if padded else None
+            state, counts = p_steps(state, Examples(sample.image, sample.label), call, None, num_steps)
             losses.append(np.asarray(counts.loss)[:per_call])
         results.append([np.concatenate(losses), *map(np.asarray, jax.tree.leaves(state))])
     for other in results[1:]:
@@ -177,17 +182,16 @@ def test_steps_in_one_call_are_the_steps_of_several(any_number: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (16, 8, 3), (5, 7, 3)])
-def test_pictures_in_lines_are_the_same_pictures(shape: tuple[int, ...]) -> None:
+def test_packed_examples_are_gathered_unchanged(shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
     index, label = np.array([8, 0, 3, 3]), np.zeros(9, np.int32)
-    pictures = Examples.packed(image, label)
-    np.testing.assert_array_equal(jax.jit(Examples.gather)(pictures, index), image[index])
+    np.testing.assert_array_equal(jax.jit(Examples.gather)(Examples.packed(image, label), index), image[index])
     batches = Examples.packed(image.reshape(3, 3, *shape), label.reshape(3, 3))  # of three devices
     np.testing.assert_array_equal(jax.vmap(Examples.gather)(batches, np.array([[2], [0], [1]])), image[[[2], [3], [7]]])
 
 
-def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
-    """Against torch's BatchNorm on each device's share: bn1, which nothing precedes but a convolution."""
+def test_statistics_of_each_device_are_weighted_by_its_images() -> None:
+    """Compared with torch's BatchNorm on each device's share: bn1, which only a convolution precedes."""
     sample = datasets.load("sample:cifar10", "train")
     order = np.arange(0, 2000, 91)[:22]
     shares = [order[start : start + 4] for start in range(0, 22, 4)]
@@ -196,7 +200,9 @@ def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
         tx = optax.sgd(0.0)
         state = random_state(model, tx)
         (batch,) = make_batches(order, 32, 8)
-        new_state, _ = sgd_steps(state, Examples(sample.image, sample.label), [batch], model, tx)
+        new_state, _ = sgd_steps(
+            state, Examples(sample.image, sample.label), [batch], StepConfig(model, tx, PREPROCESSING)
+        )
         kernel = torch.from_numpy(np.array(state.params["conv1"]["kernel"], np.float64).transpose(3, 2, 0, 1).copy())
     expected: dict[str, Any] = {"running_mean": 0.0, "running_var": 0.0}
     for share in shares:
@@ -210,17 +216,16 @@ def test_statistics_of_each_device_are_averaged_by_its_pictures() -> None:
 
 
 @pytest.mark.parametrize("per_call", [1, 2, 3])
-def test_evaluation_tells_of_each_picture_what_torch_tells(per_call: int) -> None:
-    torch.manual_seed(1)
-    reference = torchvision.models.resnet18(num_classes=10).eval()
+def test_evaluation_predicts_each_image_as_torch_does(per_call: int) -> None:
+    reference = random_torch_model("basic", seed=1).float().eval()
     sample = datasets.load("sample:cifar10", "test")
-    model = ARCHITECTURES["resnet18"](num_classes=10)
-    variables = from_torch({key: value.numpy() for key, value in reference.state_dict().items()}, model)
+    model = flax_model("basic", formulation="cpu")
+    variables = to_flax(reference.state_dict(), model)
     state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
-    order = np.arange(0, 1000, 13)  # 77 pictures; 27 in the last batch leave devices of 7 without any
-    pictures = Examples(sample.image[order], sample.label[order])
-    p_eval_steps = pmap_eval_steps(model, PREPROCESSING)
-    found = evaluate_pictures(p_eval_steps, state, ResidentLoader(pictures), batch_size=50, per_call=per_call)
+    order = np.arange(0, 1000, 13)  # 77 images; 27 in the last batch leave devices of 7 without any
+    loader = ResidentLoader(Examples(sample.image[order], sample.label[order]))
+    p_eval_steps = pmap_eval_steps(EvalConfig(model, PREPROCESSING))
+    found = evaluate_pictures(p_eval_steps, state, loader, 50, StepsPerCall(per_call, padded=True))
     with torch.no_grad():
         logits = reference(torch_input(sample.image[order]).float())
     label = torch.from_numpy(sample.label[order]).long()
@@ -253,31 +258,30 @@ def test_cross_entropy_is_torchs(smoothing: float, weights: tuple[float, ...]) -
     assert np.sum(losses) / np.sum(counted) == pytest.approx(expected.item(), rel=1e-12)
 
 
-def small_step(model: ResNet, devices: int, steps: int, **options: Any) -> list[TrainState]:
-    """The states after each of some steps in float32 on real pictures."""
+def small_step(devices: int, steps: int, **options: Any) -> list[TrainState]:
+    """Returns the states after each of some steps in float32 on real images."""
     sample = datasets.load("sample:cifar10", "train")
     tx = optax.sgd(0.05, momentum=0.9)
-    state = random_state(model, tx, ema="ema_decay" in options)
-    step = partial(train_step, model=model, tx=tx, preprocessing=Preprocessing(32, *PREPROCESSING[1:]), **options)
-    p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
-    states = [state]
+    state = random_state(SMALL, tx, ema="ema_decay" in options)
+    p_step = pmap_step(StepConfig(SMALL, tx, Preprocessing(32, *PREPROCESSING[1:]), **options))
+    states = [replicate_on(devices, state)]
     for batch in list(make_batches(epoch_order(0, 1, 2000)[:70], 32, devices))[:steps]:
         states.append(p_step(states[-1], Examples(sample.image, sample.label), batch)[0])
     return states
 
 
 @pytest.mark.slow
-def test_mixed_pictures_are_the_same_on_one_device_and_on_four() -> None:
-    """Also of a last batch that is not full: partners come from the whole batch, not from a device's share."""
-    step_config = StepConfig(augmentation=Augmentation(flip=True, shift=0.1, mixup=0.5, cutmix=0.5, erase=0.3))
-    model = SMALL.clone(batch_norm="sync")
-    one, four = (small_step(model, devices, 3, step_config=step_config)[-1] for devices in (1, 4))
+def test_mixed_images_are_the_same_on_one_device_and_on_four() -> None:
+    """Also in a last batch that is not full: partners come from the whole batch, not from a device's share."""
+    augmentation = Augmentation(flip=True, shift=0.1, mixup=0.5, cutmix=0.5, erase=0.3)
+    policy = Policy(batch_norm="sync")
+    one, four = (small_step(devices, 3, augmentation=augmentation, policy=policy)[-1] for devices in (1, 4))
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
-def test_averages_of_weights_are_what_numpy_averages() -> None:
-    states = small_step(SMALL, 1, 2, ema_decay=0.5)
+def test_the_ema_is_what_numpy_averages() -> None:
+    states = small_step(1, 2, ema_decay=0.5)
     mean = np.asarray(states[0].params["fc"]["kernel"])
     for i, state in enumerate(states[1:], 1):
         decay = min(0.5, (1 + i) / (10 + i))
@@ -286,26 +290,21 @@ def test_averages_of_weights_are_what_numpy_averages() -> None:
     assert states[-1].variables()["params"] is not states[-1].params
 
 
-def test_a_head_learns_from_features_what_it_learns_from_pictures() -> None:
-    config = default_config().optimizer
-    config.update(freeze="backbone", learning_rate=0.1)
-    model = freeze(SMALL, config, 1)
+def test_a_head_learns_the_same_from_features_as_from_images() -> None:
+    config = default_config()
+    config.optimizer.update(freeze="backbone", learning_rate=0.1)
+    policy = make_policy(config, SMALL, 1)
     preprocessing = Preprocessing(32, *PREPROCESSING[1:])
     sample = datasets.load("sample:cifar10", "test")
-    tx = make_optimizer(config, 10, 1)
-    state = random_state(model, tx)
-    pictures = Examples(sample.image[:90], sample.label[:90])
-    features = extract_features(model, preprocessing, state, ResidentLoader(pictures), 32)
+    tx = make_optimizer(config.optimizer, 10, 1)
+    state = random_state(SMALL, tx, policy)
+    examples = Examples(sample.image[:90], sample.label[:90])
+    features = extract_features(EvalConfig(SMALL, preprocessing), state, ResidentLoader(examples), 32)
     assert features.image.shape == (90, 8)
-    step = jax.pmap(
-        partial(train_step, model=model, tx=tx, preprocessing=preprocessing),
-        axis_name="batch",
-        in_axes=(None, None, 0),
-        out_axes=None,
-    )
+    step = pmap_step(StepConfig(SMALL, tx, preprocessing, policy))
     ends = []
-    for data in (pictures, features):
-        end = state
+    for data in (examples, features):
+        end = replicate_on(1, state)
         for batch in make_batches(np.arange(90), 32, 1):
             end, counts = step(end, data, batch)
         ends.append((end, counts))
@@ -315,30 +314,25 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures() -> None:
 
 
 def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
-    """On one device and on four, with a last batch that is not full; what is frozen stays."""
-    torch.manual_seed(0)
-    reference = torchvision.models.resnet.ResNet(
-        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10
-    ).double()
+    """With a last batch that is not full; frozen statistics stay."""
+    reference = random_torch_model("basic").train()
     sample = datasets.load("sample:cifar10", "test")
-    pictures = Examples(sample.image[:40], sample.label[:40])
+    loader = ResidentLoader(Examples(sample.image[:40], sample.label[:40]))
     with jax.enable_x64(True):
-        model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, dtype=jnp.float64)
-        variables = from_torch({key: value.numpy().copy() for key, value in reference.state_dict().items()}, model)
+        model = flax_model("basic", dtype=jnp.float64, formulation="cpu")
+        variables = to_flax(reference.state_dict(), model)
         state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], ())
-        loader = ResidentLoader(pictures)
-        found = jax.device_get(recalibrate(model, PREPROCESSING, state, loader, 16, per_call=2))
-        frozen = frozenset({"bn1/scale", "bn1/bias"})
-        kept = jax.device_get(
-            recalibrate(model.clone(frozen=frozen), PREPROCESSING, state, ResidentLoader(pictures), 16)
-        ).batch_stats
+        config = EvalConfig(model, PREPROCESSING)
+        found = jax.device_get(recalibrate(config, state, loader, 16, StepsPerCall(2)))
+        frozen = config._replace(policy=Policy(frozenset({"bn1/scale", "bn1/bias"})))
+        kept = jax.device_get(recalibrate(frozen, state, loader, 16)).batch_stats
     torch_batches = [torch_input(sample.image[start : start + 16][: 40 - start]) for start in (0, 16, 32)]
     torch.optim.swa_utils.update_bn(torch_batches, reference)
     for name in ("bn1", "layer4.0.bn2"):
         ours: Any = found.batch_stats
         for part in name.split("."):
             ours = ours[part]
-        theirs = reference.get_submodule(name)
+        theirs: Any = reference.get_submodule(name)
         for a, b in ((ours["mean"], theirs.running_mean.numpy()), (ours["var"], theirs.running_var.numpy())):
             assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)  # pixels are float32
-    np.testing.assert_array_equal(kept["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"])
+    np.testing.assert_allclose(kept["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"], rtol=1e-15)

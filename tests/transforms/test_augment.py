@@ -1,4 +1,4 @@
-"""Augmentation against Pillow, and as a function of the seed, the step and the picture alone."""
+"""Augmentation: compared with Pillow, and a function of only the seed, the step and the image."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from jaxft.transforms.augment import (
     random_boxes,
 )
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 
 PREPROCESSING = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
 EVERYTHING = Augmentation(flip=True, shift=0.1, crop_area=0.3, crop_ratio=4 / 3)
@@ -34,7 +34,7 @@ EVERYTHING = Augmentation(flip=True, shift=0.1, crop_area=0.3, crop_ratio=4 / 3)
 
 @settings(deadline=None, max_examples=5)
 @given(st.integers(8, 40), st.integers(8, 40), st.integers(4, 70), st.booleans(), st.floats(0.1, 1), st.floats(0, 1))
-def test_a_box_is_what_pillow_resizes(
+def test_crop_and_resize_matches_pillow(
     height: int, width: int, size: int, mirrored: bool, part: float, place: float
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
@@ -48,7 +48,7 @@ def test_a_box_is_what_pillow_resizes(
     np.testing.assert_allclose(ours[:, ::-1] if mirrored else ours, expected, rtol=0, atol=1.1)  # Pillow rounds, twice
 
 
-def test_beyond_the_picture_is_the_mean_colour() -> None:
+def test_boxes_show_the_mean_colour_outside_the_image() -> None:
     image = jnp.full((1, 10, 10, 3), 200, jnp.uint8)
     boxes = Boxes(*(jnp.array([side]) for side in (0.5, 1.5, 0.0, 1.0)))
     (ours,) = crop_and_resize(image, boxes, 10, jnp.array([1.0, 2.0, 3.0]))
@@ -56,7 +56,7 @@ def test_beyond_the_picture_is_the_mean_colour() -> None:
     np.testing.assert_allclose(ours[6:], np.broadcast_to([1, 2, 3], (4, 10, 3)), rtol=1e-6)
 
 
-def test_it_depends_on_seed_step_and_picture_alone() -> None:
+def test_augmentation_depends_only_on_seed_step_and_image() -> None:
     sample = datasets.load("sample:cifar10", "test")
     index = np.arange(0, 64)
 
@@ -69,7 +69,7 @@ def test_it_depends_on_seed_step_and_picture_alone() -> None:
         assert (np.abs(other - whole).max((1, 2, 3)) > 0.1).all()
 
 
-def test_without_augmentation_it_is_the_preprocessing_to_the_bit() -> None:
+def test_no_augmentation_equals_preprocessing_bit_for_bit() -> None:
     images = datasets.load("sample:cifar10", "test").image[:8]
     keys = picture_keys(0, 0, np.arange(8))
     np.testing.assert_array_equal(
@@ -77,7 +77,7 @@ def test_without_augmentation_it_is_the_preprocessing_to_the_bit() -> None:
     )
 
 
-def test_flip_shows_half_of_the_pictures_mirrored_and_the_rest_as_they_are() -> None:
+def test_flip_mirrors_half_of_the_images_and_leaves_the_rest_unchanged() -> None:
     images = datasets.load("sample:cifar10", "test").image[:400]
     ours = augment(images, picture_keys(0, 0, np.arange(400)), Augmentation(flip=True), PREPROCESSING)
     plain = preprocess(images, PREPROCESSING)
@@ -88,7 +88,7 @@ def test_flip_shows_half_of_the_pictures_mirrored_and_the_rest_as_they_are() -> 
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 50)])
-def test_boxes_have_the_area_ratio_and_place_that_was_asked(height: int, width: int) -> None:
+def test_random_boxes_cover_the_requested_areas_ratios_and_positions(height: int, width: int) -> None:
     keys = jax.random.split(jax.random.key(0), 5000)
     boxes = random_boxes(keys, Augmentation(crop_area=0.3, crop_ratio=4 / 3), height, width)
     shorter = min(height, width)
@@ -107,19 +107,19 @@ def test_boxes_have_the_area_ratio_and_place_that_was_asked(height: int, width: 
         assert np.max(end) > 1 - low - 0.01
 
 
-def test_trivial_augmentation_comes_after_the_crop_and_before_the_normalisation() -> None:
+def test_trivial_augment_runs_between_crop_and_normalisation() -> None:
     images = jnp.asarray(datasets.load("sample:cifar10", "test").image[:64])
     keys = picture_keys(0, 0, np.arange(64))
     plain, changed = (
         np.asarray(augment(images, keys, Augmentation(flip=True, trivial=trivial), PREPROCESSING))
         for trivial in (False, True)
     )
-    assert 0.02 < (np.abs(plain - changed).max((1, 2, 3)) < 1e-4).mean() < 0.4  # what is left as it is
+    assert 0.02 < (np.abs(plain - changed).max((1, 2, 3)) < 1e-4).mean() < 0.4  # the share of unchanged images
     assert changed.min() >= plain.min() - 1.5
     assert np.abs(changed).max() < 3  # normalised pixels
 
 
-def test_erased_rectangles_have_the_mean_colour_and_the_size_that_was_asked() -> None:
+def test_erased_rectangles_have_the_mean_colour_and_the_requested_size() -> None:
     images = jnp.ones((2000, 40, 40, 3))
     erased = np.asarray(erase(images, jax.random.split(jax.random.key(0), 2000), 0.25)) == 0
     assert (erased.all(-1) == erased.any(-1)).all()
@@ -131,7 +131,7 @@ def test_erased_rectangles_have_the_mean_colour_and_the_size_that_was_asked() ->
         assert mask.sum() == mask.any(0).sum() * mask.any(1).sum()  # a rectangle
 
 
-def test_mixup_adds_two_pictures_in_the_share_of_their_labels() -> None:
+def test_mixup_blends_two_images_in_the_proportion_of_their_labels() -> None:
     ones, zeros, keys = jnp.ones((500, 8, 8, 3)), jnp.zeros((500, 8, 8, 3)), jax.random.split(jax.random.key(0), 500)
     mixed, share = mix(ones, zeros, keys, Augmentation(mixup=0.4))
     np.testing.assert_allclose(mixed, np.broadcast_to(share[:, None, None, None], mixed.shape), rtol=1e-6)
@@ -140,25 +140,25 @@ def test_mixup_adds_two_pictures_in_the_share_of_their_labels() -> None:
     assert abs(share.std() - expected.std()) < 0.03
 
 
-def test_cutmix_shows_the_partner_in_a_square_and_the_share_is_the_area_seen() -> None:
+def test_cutmix_pastes_a_square_and_weights_labels_by_area() -> None:
     ones, keys = jnp.ones((500, 16, 16, 3)), jax.random.split(jax.random.key(0), 500)
     zeros = jnp.zeros_like(ones)
     mixed, share = mix(ones, zeros, keys, Augmentation(cutmix=1.0))
     assert np.isin(mixed, (0, 1)).all()
     np.testing.assert_allclose(mixed.mean((1, 2, 3)), share, rtol=1e-6)
     assert abs(share.mean() - 0.5) < 0.06
-    for picture in np.asarray(mixed[:50, ..., 0]) == 0:
-        assert picture.sum() == picture.any(0).sum() * picture.any(1).sum()
+    for pasted in np.asarray(mixed[:50, ..., 0]) == 0:
+        assert pasted.sum() == pasted.any(0).sum() * pasted.any(1).sum()
 
 
-def test_both_kinds_of_mixing_happen() -> None:
+def test_mixup_and_cutmix_are_chosen_equally_often() -> None:
     ones, zeros, keys = jnp.ones((400, 8, 8, 3)), jnp.zeros((400, 8, 8, 3)), jax.random.split(jax.random.key(1), 400)
     mixed, _ = mix(ones, zeros, keys, Augmentation(mixup=1.0, cutmix=1.0))
     cut = np.isin(mixed, (0, 1)).all((1, 2, 3))
     assert 150 < cut.sum() < 250
 
 
-def test_the_sheet_shows_pictures_as_they_are_tested_and_as_they_are_trained_on(tmp_path: Path) -> None:
+def test_the_sheet_shows_images_as_evaluated_and_as_augmented(tmp_path: Path) -> None:
     config = load_config(str(ROOT / "configs" / "quickstart.py"), {"image_size": "32"})
     main(
         [
@@ -170,10 +170,10 @@ def test_the_sheet_shows_pictures_as_they_are_tested_and_as_they_are_trained_on(
         ]
     )
     sheet = np.asarray(Image.open(tmp_path / "s.png"))
-    np.testing.assert_array_equal(sheet, draw_sheet(config))
     train = datasets.load("sample:cifar10", "train")
+    np.testing.assert_array_equal(sheet, draw_sheet(config, train))
     first = train.image[epoch_order(0, 1, 2000)[0]]
     np.testing.assert_array_equal(sheet[:32, :32], first)
-    for column in range(1, 9):  # the quickstart mirrors
+    for column in range(1, 9):  # the quickstart flips images
         shown = sheet[:32, 36 * column :][:, :32].astype(int)
         assert min(np.abs(shown - other).max() for other in (first.astype(int), first[:, ::-1].astype(int))) <= 1

@@ -1,4 +1,4 @@
-"""Against Pillow and torchvision's transforms."""
+"""Preprocessing, compared with Pillow and torchvision's transforms."""
 
 import jax
 import numpy as np
@@ -22,21 +22,21 @@ def pillow_resize(images: np.ndarray, size: int) -> np.ndarray:
 
 @settings(deadline=None, max_examples=10)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(0, 2**32 - 1))
-def test_resize_of_any_square_is_pillows(side: int, size: int, seed: int) -> None:
+def test_resize_of_any_square_equals_pillow(side: int, size: int, seed: int) -> None:
     images = np.random.default_rng(seed).integers(0, 256, (1, side, side, 3), np.uint8)
     np.testing.assert_array_equal(resize(images, size, size), pillow_resize(images, size))
 
 
 @settings(deadline=None, max_examples=10)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 80), st.integers(0, 2**32 - 1))
-def test_resize_of_any_rectangle_is_pillows_within_a_level(height: int, width: int, size: int, seed: int) -> None:
-    """Since version 13 Pillow shortens the height of some rectangles first, which rounds otherwise."""
+def test_resize_of_any_rectangle_is_within_one_level_of_pillow(height: int, width: int, size: int, seed: int) -> None:
+    """From version 13 on, Pillow reduces the height of some rectangles first, which rounds differently."""
     images = np.random.default_rng(seed).integers(0, 256, (1, height, width, 3), np.uint8)
     np.testing.assert_allclose(resize(images, size, size), pillow_resize(images, size), rtol=0, atol=1)
 
 
 @pytest.mark.parametrize("size", [224, 97, 16])
-def test_resize_of_real_pictures_is_pillows(size: int) -> None:
+def test_resize_of_photos_equals_pillow(size: int) -> None:
     images = datasets.load("sample:cifar10", "test").image[::50]
     np.testing.assert_array_equal(resize(images, size, size), pillow_resize(images, size))
 
@@ -44,8 +44,8 @@ def test_resize_of_real_pictures_is_pillows(size: int) -> None:
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(32, 32, 224), (32, 32, 97), (64, 64, 24), (24, 32, 64), (32, 21, 20), (45, 30, 30)]
 )
-def test_preprocess_is_torchvisions_transform(height: int, width: int, size: int) -> None:
-    """On real pictures, cropped or enlarged to the shape: at most one of 255 levels off, and hardly anywhere."""
+def test_preprocess_matches_torchvisions_transform(height: int, width: int, size: int) -> None:
+    """Compares photos resized to the shape: at most one of 255 levels off, and that in few pixels."""
     originals = datasets.load("sample:cifar10", "test").image[::100]
     images = np.stack([np.asarray(Image.fromarray(image).resize((width, height))) for image in originals])
     transforms = torchvision.transforms
@@ -60,7 +60,7 @@ def test_preprocess_is_torchvisions_transform(height: int, width: int, size: int
         assert difference.max() <= 1e-6
 
 
-def test_pictures_grow_over_the_epochs() -> None:
+def test_image_size_grows_over_the_epochs() -> None:
     assert [epoch_image_size(0, 224, epoch, 3) for epoch in (1, 2, 3)] == [224, 224, 224]
     assert [epoch_image_size(128, 224, epoch, 5) for epoch in range(1, 6)] == [140, 140, 168, 196, 224]
     assert epoch_image_size(128, 224, 1, 1) == 224

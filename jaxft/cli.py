@@ -1,0 +1,63 @@
+"""The script `jaxft`, and the preparation of a command's process before JAX is imported.
+
+jaxft train --config quickstart      is the same as      python -m jaxft.train --config quickstart
+"""
+
+import difflib
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from jaxft import process
+from jaxft.errors import UserError, run_command
+
+COMMANDS = {
+    "train": "fine-tune a ResNet on labelled images",
+    "evaluate": "test a checkpoint on its run's test images",
+    "predict": "classify images, or serve a web page that does",
+    "export": "write a checkpoint for torchvision, for another run or as one StableHLO file",
+    "report": "write a run's report again, or compare runs",
+    "sheet": "draw images as training sees them",
+    "convert": "convert pretrained weights from or to torchvision's layout",
+}
+IN_SEVERAL_PROCESSES = {"train", "evaluate"}
+
+
+def main() -> NoReturn:
+    """Runs the command that sys.argv names and exits."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        run(name, argv)
+    sys.exit(run_command(_without_command, [name]))
+
+
+def run(name: str, argv: list[str] | None = None) -> NoReturn:
+    """Runs a command as this process's only task and exits. argv: its arguments, by default sys.argv's."""
+    process.reexec_with_huge_pages()
+    try:
+        command = import_module(f"jaxft.{name}")
+        if name in IN_SEVERAL_PROCESSES:
+            from jaxft.run.processes import run_together as runner
+        else:
+            runner = run_command
+        process.set_up()
+    except KeyboardInterrupt:  # importing JAX takes a while
+        sys.exit(130)
+    sys.exit(runner(command.main, sys.argv[1:] if argv is None else argv))
+
+
+def _without_command(argv: list[str]) -> None:
+    (argument,) = argv
+    if argument in ("-h", "--help"):
+        print("usage: jaxft COMMAND ...\n\nFine-tunes pretrained ResNets on your own images, in pure JAX.\n")
+        for name, meaning in COMMANDS.items():
+            print(f"  {name:<10}{meaning}")
+        print("\n`jaxft COMMAND --help` shows a command's options, `jaxft --version` the version.")
+    elif argument == "--version":
+        from importlib.metadata import version
+
+        print(f"jaxft {version('jaxft')}")
+    else:
+        matches = difflib.get_close_matches(argument, COMMANDS, 1)
+        hint = f"did you mean '{matches[0]}'?" if matches else "see jaxft --help"
+        raise UserError(f"there is no command '{argument}'; {hint}")

@@ -1,0 +1,49 @@
+"""Settings of how a network is trained and tested, as opposed to what it computes."""
+
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxft.data.batches import AXIS_NAME
+
+BatchNormMode = Literal["update", "sync", "frozen"]
+
+
+class Policy(NamedTuple):
+    """Hashable settings: which parameters train, how BatchNorm behaves in training, and how the network is tested."""
+
+    frozen: frozenset[str] = frozenset()  # paths of parameters that do not train: 'layer1/0/bn1/scale'
+    batch_norm: BatchNormMode = "update"  # statistics of a device's share, of the whole batch, or the running ones
+    norm_momentum: float = 0.1  # weight of the newest batch in the running statistics, as torch counts it
+    test_flip: bool = False  # test with the mean of an image's and its mirror image's logits
+    axis_name: str = AXIS_NAME  # of the mapped axis over the devices
+
+    def norm_is_frozen(self, path: str) -> bool:
+        """Returns whether the BatchNorm at 'layer1/0/bn1' keeps its running statistics in training.
+
+        It does if both of its parameters are frozen, too.
+        """
+        return self.batch_norm == "frozen" or {f"{path}/scale", f"{path}/bias"} <= self.frozen
+
+
+def eval_features(model: nn.Module, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
+    """Returns the pooled features (N, F) of normalised images (N, H, W, 3) in evaluation mode.
+
+    With test_flip they are the mean over each image and its mirror image; the head is linear, so its logits are the
+    mean of both logits.
+    """
+    if not policy.test_flip:
+        return _apply(model, variables, image, features_only=True)
+    both = _apply(model, variables, jnp.concatenate([image, image[:, :, ::-1]]), features_only=True)
+    return both.reshape(2, image.shape[0], both.shape[-1]).mean(0)
+
+
+def eval_logits(model: nn.Module, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
+    """Returns the logits (N, num_classes) of normalised images (N, H, W, 3) or of their features (N, F)."""
+    return _apply(model, variables, eval_features(model, variables, image, policy) if image.ndim == 4 else image)
+
+
+def _apply(model: nn.Module, variables: Any, image: jax.Array, *, features_only: bool = False) -> Any:
+    return model.apply(variables, image, train=False, features_only=features_only)

@@ -1,0 +1,151 @@
+"""The script `jaxft`, and the behaviour common to all commands."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+
+import pytest
+
+from jaxft.cli import COMMANDS
+from jaxft.errors import MESSAGE_LENGTH, Interrupted, UserError, run_command
+from tests.helpers.runs import ROOT, Run, environment
+
+OVERVIEW = """
+import sys
+sys.argv = ["jaxft", "--help"]
+from jaxft import cli
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, "jax" in sys.modules, "numpy" in sys.modules)
+"""
+INTERRUPTED_IMPORT = """
+import sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jax":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+from jaxft.cli import run
+run("train", ["--help"])
+"""
+
+
+def fail(error: BaseException) -> Callable[[list[str]], None]:
+    def main(_: list[str]) -> None:
+        raise error
+
+    return main
+
+
+def test_help_lists_the_commands_in_a_line_each_without_importing_jax(run: Run) -> None:
+    shown = run("-c", OVERVIEW).stdout.splitlines()
+    assert shown.pop() == "0 False False"
+    assert [line.split()[0] for line in shown if line.startswith("  ")] == list(COMMANDS)
+    assert max(map(len, shown)) <= 100
+    assert run("-m", "jaxft").stdout.splitlines() == run("-m", "jaxft", "-h").stdout.splitlines() == shown
+
+
+def test_version_is_printed(run: Run) -> None:
+    assert run("-m", "jaxft", "--version").stdout == f"jaxft {version('jaxft')}\n"
+
+
+def test_an_unknown_command_is_refused_with_the_nearest_one(run: Run) -> None:
+    for word, hint in (("trian", "did you mean 'train'?"), ("--fast", "see jaxft --help")):
+        result = run("-m", "jaxft", word)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"error: there is no command '{word}'; {hint}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        import_module(f"jaxft.{name}").main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: python -m jaxft.{name} ")
+    assert "--debug" in shown
+
+
+@pytest.mark.parametrize("command", [("-m", "jaxft.sheet"), ("-m", "jaxft", "sheet")], ids=" ".join)
+def test_a_subcommand_is_the_module(run: Run, command: tuple[str, ...]) -> None:
+    result = run(*command, "--config", "none.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: there is no config file none.py; ")
+
+
+def test_importing_and_calling_a_command_leaves_the_process_alone(run: Run) -> None:
+    program = """
+import os, sys
+from jaxft import sheet
+from jaxft.errors import run_command
+
+before = (sys.excepthook, dict(os.environ))
+code = run_command(sheet.main, ["--config", "none.py"])
+print(code, before == (sys.excepthook, dict(os.environ)))
+"""
+    assert run("-c", program).stdout == "2 True\n"
+
+
+def test_every_outcome_has_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda _: print("done"), []) == 0
+    assert capsys.readouterr() == ("done\n", "")
+    assert run_command(fail(UserError("no\n  file x;\nuse y")), []) == 2
+    assert capsys.readouterr() == ("", "error: no file x; use y\n")
+    assert run_command(fail(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr() == ("", "\ninterrupted\n")
+    assert run_command(fail(Interrupted(signal.SIGTERM, "saved")), []) == 143
+    assert capsys.readouterr() == ("", "stopped by SIGTERM; saved\n")
+    with pytest.raises(ZeroDivisionError):
+        run_command(fail(ZeroDivisionError()), [])
+
+
+def test_debug_shows_the_traceback_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(fail(UserError("no file x")), ["--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1] == "error: no file x"
+
+
+def test_a_long_message_keeps_its_beginning_and_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"there is no file {'/long/path' * 50}; name another one with --config.data.name=folder:PATH"
+    assert run_command(fail(UserError(text)), []) == 2
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert len(line) == MESSAGE_LENGTH
+    assert line.startswith("error: there is no file /long/path/long")
+    assert line.endswith("; name another one with --config.data.name=folder:PATH")
+
+
+def test_a_message_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    class Stream:
+        def write(self, text: str) -> None:
+            written.append(text)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(sys, "stderr", Stream())
+    run_command(fail(UserError("no file x")), [])
+    assert written == ["error: no file x\n"]
+
+
+@pytest.mark.parametrize("arguments", [("convert", "--list"), ("train", "--help")], ids=" ".join)
+def test_a_reader_that_has_gone_gives_141_and_no_message(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "jaxft", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment(1), stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_ctrl_c_while_jax_is_imported_shows_no_traceback(run: Run) -> None:
+    result = run("-c", INTERRUPTED_IMPORT)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
