@@ -25,6 +25,7 @@ IN_SEVERAL_PROCESSES = {"train", "evaluate"}
 
 def main() -> NoReturn:
     """Runs the command that sys.argv names and exits."""
+    process.open_missing_streams()
     name, *argv = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run(name, argv)
@@ -33,6 +34,7 @@ def main() -> NoReturn:
 
 def run(name: str, argv: list[str] | None = None) -> NoReturn:
     """Runs a command as this process's only task and exits. argv: its arguments, by default sys.argv's."""
+    process.open_missing_streams()
     process.reexec_with_huge_pages()
     try:
         command = import_module(f"jaxft.{name}")
@@ -57,6 +59,8 @@ def _without_command(argv: list[str]) -> None:
         from importlib.metadata import version
 
         print(f"jaxft {version('jaxft')}")
+    elif argument.startswith("-"):
+        raise UserError(f"options come after the command: jaxft train {argument}; see jaxft --help")
     else:
         matches = difflib.get_close_matches(argument, COMMANDS, 1)
         hint = f"did you mean '{matches[0]}'?" if matches else "see jaxft --help"

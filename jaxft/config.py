@@ -277,6 +277,8 @@ def _find(path: str) -> Path:
 
 
 def _unknown_key(key: str, known: list[str]) -> str:
+    if section := [other for other in known if other.startswith(f"{key}.")]:
+        return f"'{key}' is a group of config keys; set one of them, such as '{section[0]}'"
     matches = difflib.get_close_matches(key, known, 1)
     return f"there is no config key '{key}'; " + (f"did you mean '{matches[0]}'?" if matches else "see jaxft/config.py")
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 MESSAGE_LENGTH = 240  # characters of an error's line, "error: " included
@@ -27,6 +28,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser that raises UserError instead of printing its usage. Every command has --debug."""
 
     def __init__(self, prog: str, description: str | None, epilog: str | None = None) -> None:
+        if Path(sys.argv[0]).name == "jaxft":  # the installed script
+            prog = prog.replace("python -m jaxft.", "jaxft ")
         super().__init__(
             prog,
             description=description,

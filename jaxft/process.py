@@ -46,6 +46,13 @@ def _is_command() -> bool:
     return Path(getattr(main, "__file__", None) or "").name == "jaxft"
 
 
+def open_missing_streams() -> None:
+    """Replaces a stdout or stderr that the caller has closed by one that discards everything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115, for as long as the process runs
+
+
 def set_up() -> None:
     """Prepares the process of a command, after its modules have been imported."""
     _silence_loggers()

@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, description: str, total: int, bar: bool = True) -> None:
         self._description = description
         self._silent = not is_main_process()
-        hidden = self._silent or not (bar and sys.stderr.isatty())
+        hidden = self._silent or not (bar and sys.stderr and sys.stderr.isatty())
         self._bar = tqdm(desc=description, total=total, unit=" images", disable=hidden, leave=False, smoothing=0.1)
         self._done = 0
         self._total = total

@@ -57,7 +57,7 @@ def test_version_is_printed(run: Run) -> None:
 
 
 def test_an_unknown_command_is_refused_with_the_nearest_one(run: Run) -> None:
-    for word, hint in (("trian", "did you mean 'train'?"), ("--fast", "see jaxft --help")):
+    for word, hint in (("trian", "did you mean 'train'?"), ("quantize", "see jaxft --help")):
         result = run("-m", "jaxft", word)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == f"error: there is no command '{word}'; {hint}\n"
@@ -149,3 +149,18 @@ def test_a_reader_that_has_gone_gives_141_and_no_message(arguments: tuple[str, .
 def test_ctrl_c_while_jax_is_imported_shows_no_traceback(run: Run) -> None:
     result = run("-c", INTERRUPTED_IMPORT)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("closed", "code", "output"), [("1", 2, "error: there is no checkpoint"), ("2", 2, "")])
+def test_a_closed_stream_is_not_an_error(closed: str, code: int, output: str) -> None:
+    command = f"{sys.executable} -m jaxft.report --workdir there_is_none {closed}>&-"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == code
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert bool(result.stderr) == bool(output)
+
+
+def test_options_before_the_command_are_refused_with_the_right_order(run: Run) -> None:
+    result = run("-m", "jaxft", "--debug")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "options come after the command: jaxft train --debug" in result.stderr

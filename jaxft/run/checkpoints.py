@@ -1,10 +1,12 @@
 """Saves and restores checkpoints with Orbax: a pytree and, as JSON, everything needed to use it."""
 
 import json
+import logging
 import shutil
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -88,11 +90,13 @@ class Checkpoints:
             # If creating a folder in the background fails, threads wait for it for minutes.
             async_options=AsyncOptions(create_directories_asynchronously=False),
             read_only=not self._writes,
+            save_interval_steps=int(self._writes),  # Orbax warns that it changes any other value if it only reads
             multiprocessing_options=MultiprocessingOptions(
                 primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
             ),
         )
-        self._manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+        with _quiet("absl"):  # Orbax warns that the folder is read-only, as it was asked for
+            self._manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
 
     def save(self, state: State, info: dict[str, Any]) -> None:
         """Starts writing a checkpoint. A failure is reported on stderr and leaves the existing checkpoints unchanged.
@@ -229,11 +233,12 @@ class Checkpoints:
         raise UserError(f"there is no good checkpoint in {self.directory}; train in another --workdir")
 
     def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpointError:
-        reason = f"checkpoint {step} in {self.directory} is damaged ({' '.join(str(error).split())[:90]})"
+        reason = f"checkpoint {step} in {self.directory} is damaged ({' '.join(str(error).split())[:60]})"
+        rest = [other for other in self.steps() if other != step]
+        others = f"use --checkpoint {rest[-1]}, or " if rest else ""
         return DamagedCheckpointError(
             reason,
-            f"there are {self.steps()}: evaluate another with --checkpoint, or resume from the newest good one with "
-            "--config.checkpoint.on_damage=newest_good",
+            f"{others}resume from the newest good one with --config.checkpoint.on_damage=newest_good",
         )
 
     def set_aside(self, step: int) -> Path:
@@ -250,6 +255,18 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Silences a logger's warnings for a while."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def to_host(tree: Any) -> Any:

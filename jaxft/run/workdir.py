@@ -138,7 +138,9 @@ class Workdir:
             if key not in MAY_CHANGE and there.get(key) != here.get(key)
         ]
         if differences:
-            raise UserError(f"{self.path} belongs to another config ({'; '.join(differences)}); name another --workdir")
+            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+            shown = "; ".join(differences[:3]) + more
+            raise UserError(f"{self.path} belongs to another config ({shown}); name another --workdir")
         return config
 
     def _not_writable(self, error: OSError) -> UserError:

@@ -192,3 +192,11 @@ def test_arrays_of_other_dtypes_and_shapes_are_refused(classifier: Classifier) -
     with pytest.raises(UserError, match="uint8"):
         classifier.predict([np.zeros((32, 32), np.uint8)])
     assert classifier.predict([]) == []
+
+
+def test_the_python_api_is_silent(run: Run, small_run: Path, tmp_path: Path) -> None:
+    """Orbax warns that the folder is read-only, which is what jaxft asked for."""
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "a.png")
+    code = f"import jaxft; print(len(jaxft.load({str(small_run)!r}).predict([{str(tmp_path / 'a.png')!r}])))"
+    result = run("-c", code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "1\n", "")
