@@ -33,7 +33,7 @@ from jaxft.targets.classification import count_predictions
 from jaxft.training.evaluation import (
     cache_features,
     choose_formulation,
-    evaluate_pictures,
+    evaluate_images,
     pmap_eval_steps,
     recalibrate,
 )
@@ -129,7 +129,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
         for epoch in range(first_epoch, config.num_epochs + 1):
             state = train_epoch(trainer, state, epoch, stop)
             started = time.monotonic()
-            predictions = evaluate_pictures(p_eval_steps, state, eval_loader, config.batch_size, eval_per_call)
+            predictions = evaluate_images(p_eval_steps, state, eval_loader, config.batch_size, eval_per_call)
             seconds = time.monotonic() - started
             row = metrics_row(int(state.step), epoch, "eval", count_predictions(predictions), seconds)
             trainer.record(row)

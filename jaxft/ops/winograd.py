@@ -1,4 +1,4 @@
-"""3x3 convolutions of stride 1 with a quarter of the products: F(4x4, 3x3) of Lavin and Gray 2015 (arXiv:1509.09308).
+"""3x3 convolutions of stride 1 with 25 % of the multiplications: F(4x4, 3x3) of Lavin and Gray 2015 (arXiv:1509.09308).
 
 In their notation Y = A^T [(G g G^T) * (B^T d B)] A, where g is the kernel, d a tile of 6x6 pixels of x and Y the 4x4
 pixels of the result that read it. The 36 products * are summed over channels: they are matrix products. The gradients

@@ -31,7 +31,7 @@ from jaxft.transforms.preprocessing import Preprocessing
 EvalSteps = Callable[[TrainState, Examples | None, Batch, Any], Any]  # the last: the num_steps of `map_batches`
 
 
-def evaluate_pictures(
+def evaluate_images(
     p_eval_steps: EvalSteps,
     state: TrainState,
     loader: Loader,
@@ -187,5 +187,5 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
         disable_compilation_cache()
     p_eval_steps = pmap_eval_steps(EvalConfig(model, Preprocessing(**info["preprocessing"]), policy))
     per_call = choose_steps_per_call(config, model, train=False)
-    predictions = evaluate_pictures(p_eval_steps, state, make_loader(dataset, data), config.batch_size, per_call)
+    predictions = evaluate_images(p_eval_steps, state, make_loader(dataset, data), config.batch_size, per_call)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)

@@ -19,7 +19,7 @@ from jaxft.ops.elementwise import sum_over_devices
 from jaxft.targets.classification import Counts, Predictions, count_batch, cross_entropy, predictions_from_logits
 from jaxft.training.distill import Distillation, Teacher, distillation_loss
 from jaxft.training.state import TrainState, update_ema
-from jaxft.transforms.augment import NO_AUGMENTATION, Augmentation, augment, make_augmentation, mix, picture_keys
+from jaxft.transforms.augment import NO_AUGMENTATION, Augmentation, augment, image_keys, make_augmentation, mix
 from jaxft.transforms.preprocessing import Preprocessing, preprocess
 
 
@@ -81,7 +81,7 @@ def training_inputs(
     """
 
     def keys(index: Array) -> jax.Array:
-        return picture_keys(seed, step, index if examples.dataset_index is None else examples.dataset_index[index])
+        return image_keys(seed, step, index if examples.dataset_index is None else examples.dataset_index[index])
 
     def gather(index: Array) -> jax.Array:
         image = examples.gather(index)

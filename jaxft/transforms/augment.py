@@ -42,7 +42,7 @@ class Boxes(NamedTuple):
     right: jax.Array
 
 
-def picture_keys(seed: int, step: ArrayLike, index: ArrayLike) -> jax.Array:
+def image_keys(seed: int, step: ArrayLike, index: ArrayLike) -> jax.Array:
     """Derives a key per image from seed, step and its index in the dataset (N,), so that devices do not matter."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))

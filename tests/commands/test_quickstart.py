@@ -32,10 +32,7 @@ def test_the_quickstart_beats_random_weights(run: Run, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 81))
-    accuracies = [row["accuracy"] for row in rows if row["split"] == "eval"]
-    assert accuracies[-1] > 0.5
-    line = json.loads(run("-m", "jaxft.evaluate", "--workdir", tmp_path / "run", "--json").stdout)
-    assert line["accuracy"] == max(accuracies)
+    assert [row["accuracy"] for row in rows if row["split"] == "eval"][-1] > 0.5
 
 
 def test_a_linear_probe_learns_and_keeps_the_bits_of_the_backbone(run: Run, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import from_torch
 from jaxft.targets.classification import Counts, count_predictions, cross_entropy
-from jaxft.training.evaluation import evaluate_pictures, extract_features, pmap_eval_steps, recalibrate
+from jaxft.training.evaluation import evaluate_images, extract_features, pmap_eval_steps, recalibrate
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, create_train_state
 from jaxft.training.steps import EvalConfig, StepConfig, train_step, train_steps
@@ -225,7 +225,7 @@ def test_evaluation_predicts_each_image_as_torch_does(per_call: int) -> None:
     order = np.arange(0, 1000, 13)  # 77 images; 27 in the last batch leave devices of 7 without any
     loader = ResidentLoader(Examples(sample.image[order], sample.label[order]))
     p_eval_steps = pmap_eval_steps(EvalConfig(model, PREPROCESSING))
-    found = evaluate_pictures(p_eval_steps, state, loader, 50, StepsPerCall(per_call, padded=True))
+    found = evaluate_images(p_eval_steps, state, loader, 50, StepsPerCall(per_call, padded=True))
     with torch.no_grad():
         logits = reference(torch_input(sample.image[order]).float())
     label = torch.from_numpy(sample.label[order]).long()

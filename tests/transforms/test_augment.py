@@ -21,8 +21,8 @@ from jaxft.transforms.augment import (
     augment,
     crop_and_resize,
     erase,
+    image_keys,
     mix,
-    picture_keys,
     random_boxes,
 )
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
@@ -61,7 +61,7 @@ def test_augmentation_depends_only_on_seed_step_and_image() -> None:
     index = np.arange(0, 64)
 
     def seen(seed: int, step: int, index: np.ndarray) -> np.ndarray:
-        return np.asarray(augment(sample.image[index], picture_keys(seed, step, index), EVERYTHING, PREPROCESSING))
+        return np.asarray(augment(sample.image[index], image_keys(seed, step, index), EVERYTHING, PREPROCESSING))
 
     whole = seen(0, 3, index)
     np.testing.assert_allclose(np.concatenate([seen(0, 3, part) for part in np.split(index, 8)]), whole, atol=1e-6)
@@ -71,7 +71,7 @@ def test_augmentation_depends_only_on_seed_step_and_image() -> None:
 
 def test_no_augmentation_equals_preprocessing_bit_for_bit() -> None:
     images = datasets.load("sample:cifar10", "test").image[:8]
-    keys = picture_keys(0, 0, np.arange(8))
+    keys = image_keys(0, 0, np.arange(8))
     np.testing.assert_array_equal(
         augment(images, keys, Augmentation(), PREPROCESSING), preprocess(images, PREPROCESSING)
     )
@@ -79,7 +79,7 @@ def test_no_augmentation_equals_preprocessing_bit_for_bit() -> None:
 
 def test_flip_mirrors_half_of_the_images_and_leaves_the_rest_unchanged() -> None:
     images = datasets.load("sample:cifar10", "test").image[:400]
-    ours = augment(images, picture_keys(0, 0, np.arange(400)), Augmentation(flip=True), PREPROCESSING)
+    ours = augment(images, image_keys(0, 0, np.arange(400)), Augmentation(flip=True), PREPROCESSING)
     plain = preprocess(images, PREPROCESSING)
     same = np.abs(ours - plain).max((1, 2, 3)) < 1e-4
     mirrored = np.abs(ours - plain[:, :, ::-1]).max((1, 2, 3)) < 1e-4
@@ -109,7 +109,7 @@ def test_random_boxes_cover_the_requested_areas_ratios_and_positions(height: int
 
 def test_trivial_augment_runs_between_crop_and_normalisation() -> None:
     images = jnp.asarray(datasets.load("sample:cifar10", "test").image[:64])
-    keys = picture_keys(0, 0, np.arange(64))
+    keys = image_keys(0, 0, np.arange(64))
     plain, changed = (
         np.asarray(augment(images, keys, Augmentation(flip=True, trivial=trivial), PREPROCESSING))
         for trivial in (False, True)
