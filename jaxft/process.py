@@ -56,7 +56,7 @@ def open_missing_streams() -> None:
 def set_up() -> None:
     """Prepares the process of a command, after its modules have been imported."""
     _silence_loggers()
-    _ignore_closed_event_loops()
+    ignore_closed_event_loops()
     allow_large_images()
     _cache_compiled_programs()
 
@@ -76,7 +76,7 @@ def _silence_loggers() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _ignore_closed_event_loops() -> None:
+def ignore_closed_event_loops() -> None:
     """Hides the tracebacks of Orbax's pending reads and writes: after one has failed, the others find a closed loop."""
     excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
 

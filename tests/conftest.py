@@ -21,6 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
+from jaxft import process
 from jaxft.errors import run_command
 from tests.helpers.runs import ROOT, SMALL_RUN, TINY, Run, environment
 
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the longest files first, so that no worker of pytest-xdist is left with one when the others are done."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hooks_of_a_command() -> None:
+    """Hides Orbax's closed event loops, as commands do: else they fail whichever test runs when they are collected."""
+    process.ignore_closed_event_loops()
 
 
 @pytest.fixture(scope="session")

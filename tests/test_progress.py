@@ -41,12 +41,12 @@ def test_ctrl_c_leaves_no_half_drawn_line(tmp_path: Path) -> None:
 
 
 def shown(output: str) -> list[str]:
-    """Returns the lines that a terminal finally shows: a carriage return moves to the start of the line."""
+    """Returns the lines that a terminal finally shows: "\\r" moves to the start of the line, "\\x1b[K" clears it."""
     lines = []
     for line in re.sub("\x1b\\[A", "", output).replace("\r\n", "\n").split("\n"):
         screen = ""
         for part in line.split("\r"):
-            screen = part + screen[len(part) :]
+            screen = part.removeprefix("\x1b[K") if part.startswith("\x1b[K") else part + screen[len(part) :]
         lines.append(screen.rstrip())
     return lines
 

@@ -72,15 +72,7 @@ def _statistics(x: jax.Array, mean_estimate: jax.Array, weights: jax.Array | Non
     Two passes on a CPU and in the plain formulation, because E[x^2] - E[x]^2 cancels for large means. One pass over
     x - mean_estimate on accelerators, where memory traffic dominates: the variance is off by
     (mean - mean_estimate)^2 / 10^7.
-
-    Without any value, as on a device whose share of the last batch is only padding, the variance is 1: with 0 each
-    BatchNorm would multiply the padding by 1 / sqrt(epsilon), until it overflows.
     """
-    mean, var, count = _moments(x, mean_estimate, weights, options)
-    return mean, var if weights is None else jnp.where(count > 0, var, 1), count
-
-
-def _moments(x: jax.Array, mean_estimate: jax.Array, weights: jax.Array | None, options: NormOptions) -> Statistics:
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     formulation, axis_name = options.formulation, options.axis_name
     pixels = x.shape[1] * x.shape[2]

@@ -43,7 +43,8 @@ class StopSignals:
         previous, self.received = self.received, signal.Signals(number)
         if previous or not self._deferring:
             raise Interrupted(self.received)
-        print(f"\n{self.received.name}: stopping after the current steps", file=sys.stderr, flush=True)
+        clear = "\r\x1b[K" if sys.stderr.isatty() else "\n"  # a terminal's progress bar is drawn again below
+        print(f"{clear}{self.received.name}: stopping after the current steps", file=sys.stderr, flush=True)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

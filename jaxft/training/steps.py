@@ -117,10 +117,15 @@ def train_step(
         teacher_image, _ = inputs(preprocessing=distillation.preprocessing)
         teacher_logits = eval_logits(distillation.model, teacher_variables, teacher_image, distillation.policy)
     trainable, kept = split_frozen(state.params, policy.frozen)
+    mask = batch.mask
+    if policy.batch_norm == "update" and jax.lax.axis_size(policy.axis_name) > 1:
+        # A device whose share is only padding normalises it by its own statistics, which nothing else uses. Without
+        # any, each BatchNorm would multiply it by 1 / sqrt(epsilon), until float32 overflows and the loss is NaN.
+        mask = jnp.where(mask.sum() > 0, mask, 1)
 
     def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
         variables = {"params": merge(trainable, kept), "batch_stats": state.batch_stats}
-        logits, updates = model.apply(variables, image, batch.mask, train=True, policy=policy, mutable=["batch_stats"])
+        logits, updates = model.apply(variables, image, mask, train=True, policy=policy, mutable=["batch_stats"])
         terms = [
             (*cross_entropy(logits, label, config.label_smoothing, config.class_weights), share * batch.mask)
             for label, share in labels

@@ -1,6 +1,7 @@
 """Compares train and evaluation steps with torch, and with other ways of sharing the work among devices."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.config import default_config
+from jaxft.config import default_config, load_config
 from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, epoch_order, make_batches
 from jaxft.data.loader import ResidentLoader
@@ -19,6 +20,7 @@ from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import from_torch
 from jaxft.targets.classification import Counts, count_predictions, cross_entropy
+from jaxft.train import train_and_evaluate
 from jaxft.training.evaluation import evaluate_images, extract_features, pmap_eval_steps, recalibrate
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, create_train_state
@@ -336,3 +338,12 @@ def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
         for a, b in ((ours["mean"], theirs.running_mean.numpy()), (ours["var"], theirs.running_var.numpy())):
             assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)  # pixels are float32
     np.testing.assert_allclose(kept["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"], rtol=1e-15)
+
+
+def test_a_device_with_only_padding_does_no_harm(tmp_path: Path) -> None:
+    """The last of 1,000 images in batches of 48 on eight devices are 40, in shares of 6: one device has none."""
+    changes = {"batch_size": "48", "image_size": "16", "num_epochs": "1", "data.train_split": "test"}
+    config = load_config("quickstart", changes | {"model.pretrained": "", "model.width": "8"})
+    state = train_and_evaluate(config, tmp_path / "run")
+    assert int(state.step) == 21
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves((state.params, state.batch_stats)))
