@@ -1,9 +1,8 @@
-"""What all test files share: the process's settings, folders, and runs that several of them look at."""
+"""Fixtures for all test files: settings of the process, folders, and runs that several of them read."""
 
 import importlib
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -87,16 +86,16 @@ def run() -> Run:
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a command that must fail with a UserError; returns its one line.
 
-    The command ("-m", MODULE, ... or SCRIPT, ...) runs in this process, with its eight devices.
+    The command ("-m", MODULE, ...) runs in this process, with its eight devices.
     """
 
     def run_failing(*arguments: object) -> str:
-        first, *argv = map(str, arguments)
-        module = vars(importlib.import_module(argv.pop(0))) if first == "-m" else runpy.run_path(str(ROOT / first))
+        _, module, *argv = map(str, arguments)
+        main = importlib.import_module(module).main
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(ROOT)
-            code = run_command(module["main"], argv)
+            code = run_command(main, argv)
         stdout, stderr = capsys.readouterr()
         assert (code, stdout) == (2, ""), stderr
         (line,) = stderr.splitlines()
@@ -126,13 +125,13 @@ def small_run(run: Run, of_all_workers: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_run_output(small_run: Path) -> str:
-    """What the training of `small_run` printed."""
+    """The output of the command that trained `small_run`."""
     return small_run.with_suffix(".txt").read_text()
 
 
 @pytest.fixture(scope="session")
 def small_run_scores(run: Run, small_run: Path) -> dict[str, Any]:
-    """What `evaluate --json` prints about the best checkpoint of `small_run`."""
+    """The scores of `small_run`'s best checkpoint, from `evaluate --json`."""
     output = small_run.with_name("small_scores.json")
     return json.loads(run_once(run, output, "-m", "jaxft.evaluate", "--workdir", small_run, "--json"))
 

@@ -71,7 +71,7 @@ def test_the_export_takes_any_number_of_images_of_any_size(small_run: Path, expo
 def operations(exported: jax.export.Exported) -> tuple[int, set[str], bool]:
     """Counts a program's convolutions, and returns its custom calls and whether it keeps calls from being inlined."""
     program = exported.mlir_module()
-    convolutions = len(re.findall(r"stablehlo\.convolution\b", program))  # of which JAX writes one for each platform
+    convolutions = len(re.findall(r"stablehlo\.convolution\b", program))  # JAX writes each once per platform
     calls = set(re.findall(r"stablehlo\.custom_call @(\w+)", program))
     return convolutions // len(exported.platforms), calls, "inlineable" in program
 

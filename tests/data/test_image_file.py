@@ -78,7 +78,7 @@ def test_files_that_are_not_images_are_named_in_the_error(tmp_path: Path) -> Non
 
 
 def test_an_image_of_400_million_pixels_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Pillow's own limit, and by ours in a command, which lifts Pillow's."""
+    """Pillow's own limit refuses them; in a command, which lifts that limit, jaxft's does."""
     data = encoded(Image.new("1", (20_000, 20_000)), "PNG")
     with pytest.raises(ImageError, match=r"huge\.png has more than 178,956,970 pixels"):
         decode(data, "huge.png")
