@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,12 @@ MESSAGE_LENGTH = 240  # characters of an error's line, "error: " included
 
 class UserError(Exception):
     """A wrong config, path, file, dataset or version; the message says how to fix it."""
+
+
+def shortened(names: Sequence[str], shown: int = 3) -> str:
+    """Joins the first names: 'a, b, c and 12 more'."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 class Interrupted(BaseException):

@@ -1,8 +1,11 @@
-"""The folders where jaxft keeps files, and atomic writes."""
+"""The folders where jaxft keeps files, reading of regular files, and atomic writes."""
 
+import errno
 import glob
+import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,12 +13,51 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 STALE_SECONDS = 24 * 3600  # a partial file this old belongs to a process that was killed
 
 
 def cache_dir() -> Path:
     """Returns the folder of everything that jaxft can create again: $JAXFT_CACHE or ~/.cache/jaxft."""
     return Path(os.environ.get("JAXFT_CACHE") or Path.home() / ".cache" / "jaxft")
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a regular file for reading; never waits, as opening a FIFO does.
+
+    Raises OSError, which also covers folders, FIFOs, sockets, devices, links in a loop and paths that no file can have.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # NUL, or a character that the file system's encoding lacks
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"it is a {_KINDS.get(kind, 'device')}, not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Returns the content of a regular file. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises OSError as `open_regular` does, or ValueError for other content."""
+    try:
+        content = json.loads(read_regular(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def reason(error: OSError) -> str:
+    """Returns what went wrong, without the error's number and path: 'Permission denied'."""
+    return error.strerror or str(error)
 
 
 @contextmanager

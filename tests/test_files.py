@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.files import STALE_SECONDS, atomic_directory, atomic_write, partial_path
+from jaxft.files import STALE_SECONDS, atomic_directory, atomic_write, open_regular, partial_path, read_json, reason
 
 
 def names(folder: Path) -> list[str]:
@@ -110,3 +110,49 @@ def test_of_two_processes_that_create_a_folder_the_first_wins(tmp_path: Path, mo
         (partial / "ours").touch()
     assert names(tmp_path / "folder") == ["theirs"]
     assert names(tmp_path) == ["folder"]
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "link").symlink_to("a.txt")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"a"
+    expected = {
+        "fifo": "it is a FIFO, not a file",
+        ".": "it is a folder, not a file",
+        "loop": "Too many levels of symbolic links",
+        "missing": "No such file or directory",
+        "a.txt/b": "Not a directory",
+        "a\0b": "embedded null byte",
+    }
+    found = {}
+    for name in expected:
+        with pytest.raises(OSError) as caught:
+            open_regular(tmp_path / name)
+        found[name] = reason(caught.value)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "it holds a list, not an object"),
+        ("null", "it holds a NoneType, not an object"),
+        ('{"a": ', "Expecting value"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ("\xff", "codec can't decode"),
+    ],
+)
+def test_json_of_another_type_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        read_json(path)
+
+
+def test_a_json_object_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, "ü"]}', "utf-8")
+    assert read_json(path) == {"a": [1, "ü"]}

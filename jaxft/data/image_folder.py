@@ -19,7 +19,7 @@ from jaxft.data.budget import room_for_images
 from jaxft.data.dataset import DataOptions, Dataset
 from jaxft.data.image_file import ImageError, decode, suffixes
 from jaxft.data.lazy_images import LazyImages
-from jaxft.errors import UserError
+from jaxft.errors import UserError, shortened
 from jaxft.files import atomic_write, cache_dir
 from jaxft.progress import Progress
 
@@ -92,7 +92,7 @@ def find_files(root: Path, split: str, holdout: float, class_names: tuple[str, .
     if not any(found.values()):
         raise UserError(f"{top} has no images in folders named by class: {top}/CLASS/*.jpg")
     if unknown := sorted(name for name, paths in found.items() if paths and name not in class_names):
-        raise UserError(f"{top} has classes that the training images lack: {_shortened(unknown)}")
+        raise UserError(f"{top} has classes that the training images lack: {shortened(unknown, SHOWN)}")
     if len(class_names) < 2:
         raise UserError(f"{top} has images of only one class, {class_names[0]}; there must be two or more")
     if not has_splits:
@@ -173,7 +173,7 @@ def read_images(files: LabelledFiles, side: int | None, unreadable: str) -> Iter
                 yield image, number
     if problems and unreadable == "refuse":
         raise UserError(
-            f"{len(problems)} of {len(files.paths)} files cannot be used: {_shortened(problems)}; "
+            f"{len(problems)} of {len(files.paths)} files cannot be used: {shortened(problems, SHOWN)}; "
             "fix or remove them, or skip them with --config.data.unreadable=skip"
         )
     for problem in problems[:SHOWN]:
@@ -241,8 +241,3 @@ class ImageFiles:
 
 def _matches(info: dict[str, Any], source: dict[str, Any]) -> bool:
     return all(info.get(key) == value for key, value in source.items())
-
-
-def _shortened(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
