@@ -3,13 +3,11 @@
 jaxft train --config quickstart      is the same as      python -m jaxft.train --config quickstart
 """
 
-import difflib
 import sys
 from importlib import import_module
 from typing import NoReturn
 
-from jaxft import process
-from jaxft.errors import UserError, run_command
+from jaxft import interrupts  # and nothing that takes longer, before signals are handled
 
 COMMANDS = {
     "train": "fine-tune a ResNet on labelled images",
@@ -25,30 +23,60 @@ IN_SEVERAL_PROCESSES = {"train", "evaluate"}
 
 def main() -> NoReturn:
     """Runs the command that sys.argv names and exits."""
-    process.open_missing_streams()
+    interrupts.end_at_once_on_signals()
     name, *argv = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         run(name, argv)
+    from jaxft import process
+    from jaxft.errors import run_command
+
+    process.prepare_streams()
     sys.exit(run_command(_without_command, [name]))
 
 
 def run(name: str, argv: list[str] | None = None) -> NoReturn:
     """Runs a command as this process's only task and exits. argv: its arguments, by default sys.argv's."""
-    process.open_missing_streams()
+    interrupts.end_at_once_on_signals()
+    from jaxft import process
+
     process.reexec_with_huge_pages()
-    try:
-        command = import_module(f"jaxft.{name}")
-        if name in IN_SEVERAL_PROCESSES:
-            from jaxft.run.processes import run_together as runner
-        else:
-            runner = run_command
+    process.prepare_streams()
+    from jaxft.errors import run_command
+
+    runner = run_command
+    if name in IN_SEVERAL_PROCESSES:
+        from jaxft.run.processes import run_together as runner
+    command = import_module(f"jaxft.{name}")
+    if name == "evaluate":  # else SIGTERM would wait for a step of training, if there are several processes
+        import jax
+
+        jax.config.update("jax_enable_preemption_service", False)
+
+    def set_up(_: list[str]) -> None:
         process.set_up()
-    except KeyboardInterrupt:  # importing JAX takes a while
-        sys.exit(130)
-    sys.exit(runner(command.main, sys.argv[1:] if argv is None else argv))
+        interrupts.set_flag_on_signals()
+
+    def main(argv: list[str]) -> None:
+        with process.explained_failures():
+            command.main(argv)
+        interrupts.check()
+
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        # JAX's own handler of SIGTERM in several processes comes later, so that it replaces ours.
+        code = run_command(set_up, argv) or runner(main, argv)
+    except SystemExit as end:  # after --help
+        code = int(end.code or 0)
+    if process.is_command():
+        interrupts.exit_now(code)
+    sys.exit(code)
 
 
 def _without_command(argv: list[str]) -> None:
+    import difflib
+
+    from jaxft.errors import UserError
+
     (argument,) = argv
     if argument in ("-h", "--help"):
         print("usage: jaxft COMMAND ...\n\nFine-tunes pretrained ResNets on your own images, in pure JAX.\n")

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
+from jaxft.files import open_regular, reason
 from jaxft.models.architectures import RESNETS
 
 
@@ -31,7 +32,7 @@ def default_config() -> ConfigDict:
             "image_size": 224,  # pixels: the shorter side is resized to this, then the central square is cropped
             "model": {
                 "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ...
-                "pretrained": "",  # a name (`jaxft convert --list`), a weights file, or '' for random weights
+                "pretrained": "",  # a name (`jaxft convert --list`), a file, a workdir, or '' for random weights
                 "stem": "imagenet",  # imagenet, or small: one 3x3 convolution, for images of about 32 pixels
                 "width": 64,  # channels of the first stage; 64 in torchvision's networks
                 "dtype": "float32",  # dtype of the computation: float32 or bfloat16; parameters are always float32
@@ -46,7 +47,9 @@ def default_config() -> ConfigDict:
                 "dir": "",  # folder of prepared TFDS datasets; '' for $TFDS_DATA_DIR or ~/tensorflow_datasets
                 "train_split": "train",  # split to train on; TFDS's syntax is allowed: train[:90%]
                 "eval_split": "test",  # split to evaluate on after each epoch
-                "stored_size": 0,  # images of different sizes are stored as squares of this side; 0: image_size
+                "stored_size": 0,  # images of several sizes are stored as squares of this side; 0: resize or image_size
+                "resize": 0,  # in evaluation: the shorter side before the central crop to image_size; 0: image_size
+                "layout": "auto",  # of a folder: splits (PATH/SPLIT/CLASS), classes (PATH/CLASS), or auto
                 "holdout": 0.2,  # fraction of a folder's images to evaluate on, if it has no folder for each split
                 "unreadable": "refuse",  # files of a folder that are not images: refuse or skip
                 "cache": "auto",  # keep decoded images on disk: always, never, or auto (up to half of the free space)
@@ -65,10 +68,13 @@ def default_config() -> ConfigDict:
                 "step_factor": 0.1,  # factor of each drop of the step schedule
                 "warmup_epochs": 0.0,  # epochs of linear warm-up from 0
                 "clip_norm": 0.0,  # largest global norm of the gradient; 0: no clipping
+                "adaptive_clip": 0.0,  # largest norm of a unit's gradient relative to its weights' norm; 0: no clipping
                 "ema_decay": 0.0,  # decay of an EMA of the weights, for evaluation, prediction and export; 0: no EMA
                 "accumulate_steps": 1,  # gradient accumulation: batches per update
                 "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; comma-separated
                 "unfreeze": "",  # epochs from which frozen parts train again: '3: stage4, 5: stage3'
+                "unfreeze_warmup": 0.0,  # epochs of linear warm-up from 0 for each part after it is unfrozen
+                "fit_head": "no",  # fit the head to frozen features before training ('first'), or do nothing else ('only')
                 "head_factor": 1.0,  # multiplies the learning rate of the head
                 "layer_decay": 1.0,  # each part's learning rate relative to the next; 0.7: stage4 has 0.7, stage3 0.49
             },
@@ -113,11 +119,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.batch_norm": ("update", "frozen", "sync", "recalibrate"),
     "model.onednn": ("auto", "always", "never"),
     "class_weights": ("none", "balanced"),
+    "data.layout": ("auto", "splits", "classes"),
     "data.unreadable": ("refuse", "skip"),
     "data.cache": ("auto", "always", "never"),
     "data.stream": ("auto", "always", "never"),
     "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),
     "optimizer.schedule": ("constant", "cosine", "linear", "step"),
+    "optimizer.fit_head": ("no", "first", "only"),
     "checkpoint.on_damage": ("refuse", "newest_good"),
 }
 
@@ -129,6 +137,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "image_size": (1, 4096),
     "model.width": (1, 4096),
     "data.stored_size": (0, 4096),
+    "data.resize": (0, 4096),
     "data.holdout": (0, 1),
     "data.workers": (0, 1024),
     "label_smoothing": (0, 1),
@@ -147,6 +156,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.step_factor": (0, 1),
     "optimizer.warmup_epochs": (0, 2**31 - 1),
     "optimizer.clip_norm": (0, sys.float_info.max),
+    "optimizer.adaptive_clip": (0, sys.float_info.max),
+    "optimizer.unfreeze_warmup": (0, 2**31 - 1),
     "optimizer.accumulate_steps": (1, 2**31 - 1),
     "optimizer.head_factor": (0, sys.float_info.max),
     "optimizer.layer_decay": (0, 1),
@@ -163,10 +174,20 @@ RANGES: dict[str, tuple[float, float]] = {
 MAY_CHANGE = {
     "note",
     "steps_per_call",
-    *(f"data.{key}" for key in ("dir", "cache", "stream", "workers")),
+    *(f"data.{key}" for key in ("dir", "cache", "layout", "stream", "workers")),
     *(f"log.{key}" for key in ("tensorboard", "wandb")),
     *(f"checkpoint.{key}" for key in ("every_steps", "keep_latest", "keep_best", "on_damage")),
 }
+
+
+def may_change(key: str, there: Any, here: Any) -> bool:
+    """Returns whether a key may change from `there` to `here` when a run is resumed.
+
+    A folder of images may move, since check_data compares the images themselves.
+    """
+    if key == "data.name":
+        return all(str(name).startswith("folder:") for name in (there, here))
+    return key in MAY_CHANGE
 
 
 def explanations() -> dict[str, str]:
@@ -239,7 +260,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     for argument in rest:
         key, equals, value = argument.partition("=")
         if not key.startswith("--config."):
-            raise UserError(f"unknown argument '{argument}'; see python -m jaxft.train --help")
+            raise UserError(f"unknown argument '{argument}'; config keys are set by --config.KEY=VALUE")
         overrides[key.removeprefix("--config.")] = value if equals else next(rest, "")
     return overrides
 
@@ -265,8 +286,13 @@ def _find(path: str) -> Path:
     file, shipped = Path(path), shipped_configs()
     if path in shipped:
         return shipped[path]
-    if file.is_file():
+    try:
+        open_regular(file).close()
         return file
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {reason(error)}") from None
     is_name = file.name == path and not file.suffix
     candidates = {other.name: str(other) for other in file.parent.glob("*.py")} | {name: name for name in shipped}
     matches = difflib.get_close_matches(file.name, candidates, 1, 0.4)
@@ -328,3 +354,13 @@ def _check_values(config: ConfigDict) -> None:
         if not low <= values[key] <= high:
             bounds = f"at least {low}" if values[key] < low else f"at most {high}"
             raise UserError(f"config key '{key}' must be {bounds}, not {values[key]}")
+    resize, image_size, stored_size = (values[key] for key in ("data.resize", "image_size", "data.stored_size"))
+    if resize and resize < image_size:
+        raise UserError(
+            f"config key 'data.resize' is {resize}, less than the image_size of {image_size} that is cropped from it; "
+            f"set it to 0 or at least {image_size}"
+        )
+    if stored_size and stored_size < resize:
+        raise UserError(
+            f"config key 'data.stored_size' is {stored_size}, less than data.resize; set it to 0 or at least {resize}"
+        )

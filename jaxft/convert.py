@@ -2,11 +2,13 @@
 
     jaxft convert resnet50.pth resnet50.safetensors --verify
     jaxft convert resnet50.safetensors resnet50.pth --to torchvision
+    jaxft convert checkpoint.pth --info
     jaxft convert --list
 
-`python weights/convert.py` is the same command. SOURCE: a .pth or .safetensors file of torchvision, timm or Hugging
-Face, a jaxft file, or a name. Every key and shape is checked against the model. The metadata of a jaxft file says where
-the weights come from.
+`python weights/convert.py` is the same command. SOURCE: a checkpoint of torchvision, timm, Hugging Face or a training
+script, a folder that holds model.safetensors, a jaxft file, or a name; FILE#NAME is one of several networks in a file,
+such as dino.pth#teacher. Every key and shape is checked against the model. The metadata of a jaxft file says where the
+weights come from.
 """
 
 if __name__ == "__main__":  # a command's process is prepared before JAX is imported
@@ -14,6 +16,8 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
 
     run("convert")
 
+import argparse
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,13 @@ import jax
 import numpy as np
 
 from jaxft.errors import ArgumentParser, UserError
+from jaxft.files import output_argument
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.pretrained import catalog
-from jaxft.pretrained.convert import to_torch, torchvision_keys
-from jaxft.pretrained.load import load_pretrained
-from jaxft.pretrained.torch_files import read_tensors, write_tensors
+from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.describe import describe, lines
+from jaxft.pretrained.load import load_pretrained, read_network
+from jaxft.pretrained.torch_files import write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
 
 # torchvision's module -> jaxft's, whose conv1 includes the norm and the ReLU
@@ -34,36 +40,43 @@ STAGES = {"relu": "conv1"} | {name: name for name in ("layer1", "layer2", "layer
 VERIFIED_IN_FLOAT64 = 1e-9  # relative; a wrong padding, epsilon or order of channels gives far larger differences
 
 
-def largest_differences(source: str, weights: Weights, dtype: Any) -> dict[str, float]:
+def largest_differences(tensors: dict[str, np.ndarray], weights: Weights, dtype: Any) -> dict[str, float]:
     """Returns max |ours - torchvision's| / max |torchvision's| after each stage, on two random images of 224 pixels.
 
-    torchvision's network loads the source's own tensors, so the comparison does not depend on our reading of them.
+    tensors: the source's own, which torchvision's network loads, so that the comparison does not depend on our reading
+    of them. The head is compared only if there is one.
     """
-    try:
-        import torch
-        import torchvision
-    except ImportError:
-        raise UserError("--verify compares with PyTorch: pip install torch torchvision") from None
-
-    tensors = {key: torch.from_numpy(array.astype(dtype)) for key, array in _source_tensors(source).items()}
+    torch, models = _torchvision()
     arch, num_classes = weights.provenance["arch"], weights.provenance["num_classes"]
-    reference = getattr(torchvision.models, arch)(num_classes=num_classes).to(torch.from_numpy(np.ones(1, dtype)).dtype)
-    if weights.provenance["width"] != 64:
-        raise UserError(f"torchvision has no {arch} of width {weights.provenance['width']} to compare with")
-    missing, extra = reference.load_state_dict(tensors, strict=False)
-    assert not extra and all(key.endswith("num_batches_tracked") for key in missing)
+    stages = {module: name for module, name in STAGES.items() if num_classes or name != "fc"}
+    as_dtype = torch.from_numpy(np.ones(1, dtype)).dtype
+    reference = getattr(models, arch)(num_classes=num_classes or 1000).to(as_dtype)
+    state = {key: torch.from_numpy(array.astype(dtype)) for key, array in tensors.items()}
+    missing, extra = reference.load_state_dict(state, strict=False)
+    assert not extra and all(key.endswith("num_batches_tracked") or key.startswith("fc.") for key in missing)
     outputs: dict[str, Any] = {}
-    for module, name in STAGES.items():
+    for module, name in stages.items():
         getattr(reference, module).register_forward_hook(
             lambda _module, _inputs, output, name=name: outputs.update({name: output.numpy().copy()})
         )
     image = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(dtype)
     with torch.no_grad():
         reference.eval()(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
+    differences = {}
+    for name, ours in _stages(weights, image).items():
+        if name in outputs:
+            theirs = outputs[name].transpose(0, 2, 3, 1) if outputs[name].ndim == 4 else outputs[name]
+            differences[name] = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(dtype).tiny))
+    return differences
 
+
+def _stages(weights: Weights, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the outputs of jaxft's network after each stage, computed in the image's dtype."""
     with jax.enable_x64(True):
-        model = ARCHITECTURES[arch](num_classes=num_classes, dtype=dtype)
-        variables = jax.tree.map(lambda array: array.astype(dtype), weights.variables)
+        model = ARCHITECTURES[weights.provenance["arch"]](
+            num_classes=weights.provenance["num_classes"], dtype=image.dtype
+        )
+        variables = jax.tree.map(lambda array: array.astype(image.dtype), weights.variables)
         _, captured = jax.jit(
             lambda variables, image: model.apply(
                 variables,
@@ -73,41 +86,97 @@ def largest_differences(source: str, weights: Weights, dtype: Any) -> dict[str, 
                 mutable=["intermediates"],
             )
         )(variables, image)
-    differences = {}
-    for name in STAGES.values():
-        ours = np.asarray(captured["intermediates"][name]["__call__"][0])
-        theirs = outputs[name].transpose(0, 2, 3, 1) if outputs[name].ndim == 4 else outputs[name]
-        differences[name] = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(dtype).tiny))
-    return differences
+    return {name: np.asarray(captured["intermediates"][name]["__call__"][0]) for name in STAGES.values()}
 
 
-def _source_tensors(source: str) -> dict[str, np.ndarray]:
-    named = catalog.find(source)
-    return torchvision_keys(read_tensors(catalog.weights_file(named) if named else source))
+def _torchvision() -> tuple[Any, Any]:
+    """Imports torch and torchvision.models. Raises UserError if they are missing or do not fit each other."""
+    try:
+        import torch
+        import torchvision
+    except ImportError:
+        raise UserError("--verify compares with PyTorch: pip install torch torchvision") from None
+    except RuntimeError as error:  # torchvision's operators need the torch that it was built with
+        raise UserError(f"torchvision does not fit this torch ({error}); install both from the same index") from None
+    return torch, torchvision.models
 
 
 def verify(source: str, weights: Weights) -> Weights:
     """Returns the weights with the result in their provenance. Raises UserError if the networks differ."""
-    if "params/fc/bias" in _source_tensors(source):
+    provenance = weights.provenance
+    for key, torchvisions in (("width", 64), ("stem", "imagenet")):
+        if provenance[key] != torchvisions:
+            raise UserError(
+                f"--verify: torchvision has no {provenance['arch']} of {key} {provenance[key]} to compare with"
+            )
+    named = catalog.find(source)
+    tensors = read_network(catalog.weights_file(named) if named else source)
+    if tensors is None:
         raise UserError(f"{source} is a jaxft file; --verify compares a file of torchvision, timm or Hugging Face")
-    single, double = (largest_differences(source, weights, dtype) for dtype in (np.float32, np.float64))
+    single, double = (largest_differences(tensors, weights, dtype) for dtype in (np.float32, np.float64))
     against = f"torchvision {version('torchvision')} with torch {version('torch')}"
     print(f"largest difference from {against}, relative to the largest value\n")
     print(f"{'after':8}{'float32':>10}{'float64':>10}")
-    for name in STAGES.values():
+    for name in single:
         print(f"{name:8}{single[name]:10.1e}{double[name]:10.1e}")
     print()
-    if max(double.values()) > VERIFIED_IN_FLOAT64:
+    if not max(double.values()) <= VERIFIED_IN_FLOAT64:  # NaN differs too
         raise UserError(f"{source} converted differs from torchvision's network; nothing was written; please report it")
     verified = {"against": against, "float32": single, "float64": double}
-    return Weights(weights.variables, weights.provenance | {"verified": verified})
+    return Weights(weights.variables, provenance | {"verified": verified})
+
+
+def print_info(source: str, arch: str | None, as_json: bool) -> None:
+    """Prints what a weights file is. Raises UserError if there is no such file."""
+    found = describe(source, arch)
+    if "format" not in found:
+        raise UserError(found["reason"])
+    print(json.dumps(found, indent=1) if as_json else "\n".join(lines(found)))
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Raises UserError unless OUT has the suffix of its layout and is not SOURCE."""
+    suffixes = (".safetensors",) if args.to == "flax" else (".safetensors", ".pth")
+    if args.out.suffix not in suffixes:
+        raise UserError(f"OUT must end in {' or '.join(suffixes)}, not {args.out}")
+    try:
+        same = args.out.samefile(args.source)
+    except (OSError, ValueError):  # one of them does not exist
+        same = False
+    if same:
+        raise UserError(f"OUT {args.out} is SOURCE; give another name")
+
+
+def _summary(source: str, out: Path, weights: Weights, layout: str) -> str:
+    """Returns what was written: a line, and one for each thing to know about it."""
+    provenance = weights.provenance
+    head = f"{provenance['num_classes']} classes" if provenance["num_classes"] else "without a head"
+    origin = source
+    if "source_sha256" in provenance:
+        origin += f" (SHA-256 {provenance['source_sha256'][:16]}...)"
+    notes = list(provenance.get("notes", ()))
+    if layout == "torchvision":
+        unlike = [
+            f"{key} {provenance[key]}" for key, own in (("width", 64), ("stem", "imagenet")) if provenance[key] != own
+        ]
+        notes += (
+            [f"torchvision has no {provenance['arch']} of {' and '.join(unlike)}: jaxft reads this file"]
+            if unlike
+            else []
+        )
+        notes += [] if provenance["num_classes"] else ["load it with strict=False: the head's keys are missing"]
+    return "\n".join([f"{out}: {provenance['arch']}, {head}, from {origin}", *(f"  {note}" for note in notes)])
 
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.convert", __doc__)
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="the weights to convert: a file, or a name")
-    parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="a .safetensors file, or .pth for torchvision")
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", type=output_argument, help="a .safetensors file, or .pth for torchvision"
+    )
     parser.add_argument("--list", action="store_true", help="list the weights that have a name")
+    parser.add_argument("--info", action="store_true", help="say what SOURCE is, without converting it")
+    parser.add_argument("--json", action="store_true", help="with --info: print one JSON object")
     parser.add_argument("--arch", choices=ARCHITECTURES, help="the architecture that SOURCE must have (default: any)")
     parser.add_argument("--to", choices=["flax", "torchvision"], default="flax", help="the layout of OUT")
     parser.add_argument("--verify", action="store_true", help="compare with torchvision's network (needs torch)")
@@ -116,11 +185,16 @@ def main(argv: list[str]) -> None:
     if args.list:
         print(catalog.table())
         return
+    if args.json and not args.info:
+        parser.error("--json belongs to --info")
+    if args.info:
+        if args.source is None or args.out is not None:
+            parser.error("--info takes SOURCE, and no OUT")
+        print_info(args.source, args.arch, args.json)
+        return
     if args.source is None or args.out is None:
         parser.error("SOURCE and OUT are needed")
-    suffixes = (".safetensors",) if args.to == "flax" else (".safetensors", ".pth")
-    if args.out.suffix not in suffixes:
-        raise UserError(f"OUT must end in {' or '.join(suffixes)}, not {args.out}")
+    _check_out(args)
     weights = load_pretrained(args.source, args.arch)
     if args.verify:
         weights = verify(args.source, weights)
@@ -128,7 +202,4 @@ def main(argv: list[str]) -> None:
         write_weights(args.out, weights)
     else:
         write_tensors(args.out, to_torch(weights))
-    print(
-        f"{args.out}: {weights.provenance['arch']}, {weights.provenance['num_classes']} classes, "
-        f"from {args.source} (SHA-256 {weights.provenance['source_sha256'][:16]}...)"
-    )
+    print(_summary(args.source, args.out, weights, args.to))

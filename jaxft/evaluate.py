@@ -17,9 +17,9 @@ from jaxft.training.evaluation import evaluate
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.evaluate", __doc__)
-    parser.add_argument("--workdir", required=True, help="workdir of the run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="workdir of the run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or the number of a step")
-    parser.add_argument("--data_dir", help="folder of prepared TFDS datasets, if it has moved since training")
+    parser.add_argument("--data_dir", help="folder of the images, or of prepared TFDS datasets, if it has moved")
     parser.add_argument(
         "--flip", action="store_true", help="average over each image and its mirror image, as model.test_flip does"
     )

@@ -7,8 +7,9 @@ python -m jaxft.export --workdir runs/cifar10 --to stablehlo --out cifar10.zip [
 torchvision: load it by torchvision.models.resnet50(num_classes=10).load_state_dict(torch.load("resnet50-cifar10.pth")).
 flax: start another run from it with --config.model.pretrained=cifar10.safetensors.
 stablehlo: the network with its preprocessing, for CPU, GPU and TPU. It takes uint8 images (N, height, width, 3) of any
-number and size and returns probabilities (N, classes). examples/run_exported.py runs it with only JAX. A file for one
---platform runs only there, and faster: on a CPU several times as fast for small images.
+number and size and returns the probabilities (N, classes) that predict returns. examples/run_exported.py runs it with
+JAX only (pip install jax flatbuffers pillow). JAX reads such a file for six months: keep the workdir and export again.
+A file for one --platform runs only there, and faster: on a CPU several times as fast for small images.
 """
 
 if __name__ == "__main__":  # a command's process is prepared before JAX is imported
@@ -19,6 +20,7 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
 import dataclasses
 import json
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxft.config import resolve
 from jaxft.data.batches import replicate
-from jaxft.errors import ArgumentParser, UserError
-from jaxft.files import atomic_write
+from jaxft.errors import ArgumentParser, UserError, write_message
+from jaxft.files import atomic_write, output_argument, reason
 from jaxft.models.fold import fold_norms
 from jaxft.models.policy import eval_logits
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import to_torch
 from jaxft.pretrained.torch_files import write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
+from jaxft.run.metrics_file import read_accuracy
 from jaxft.run.remote_workdir import reading_folder
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import evaluation_summary
 from jaxft.training.evaluation import evaluate_checkpoint
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
+from jaxft.transforms.pillow_resize import TALL_BY_HEIGHT
 from jaxft.transforms.preprocessing import Preprocessing, normalize, resize_and_crop_any
 
 SUFFIXES = {"torchvision": (".pth", ".safetensors"), "flax": (".safetensors",), "stablehlo": (".zip",)}
@@ -51,20 +56,35 @@ DTYPES = {
     "stablehlo": ("float32", "bfloat16", "float16", "int8"),
 }
 
+TORCHVISIONS = (64, "imagenet")  # model.width and model.stem of torchvision's networks
+READABLE = "JAX guarantees to read it for six months"  # docs.jax.dev/en/latest/export/export.html
+
 FORMULATIONS: dict[str, Formulation] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # by jax.export's platforms
 
 
 def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
-    """Writes a state_dict (.pth or .safetensors) that torchvision's model loads with strict=True."""
+    """Writes a state_dict (.pth or .safetensors) that torchvision's model loads with strict=True.
+
+    A network of another width or stem has no counterpart there, which is reported on stderr.
+    """
     state = jax.device_get(checkpoint.state)
     weights = Weights(state.variables(), checkpoint.info["weights"])
     write_tensors(out, to_torch(weights))
-    preprocessing = checkpoint.info["preprocessing"]
+    preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
+    stored, arch = resolve(checkpoint.info["config"]).data.stored_size, checkpoint.info["config"]["model"]["arch"]
+    sizes = [(stored, stored)] if stored else []
+    sizes.append((preprocessing.resize or preprocessing.image_size, preprocessing.image_size))
+    steps = [f"Resize({resize}), CenterCrop({size})" for resize, size in sizes]
     print(
-        f"{out}: {checkpoint.info['config']['model']['arch']}, {checkpoint.model.num_classes} classes, of checkpoint "
-        f"{checkpoint.step}; give it images of {preprocessing['image_size']} pixels normalised by mean "
-        f"{preprocessing['mean']} and std {preprocessing['std']}"
+        f"{out}: {arch}, {checkpoint.model.num_classes} classes, of checkpoint {checkpoint.step}; prepare images by "
+        f"{', '.join(steps)}, ToTensor() and Normalize({preprocessing.mean}, {preprocessing.std})",
+        flush=True,
     )
+    if (checkpoint.model.width, checkpoint.model.stem) != TORCHVISIONS:
+        write_message(
+            f"warning: torchvision's {arch} cannot load {out}: it has model.width {TORCHVISIONS[0]} and model.stem "
+            f"{TORCHVISIONS[1]}, this run {checkpoint.model.width} and {checkpoint.model.stem}"
+        )
 
 
 def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
@@ -72,8 +92,7 @@ def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: s
     step, info, model, _, state = checkpoint
     state = jax.device_get(state)
     variables = state.variables()
-    rows = [json.loads(line) for line in Workdir(workdir).metrics.read_text().splitlines()]
-    accuracy = {row["step"]: row["accuracy"] for row in rows if row["split"] == "eval"}
+    accuracy = read_accuracy(Workdir(workdir).metrics) or {}
     config = info["config"]
     provenance = {
         "arch": config["model"]["arch"],
@@ -121,48 +140,59 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str, platfo
     """Writes a zip archive of model.stablehlo (jax.export's own format) and info.json.
 
     The file runs on all platforms in the plain formulation, or only on `platform` in the formulation of that platform.
+    It resizes images as `predict` does, in two steps if the run has data.stored_size.
     """
     platforms = (platform,) if platform else tuple(FORMULATIONS)
     formulation = FORMULATIONS[platform] if platform else "plain"
     preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
+    stored_size = resolve(checkpoint.info["config"]).data.stored_size
     model, variables = fold_norms(checkpoint.model.clone(formulation=formulation), checkpoint.state.variables())
     variables = compress(variables, dtype)
 
     @jax.jit
     def network(image: jax.Array) -> jax.Array:
-        pixels = resize_and_crop_any(image, preprocessing.image_size)
+        size, resize = preprocessing.image_size, preprocessing.resize
+        pixels = resize_and_crop_any(image, size, resize, stored_size, tall_by_height=TALL_BY_HEIGHT)
         image = normalize(pixels, preprocessing)
         return jax.nn.softmax(eval_logits(model, decompress(variables), image, checkpoint.policy))
 
     shape = (*jax.export.symbolic_shape("images, height, width"), 3)
     exported = jax.export.export(network, platforms=platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
-    info = {"dtype": dtype, "platforms": platforms, "checkpoint": checkpoint.step, **checkpoint.info}
+    needs = {"jax": f">={version('jax')}", "flatbuffers": "any", "until": READABLE}
+    info = {"dtype": dtype, "platforms": platforms, "checkpoint": checkpoint.step, "needs": needs, **checkpoint.info}
     try:
         with atomic_write(out) as file, zipfile.ZipFile(file, "w") as archive:
             archive.writestr("model.stablehlo", exported.serialize())
             archive.writestr("info.json", json.dumps(info, indent=2))
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}") from None
+        raise UserError(f"{out} cannot be written: {reason(error)}") from None
     print(
         f"{out}: {checkpoint.info['config']['model']['arch']}, {checkpoint.model.num_classes} classes, of checkpoint "
-        f"{checkpoint.step}, {dtype}, {out.stat().st_size / 1e6:.2f} MB, for {', '.join(platforms)}",
+        f"{checkpoint.step}, {dtype}, {out.stat().st_size / 1e6:.2f} MB, for {', '.join(platforms)}; needs jax "
+        f"{version('jax')} or newer and flatbuffers; {READABLE}, so keep the workdir",
         flush=True,
     )
 
 
 def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: str | None) -> tuple[float, float]:
-    """Returns the accuracies on the run's test split: with the checkpoint's weights, and with compressed ones."""
+    """Returns the accuracies on the run's test split: with the checkpoint's weights, and with compressed ones.
+
+    Raises UserError if the test images cannot be read.
+    """
+    try:
+        before = _accuracy(checkpoint, data_dir)
+    except UserError as error:
+        remedy = "name their folder with --data_dir, or export --dtype float32, which needs none"
+        raise UserError(f"the test images are needed to compare accuracies: {error}; {remedy}") from None
     model, variables = fold_norms(checkpoint.model, checkpoint.state.variables())
     variables = {"batch_stats": {}} | decompress(compress(variables, dtype))
     smaller = replicate(dataclasses.replace(checkpoint.state, **variables, ema={}))
-    before, after = (
-        evaluation_summary(evaluation.predictions, evaluation.class_names)["accuracy"]
-        for evaluation in (
-            evaluate_checkpoint(checkpoint, data_dir),
-            evaluate_checkpoint(checkpoint._replace(model=model, state=smaller), data_dir),
-        )
-    )
-    return before, after
+    return before, _accuracy(checkpoint._replace(model=model, state=smaller), data_dir)
+
+
+def _accuracy(checkpoint: LoadedCheckpoint, data_dir: str | None) -> float:
+    evaluation = evaluate_checkpoint(checkpoint, data_dir)
+    return evaluation_summary(evaluation.predictions, evaluation.class_names)["accuracy"]
 
 
 def main(argv: list[str]) -> None:
@@ -170,7 +200,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="workdir of the run")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or the number of a step")
     parser.add_argument("--to", required=True, choices=list(SUFFIXES))
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .pth, .safetensors or .zip file")
+    parser.add_argument(
+        "--out", required=True, type=output_argument, metavar="FILE", help="a .pth, .safetensors or .zip file"
+    )
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -182,7 +214,7 @@ def main(argv: list[str]) -> None:
         choices=list(FORMULATIONS),
         help="stablehlo: export only for this platform, in the formulation that is fastest there",
     )
-    parser.add_argument("--data_dir", help="folder of prepared TFDS datasets, if it has moved since training")
+    parser.add_argument("--data_dir", help="where the test images are now, if they have moved since training")
     args = parser.parse_args(argv)
     if args.out.suffix not in SUFFIXES[args.to]:
         raise UserError(f"--out must end in {' or '.join(SUFFIXES[args.to])}, not {args.out}")
@@ -196,7 +228,9 @@ def main(argv: list[str]) -> None:
     elif args.to == "flax":
         export_flax(reading_folder(args.workdir), checkpoint, args.out, args.dtype)
     else:
+        # First the accuracies, so that nothing is written if there are no images to test with.
+        accuracies = compressed_accuracies(checkpoint, args.dtype, args.data_dir) if args.dtype != "float32" else None
         export_stablehlo(checkpoint, args.out, args.dtype, args.platform)
-        if args.dtype != "float32":
-            before, after = compressed_accuracies(checkpoint, args.dtype, args.data_dir)
+        if accuracies:
+            before, after = accuracies
             print(f"accuracy {before:.2%} with the weights of the checkpoint, {after:.2%} with {args.dtype}")

@@ -8,7 +8,8 @@ Prints a line for each image, with the most probable classes first. Folders are 
 
 python -m jaxft.predict --workdir runs/cifar10 --serve
 
-Serves a web page on this machine that classifies the images dropped there.
+Serves a web page on this machine that classifies the images dropped there. Programs send files to the same address:
+curl --data-binary @image.jpg http://127.0.0.1:8765/predict
 """
 
 if __name__ == "__main__":  # a command's process is prepared before JAX is imported
@@ -17,6 +18,8 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
     run("predict")
 
 import json
+import sys
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,9 +27,11 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from jaxft.classifier import Classifier, load
+from jaxft import interrupts
+from jaxft.classifier import load
 from jaxft.data import image_folder
-from jaxft.errors import ArgumentParser, UserError
+from jaxft.errors import ArgumentParser, UserError, shortened
+from jaxft.files import is_folder
 from jaxft.progress import Progress
 from jaxft.targets.classification import Prediction, rank
 
@@ -38,7 +43,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     """
     files = []
     for path in paths:
-        if not path.is_dir():
+        if not is_folder(path):
             files.append(path)
             continue
         inside = image_folder.image_paths(path)
@@ -78,8 +83,10 @@ class Table:
 
 
 def _printable(text: object) -> str:
-    """Replaces characters that would move a terminal's cursor or cannot be encoded."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
+    """Replaces characters that would move a terminal's cursor or that stdout cannot encode."""
+    printable = "".join(c if c.isprintable() else "\ufffd" for c in str(text))
+    encoding = sys.stdout.encoding or "utf-8"
+    return printable.encode(encoding, "replace").decode(encoding)
 
 
 def _fit(text: str, width: int) -> str:
@@ -97,12 +104,14 @@ def json_line(file: Path, found: Prediction | UserError) -> str:
     return json.dumps({"file": str(file)} | found.to_json())
 
 
-def show_page(classifier: Classifier, host: str, port: int, top_k: int) -> None:
+def show_page(args: Namespace) -> None:
     try:
-        from jaxft.reporting.serve import serve
+        from jaxft.reporting.serve import allowed_names, listen, serve
     except ImportError:
         raise UserError("--serve needs a web server: pip install 'jaxft[serve]'") from None
-    serve(classifier, host, port, top_k)
+    allowed_names(args.host, args.allow_host)
+    with listen(args.host, args.port) as listener:
+        serve(load(args.workdir, args.checkpoint), listener, args.host, args.top_k, args.allow_host)
 
 
 def main(argv: list[str]) -> None:
@@ -116,6 +125,13 @@ def main(argv: list[str]) -> None:
         "--host", default="127.0.0.1", help="address of --serve (default: 127.0.0.1, only this machine)"
     )
     parser.add_argument("--port", type=int, default=8765, help="port of --serve (default: 8765; 0: any free one)")
+    parser.add_argument(
+        "--allow_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which clients reach --serve, such as a reverse proxy's; can be repeated",
+    )
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE_OR_FOLDER")
     args = parser.parse_args(argv)
     if args.top_k < 1:
@@ -123,7 +139,7 @@ def main(argv: list[str]) -> None:
     if args.serve == bool(args.images):
         raise UserError("name either images and folders, or --serve")
     if args.serve:
-        show_page(load(args.workdir, args.checkpoint), args.host, args.port, args.top_k)
+        show_page(args)
         return
     files = find_files(args.images)
     classifier = load(args.workdir, args.checkpoint)
@@ -131,6 +147,7 @@ def main(argv: list[str]) -> None:
     unreadable = []
     with Progress("predicting", len(files), bar=not table.on_terminal) as progress:
         for file, row in zip(files, classifier.stream(files), strict=True):
+            interrupts.check()
             if isinstance(row, UserError):
                 found: Prediction | UserError = row
                 unreadable.append((file, row))
@@ -143,7 +160,6 @@ def main(argv: list[str]) -> None:
             progress.update(1)
     if unreadable:
         (_, error), *others = unreadable
-        also = f"; also {', '.join(file.name for file, _ in others[:5])}" if others else ""
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        text = f"{len(unreadable)} of {len(files)} files could not be classified: {error}{also}{more}"
-        raise UserError(_printable(text))
+        also = f"; also {shortened([file.name for file, _ in others], 5)}" if others else ""
+        count = f"{len(unreadable):,} of {len(files):,} file{'s' if len(files) > 1 else ''}"
+        raise UserError(_printable(f"{count} could not be classified: {error}{also}"))

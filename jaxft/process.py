@@ -1,21 +1,30 @@
-"""Settings of the whole process: huge pages, loggers, exception hooks, limits and the compilation cache.
+"""Settings of the whole process: huge pages, streams, loggers, hooks, limits and the compilation cache.
 
 Only commands (jaxft/cli.py) and the worker processes of jaxft change them. Importing jaxft changes nothing.
 """
 
-import logging
+import builtins
+import glob
+import io
 import math
 import os
+import re
+import shutil
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jaxft.files import cache_dir
+from jaxft import interrupts
+from jaxft.errors import UserError, write_message
+from jaxft.files import cache_dir, partial_path, reason
 
 _TUNABLES = "GLIBC_TUNABLES"
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"  # since glibc 2.35; older ones ignore it
 _ASKED = "JAXFT_ASKED_FOR_HUGE_PAGES"  # survives if GLIBC_TUNABLES is removed, as for programs with capabilities
+_PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 _COMPILED_BYTES = 2**31  # above this size JAX deletes the least recently used programs
 
 
@@ -33,12 +42,14 @@ def reexec_with_huge_pages() -> None:
     """
     # NOTES: Huge pages (docs/notes/memory.md)
     chosen = _ASKED in os.environ or "glibc.malloc.hugetlb" in os.environ.get(_TUNABLES, "")
-    if sys.platform == "linux" and _is_command() and not chosen:
+    if sys.platform == "linux" and is_command() and not chosen:
+        interrupts.hold_signals()  # while Python starts again
         with suppress(OSError):
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment())
+        interrupts.end_at_once_on_signals()
 
 
-def _is_command() -> bool:
+def is_command() -> bool:
     """Returns whether Python was started by the script `jaxft` or by `python -m jaxft.COMMAND`."""
     main = sys.modules["__main__"]
     if spec := getattr(main, "__spec__", None):
@@ -46,19 +57,80 @@ def _is_command() -> bool:
     return Path(getattr(main, "__file__", None) or "").name == "jaxft"
 
 
-def open_missing_streams() -> None:
-    """Replaces a stdout or stderr that the caller has closed by one that discards everything."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+def prepare_streams() -> None:
+    """Lets stdout and stderr replace characters that they cannot encode, and discard everything if they are closed."""
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115, for as long as the process runs
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook's are not
+            stream.reconfigure(errors=errors)
 
 
 def set_up() -> None:
-    """Prepares the process of a command, after its modules have been imported."""
+    """Prepares the process of a command, after its modules have been imported. Raises UserError."""
+    _check_xla_flags()
     _silence_loggers()
     ignore_closed_event_loops()
     allow_large_images()
     _cache_compiled_programs()
+
+
+def _check_xla_flags() -> None:
+    """Raises UserError if XLA cannot parse XLA_FLAGS, for which it would end the process without an exception."""
+    if "XLA_FLAGS" not in os.environ or not is_command():
+        return
+    from jaxlib import xla_client
+
+    reading, writing = os.pipe()
+    child = os.fork()  # JAX has no threads yet; it takes 20 ms
+    if not child:
+        os.dup2(writing, 2)
+        xla_client.CompileOptions()  # parses them
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, errors="replace") as errors:
+        problem = errors.readline()
+    if os.waitpid(child, 0)[1]:
+        problem = (problem.partition("] ")[2] or problem).strip()
+        raise UserError(f"XLA cannot use XLA_FLAGS: {problem}; correct or unset it")
+
+
+@contextmanager
+def explained_failures() -> Iterator[None]:
+    """Turns any error into a UserError if its reason is that JAX finds no device of the platform asked for."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:  # JAX raises RuntimeError or AssertionError
+        import jax
+
+        try:
+            jax.devices()
+        except Exception as error:
+            raise UserError(_without_device(str(error), jax.config.values["jax_platforms"] or "")) from error
+        raise
+
+
+def _without_device(error: str, platforms: str) -> str:
+    found = re.sub(r"^Unable to initialize backend '\w+': | \(set JAX_PLATFORMS.*", "", " ".join(error.split()))
+    message = f"JAX has no device for JAX_PLATFORMS={platforms}" if platforms else "JAX finds no device"
+    extras = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
+    remedies = ["unset JAX_PLATFORMS"] if platforms else []
+    remedies += [f"pip install 'jaxft[{extras[name]}]'" for name in platforms.split(",") if name in extras]
+    remedy = " or ".join(remedies or ["see whether its driver works"])
+    return f"{message}{f' ({found[:100]})' if found else ''}; {remedy}"
+
+
+def end_with_parent() -> None:
+    """Lets only the parent of a worker process handle Ctrl-C, and ends the worker if the parent dies."""
+    import ctypes
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def allow_large_images() -> None:
@@ -70,6 +142,8 @@ def allow_large_images() -> None:
 
 def _silence_loggers() -> None:
     """Silences the tracebacks that Orbax and gcsfs log for errors that jaxft reports in one line."""
+    import logging
+
     import absl.logging  # noqa: F401, creates the logger "absl" with a class of its own
 
     for name in ("absl", "asyncio", "gcsfs"):
@@ -98,12 +172,32 @@ def _cache_compiled_programs() -> None:
     """Keeps compiled programs in jaxft's cache, unless JAX_COMPILATION_CACHE_DIR names another place."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = cache_dir() / "compiled"
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = cache_dir() / "compiled"
+    lock = folder / ".lockfile"  # JAX's, for the limit on the size
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         _remove_incomplete(folder)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)  # JAX then locks the cache as well
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        if lock.is_dir():
+            shutil.rmtree(lock)
+        for file in (lock, probe := partial_path(folder / "probe")):
+            file.open("ab").close()
+        probe.unlink()
+    except OSError as error:  # JAX would warn about each program
+        _report_cache(folder, reason(error))
+        return
+    _remove_unreadable(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)  # JAX then locks the cache as well
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _report_cache(folder: Path, problem: str) -> None:
+    write_message(
+        f"compiled programs cannot be kept in {folder} ({problem}), so each command compiles them again; make room or "
+        "name another folder with JAXFT_CACHE"
+    )
 
 
 def disable_compilation_cache() -> None:
@@ -117,5 +211,40 @@ def disable_compilation_cache() -> None:
 def _remove_incomplete(folder: Path) -> None:
     """Removes programs without their access-time file, as after a full disk: with one of them JAX stores no others."""
     for program in folder.glob("*-cache"):
-        if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
-            program.unlink(missing_ok=True)
+        time = program.with_name(f"{program.name.removesuffix('-cache')}-atime")
+        if not (program.is_file() and time.is_file()):
+            _remove(program, time)
+
+
+def _remove_unreadable(folder: Path) -> None:
+    """Deletes compiled programs that JAX warns it cannot read: JAX would try again each time and never replace them.
+
+    Reports once that the folder cannot be read or written.
+    """
+    import warnings
+
+    show = warnings.showwarning
+    reported = False
+
+    def filtered(message: Any, *arguments: Any, **keywords: Any) -> None:
+        nonlocal reported
+        pattern = r"Error (reading|writing) persistent compilation cache entry for '(.*?)': ((\w+).*)"
+        found = re.match(pattern, str(message), re.DOTALL)
+        if not found:
+            show(message, *arguments, **keywords)
+        elif found[1] == "reading" and not issubclass(getattr(builtins, found[4], Exception), OSError):
+            _remove(*folder.glob(f"{glob.escape(found[2])}-*"))  # the warning does not name the file
+        elif not reported:
+            reported = True
+            _report_cache(folder, " ".join(found[3].split())[:100])
+
+    warnings.showwarning = filtered
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError):  # another process may be doing the same
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

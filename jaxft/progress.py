@@ -1,11 +1,11 @@
 """Progress: a bar on a terminal, or a plain line every LOG_SECONDS in a log."""
 
-import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
 
+from jaxft.errors import on_terminal, write_message
 from jaxft.main_process import is_main_process
 
 LOG_SECONDS = 30
@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, description: str, total: int, bar: bool = True) -> None:
         self._description = description
         self._silent = not is_main_process()
-        hidden = self._silent or not (bar and sys.stderr and sys.stderr.isatty())
+        hidden = self._silent or not (bar and on_terminal())
         self._bar = tqdm(desc=description, total=total, unit=" images", disable=hidden, leave=False, smoothing=0.1)
         self._done = 0
         self._total = total
@@ -33,11 +33,9 @@ class Progress:
             self._logged = now
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate
-            print(
+            write_message(
                 f"{self._description}: {self._done}/{self._total} images, {note}{', ' if note else ''}"
-                f"{rate:.1f} images/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f"{rate:.1f} images/s, {left:.0f} s left"
             )
 
     def __enter__(self) -> "Progress":

@@ -9,8 +9,11 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
 
     run("report")
 
-from jaxft.errors import ArgumentParser
-from jaxft.reporting.page import load_run, render, render_comparison, write_page
+import os
+
+from jaxft.errors import ArgumentParser, UserError, write_message
+from jaxft.files import reason
+from jaxft.reporting.page import load_run, read_sheet, render, render_comparison, write_page
 from jaxft.run import remote_workdir
 from jaxft.run.workdir import Workdir
 
@@ -23,6 +26,13 @@ def main(argv: list[str]) -> None:
     workdirs = [Workdir(remote_workdir.reading_folder(workdir)) for workdir in (args.workdir, *args.compare)]
     runs = [load_run(workdir) for workdir in workdirs]
     path = workdirs[0].comparison if args.compare else workdirs[0].report
-    write_page(path, render_comparison(runs) if args.compare else render(runs[0]))
+    sheet = workdirs[0].sheet
+    if not args.compare and os.path.lexists(sheet) and not read_sheet(workdirs[0]):
+        write_message(f"{sheet} is not an image and is left out of the report; remove it")
+    html = render_comparison(runs) if args.compare else render(runs[0])
+    try:
+        write_page(path, html)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}") from None
     remote_workdir.upload(args.workdir, path)
     print(path)

@@ -17,7 +17,16 @@ from PIL import Image
 from jaxft.config import load_config, parse_overrides
 from jaxft.data import datasets
 from jaxft.errors import ArgumentParser, UserError
+from jaxft.files import atomic_write, output_argument, reason
 from jaxft.reporting.sheet_image import draw_sheet
+
+
+def image_format(path: Path) -> str:
+    """Returns the name of the format that a file's suffix stands for. Raises UserError if Pillow cannot write it."""
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    if kind not in Image.SAVE:
+        raise UserError(f"--out {path} must end in .png, .jpg, .webp or another image format's suffix")
+    return kind
 
 
 def main(argv: list[str]) -> None:
@@ -25,13 +34,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE_OR_NAME", help="a config file, or the name of one that ships"
     )
-    parser.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="FILE", help="default: sheet.png")
+    parser.add_argument(
+        "--out", type=output_argument, default=Path("sheet.png"), metavar="FILE", help="default: sheet.png"
+    )
     args, rest = parser.parse_known_args(argv)
+    kind = image_format(args.out)
     config = load_config(args.config, parse_overrides(rest))
     data = datasets.load_config_data(config.data, config.data.train_split, config.image_size)
     sheet = Image.fromarray(draw_sheet(config, data))
     try:
-        sheet.save(args.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {args.out} cannot be written: {error}") from None
+        with atomic_write(args.out) as file:
+            sheet.save(file, kind)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from None
     print(f"{args.out}: each row shows an image as in evaluation, then as training sees it")

@@ -12,18 +12,18 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
 
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
-from jaxft.errors import ArgumentParser
+from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.main_process import is_main_process
 from jaxft.models.partition import make_policy
 from jaxft.models.resnet import make_model
 from jaxft.process import disable_compilation_cache
-from jaxft.reporting import page
+from jaxft.reporting.page import Reporter
 from jaxft.run import remote_workdir
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.signals import StopSignals
@@ -46,6 +46,7 @@ from jaxft.training.loop import (
     train_epoch,
 )
 from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxft.training.probe import ONLY_FIT, fit_head, fit_head_as_epoch, without_epochs
 from jaxft.training.start import (
     begin_or_resume,
     can_cache_features,
@@ -77,14 +78,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 # More than 60 lines: the whole course of a run, from data to the last checkpoint, in one place.
 def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     """Trains in a locked workdir on this machine."""
-    config = workdir.resolve_config(config)
+    config = workdir.resolve_config(without_epochs(workdir.without_newer_keys(config)))
     check_batch_size(config.batch_size)
     check_trackers(config.log)
 
     # data
     train_data, eval_data = load_splits(config)
     config.batch_size = config.batch_size or find_batch_size(config, train_data, eval_data)
-    steps_per_epoch = math.ceil(len(train_data.label) / config.batch_size)
+    only_fit = config.optimizer.fit_head == "only"
+    steps_per_epoch = 1 if only_fit else math.ceil(len(train_data.label) / config.batch_size)
 
     # model and state
     model = make_model(config.model, len(train_data.class_names))
@@ -92,9 +94,11 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()
     policy = make_policy(config, model, config.num_epochs)
+    if only_fit and not can_cache_features(config, model, policy):
+        raise UserError(ONLY_FIT)
     tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs)
     metrics = MetricsFile(workdir.metrics)
-    (state, info, teacher), checkpoints = begin_or_resume(config, workdir, model, tx, train_data, metrics)
+    (state, info, teacher), checkpoints = begin_or_resume(config, workdir, model, tx, (train_data, eval_data), metrics)
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
     print_start(config, workdir, model, state, info, (train_data, eval_data))
@@ -106,10 +110,15 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     step_config = step_config._replace(class_weights=class_weights(config, train_data))
     eval_config = EvalConfig(model, preprocessing, policy)
     p_eval_steps = pmap_eval_steps(eval_config)
-    loaders = make_loaders(config, train_data, eval_data)
+    loaders, features_seconds = make_loaders(config, train_data, eval_data), 0.0
     if first_epoch <= config.num_epochs and can_cache_features(config, model, policy):
-        loaders = cache_features(eval_config, state, loaders, config.batch_size, eval_per_call)
+        started = time.monotonic()
+        keep = config.data.cache != "never"
+        loaders = cache_features(eval_config, state, loaders, config.batch_size, eval_per_call, keep=keep)
+        features_seconds = time.monotonic() - started
     train_loader, eval_loader = loaders
+    if config.optimizer.fit_head == "first" and not int(state.step):
+        state, _ = fit_head(config, eval_config, state, train_loader, step_config.class_weights, eval_per_call)
 
     # loop
     trainer = Trainer(
@@ -125,9 +134,16 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
         writers=(metrics, trackers),
     )
     learning_rate = learning_rate_schedule(config.optimizer, steps_per_epoch, config.num_epochs)
-    with StopSignals() as stop, closing(trainer), report_divergence(checkpoints, learning_rate):
+    reporter = Reporter(workdir, info, train_data, eval_data, features_seconds)
+    divergence = reporter.divergence() if is_main_process() else nullcontext()
+    not_finite = report_divergence(checkpoints, learning_rate, config.optimizer)
+    with StopSignals() as stop, closing(trainer), not_finite, divergence:
         for epoch in range(first_epoch, config.num_epochs + 1):
-            state = train_epoch(trainer, state, epoch, stop)
+            if only_fit:
+                state = fit_head_as_epoch(trainer, eval_config, state, step_config.class_weights, eval_per_call)
+            else:
+                state = train_epoch(trainer, state, epoch, stop)
+            stop.protect_results()
             started = time.monotonic()
             predictions = evaluate_images(p_eval_steps, state, eval_loader, config.batch_size, eval_per_call)
             seconds = time.monotonic() - started
@@ -135,7 +151,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
             trainer.record(row)
             print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)
             if is_main_process():
-                page.update(workdir, info, train_data, eval_data, predictions)
+                reporter.update(predictions)
         checkpoints.finish(state, info)
     print_end(config, workdir)
     return state
@@ -154,4 +170,8 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     config = load_config(args.config, parse_overrides(rest))
     workdir = args.workdir or Path("runs", Path(args.config).stem)
-    train_and_evaluate(config, workdir)
+    try:
+        train_and_evaluate(config, workdir)
+    except BrokenPipeError:
+        write_message("the run has stopped, because nobody reads its output any more; the same command resumes it")
+        raise

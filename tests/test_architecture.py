@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module or folder may import only those before it (docs/architecture.md).
 ORDER = [
     "errors",
+    "interrupts",
     "files",
     "main_process",
     "process",

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from jaxft.cli import COMMANDS
-from jaxft.errors import MESSAGE_LENGTH, Interrupted, UserError, run_command
+from jaxft.errors import MESSAGE_LENGTH, Interrupted, UserError, run_command, write_message
+from jaxft.files import cache_dir, expand_user, output_argument
+from jaxft.progress import Progress
 from tests.helpers.runs import ROOT, Run, environment
 
 OVERVIEW = """
@@ -22,18 +25,6 @@ try:
     cli.main()
 except SystemExit as end:
     print(end.code, "jax" in sys.modules, "numpy" in sys.modules)
-"""
-INTERRUPTED_IMPORT = """
-import sys
-
-class Interrupting:
-    def find_spec(self, name, path=None, target=None):
-        if name == "jax":
-            raise KeyboardInterrupt
-
-sys.meta_path.insert(0, Interrupting())
-from jaxft.cli import run
-run("train", ["--help"])
 """
 
 
@@ -146,11 +137,6 @@ def test_a_reader_that_has_gone_gives_141_and_no_message(arguments: tuple[str, .
     assert (result.returncode, result.stderr) == (141, "")
 
 
-def test_ctrl_c_while_jax_is_imported_shows_no_traceback(run: Run) -> None:
-    result = run("-c", INTERRUPTED_IMPORT)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
-
-
 @pytest.mark.parametrize(("closed", "code", "output"), [("1", 2, "error: there is no checkpoint"), ("2", 2, "")])
 def test_a_closed_stream_is_not_an_error(closed: str, code: int, output: str) -> None:
     command = f"{sys.executable} -m jaxft.report --workdir there_is_none {closed}>&-"
@@ -164,3 +150,106 @@ def test_options_before_the_command_are_refused_with_the_right_order(run: Run) -
     result = run("-m", "jaxft", "--debug")
     assert (result.returncode, result.stdout) == (2, "")
     assert "options come after the command: jaxft train --debug" in result.stderr
+
+
+def test_a_run_whose_reader_has_gone_says_how_it_resumes(run: Run) -> None:
+    program = """
+import sys
+from jaxft import train
+from jaxft.errors import run_command
+
+def broken(*_):
+    raise BrokenPipeError(32, "Broken pipe")
+
+train.train_and_evaluate = broken
+sys.exit(run_command(train.main, ["--config=quickstart"]))
+"""
+    result = run("-c", program)
+    assert (result.returncode, result.stdout) == (141, "")
+    assert (
+        result.stderr == "the run has stopped, because nobody reads its output any more; the same command resumes it\n"
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_disk_under_stdout_gives_one_line(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "jaxft", "--help"]
+    env = environment(1) | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        result = subprocess.run(command, cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    line = "error: stdout cannot be written: No space left on device; run the same command again elsewhere\n"
+    assert result.stderr == line
+
+
+def test_characters_that_a_stream_lacks_are_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is not UTF-8 too, which Python holds as a surrogate."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    program = """
+import sys
+from jaxft import process
+from jaxft.errors import write_message
+process.prepare_streams()
+print("Gro\\xdfer \\udce9")
+write_message("Gro\\xdfer \\udce9")
+"""
+    result = run("-c", program)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "Gro?er ?\n", "Gro\\xdfer \\udce9\n")
+
+
+def test_messages_need_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_command(fail(UserError("no file x")), []) == 2
+    with Progress("epoch 1/1", 10) as progress:
+        progress.update(10)
+    write_message("unheard")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("jaxft.predict", "--workdir=x", "--topk=3"), "unknown argument '--topk=3'; did you mean '--top_k'? see "),
+        (
+            ("jaxft.train", "--config=quickstart", "--wrkdir", "x"),
+            "'--wrkdir'; did you mean '--workdir'?",
+        ),
+        (
+            ("jaxft.sheet", "--config=quickstart", "x"),
+            "argument 'x'; config keys are set by --config.KEY=VALUE",
+        ),
+        (("jaxft.train", "--config=quickstart", "--seed=1"), "'--seed=1'; did you mean '--config.seed=1'? see "),
+        (("jaxft.evaluate", "--workdir", ""), "argument --workdir: expected a value, not an empty one; see "),
+        (("jaxft.predict", "--workdir=x", ""), "argument IMAGE_OR_FOLDER: expected a value, not an empty one; see "),
+        (("jaxft.report", "--workdir", "x" * 300), "cannot be used (File name too long); name another"),
+        (
+            ("jaxft.evaluate", "--workdir", "/dev/null/run"),
+            "run cannot be used (Not a directory); name another",
+        ),
+        (("jaxft.sheet", "--config=quickstart", "--out=/none/a.png"), "--out: there is no folder /none; create it"),
+        (
+            ("jaxft.sheet", "--config=quickstart", "--out=/dev/null/a.png"),
+            "a.png cannot be written: Not a directory;",
+        ),
+        (("jaxft.convert", "resnet18_in1k", "/tmp"), "argument OUT: /tmp is a folder; name a file in it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_wrong_arguments_are_named_in_one_line(
+    fails: Callable[..., str], arguments: tuple[str, ...], message: str
+) -> None:
+    line = fails("-m", *arguments)
+    assert message in line
+    assert len(line) <= MESSAGE_LENGTH
+
+
+def test_the_last_of_two_options_counts(fails: Callable[..., str]) -> None:
+    assert "there is no config named b" in fails("-m", "jaxft.sheet", "--config=a", "--config=b")
+
+
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAXFT_CACHE", "~/cache")
+    assert output_argument("~/a.png") == tmp_path / "a.png"
+    assert cache_dir() == tmp_path / "cache"
+    assert expand_user(Path("~no_such_user/run")) == Path("~no_such_user/run")

@@ -1,5 +1,6 @@
 """Files and folders that are written as a whole or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -156,3 +157,41 @@ def test_a_json_object_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"a": [1, "ü"]}', "utf-8")
     assert read_json(path) == {"a": [1, "ü"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("none/a", FileNotFoundError),
+        ("file/a", NotADirectoryError),
+        ("folder", IsADirectoryError),
+        ("x" * 300, OSError),
+        ("a\0", OSError),
+    ],
+)
+def test_a_failed_write_names_the_path_and_not_its_partial(tmp_path: Path, name: str, error: type[OSError]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(error) as raised, atomic_write(tmp_path / name):
+        pass
+    assert raised.value.filename == str(tmp_path / name)
+    assert ".partial-" not in str(raised.value)
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_an_error_of_the_content_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="other"), atomic_write(tmp_path / "a"):
+        (tmp_path / "other").read_bytes()
+    with pytest.raises(OSError) as full, atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert full.value.filename == str(tmp_path / "a")
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 127)  # 254 bytes
+    with atomic_write(path, "w") as file:
+        file.write("new")
+    with atomic_directory(tmp_path / ("b" * 255)):
+        pass
+    assert path.read_text() == "new"
+    assert len(names(tmp_path)) == 2

@@ -1,10 +1,12 @@
 """The set-up of a command's process, each in a separate process."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import Run
+from tests.helpers.runs import ROOT, Run, environment
 
 COMPILES = """
 import jax, jax.numpy as jnp
@@ -75,3 +77,49 @@ def test_pillows_limit_is_lifted_in_commands_only(run: Run) -> None:
     program = "from PIL import Image; from jaxft import process; {}; print(Image.MAX_IMAGE_PIXELS)"
     assert run("-c", program.format("process.set_up()")).stdout == "None\n"
     assert run("-c", program.format("import jaxft.data.image_file")).stdout == "89478485\n"
+
+
+def test_a_program_that_cannot_be_read_is_replaced(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    run("-c", COMPILES)
+    programs = list((tmp_path / "compiled").glob("*-cache"))
+    for program in programs:
+        program.write_bytes(program.read_bytes()[:100])
+    damaged, replaced = (run("-c", COMPILES) for _ in range(2))
+    assert (damaged.stdout, damaged.stderr) == ("0\n", "")
+    assert replaced.stdout == f"{len(programs)}\n"
+
+
+@pytest.mark.parametrize("name", ["", "compiled"])
+def test_a_file_in_place_of_the_cache_is_reported(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    file = tmp_path / name if name else tmp_path / "file"
+    file.write_text("not a folder")
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path if name else file))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    result = run("-m", "jaxft.report", "--workdir", tmp_path / "none")
+    first, *_ = result.stderr.splitlines()
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert first.startswith(
+        "compiled programs cannot be kept in" if name else f"error: the cache {file} is not a folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("JAX_PLATFORMS", "cuda", "JAX has no device for JAX_PLATFORMS=cuda; unset JAX_PLATFORMS or pip install"),
+        ("JAX_PLATFORMS", "abacus", "JAX has no device for JAX_PLATFORMS=abacus (Backend 'abacus' is not in the list"),
+        ("XLA_FLAGS", "--xla_abacus=1", "XLA cannot use XLA_FLAGS: Unknown flag in XLA_FLAGS: --xla_abacus=1; correct"),
+    ],
+)
+def test_a_wrong_platform_or_flag_is_the_users_error(tmp_path: Path, name: str, value: str, message: str) -> None:
+    command = [sys.executable, "-m", "jaxft.train", "--config=quickstart", "--workdir", str(tmp_path / "run")]
+    env = {**environment(1), "JAX_PLATFORMS": "", name: value}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,15 @@
 """A cache of labelled images: uint8 arrays in a folder, written once, checked when opened and memory-mapped."""
 
 import hashlib
+import io
 import json
+import os
 import re
+import sys
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,12 @@ import numpy as np
 
 from jaxft.data.dataset import Dataset
 from jaxft.data.image_file import shrink
-from jaxft.files import atomic_directory, cache_dir
+from jaxft.errors import UserError
+from jaxft.files import atomic_directory, atomic_write, cache_dir, open_regular, read_json, read_regular
+
+CHUNK = 1 << 24  # bytes with a checksum of their own, so that several threads share the work
+# NOTES: Checksums of cached images (docs/notes/input-and-startup.md)
+ALWAYS_CHECKED = 1 << 30  # bytes up to which images are checked whenever they are opened
 
 
 def cached_arrays_dir(name: str, split: str, *more: str) -> Path:
@@ -21,14 +32,28 @@ def cached_arrays_dir(name: str, split: str, *more: str) -> Path:
 
 
 def open_arrays(arrays_dir: Path) -> tuple[Dataset, dict[str, Any]] | None:
-    """Returns the memory-mapped dataset and its info.json, which includes the `source` given; None if incomplete."""
+    """Returns the memory-mapped dataset and its info.json, which includes the `source` given.
+
+    None if they are incomplete or do not match their checksums, which is reported on stderr. Arrays of version 0.1,
+    which have no checksums, get them now.
+    """
+    image_file = arrays_dir / "image.bin"
     try:
-        info = json.loads((arrays_dir / "info.json").read_text())
-        label = np.load(arrays_dir / "label.npy")
-        image = np.memmap(arrays_dir / "image.bin", np.uint8, "r", shape=(len(label), *info["picture_shape"]))
-    except (OSError, ValueError, KeyError):
+        info = read_json(arrays_dir / "info.json")
+        labels = read_regular(arrays_dir / "label.npy")
+        label = np.load(io.BytesIO(labels))
+        shape = (len(label), *info["picture_shape"])
+        if image_file.stat().st_size != np.prod(shape, dtype=np.int64):
+            return None
+        if "crc32" not in info:
+            info = _add_checksums(arrays_dir, info, labels)
+        elif not (is_sealed(info) and info["label_crc32"] == zlib.crc32(labels) and _is_intact(image_file, info)):
+            print(f"the cached images in {arrays_dir} are damaged and are read again", file=sys.stderr, flush=True)
+            return None
+        image = np.memmap(image_file, np.uint8, "r", shape=shape)
+        return Dataset(image, label, tuple(info["class_names"])), info
+    except Exception:  # NumPy raises exceptions of any type for damaged files
         return None
-    return Dataset(image, label, tuple(info["class_names"])), info
 
 
 def write_arrays(
@@ -41,11 +66,13 @@ def write_arrays(
     """Writes (image, label) pairs into a folder, atomically.
 
     Images are uint8 (H, W, 1 or 3). They are shrunk to squares of `side` pixels, or must all have one size if it is
-    None. source: describes where they come from, for open_arrays. Raises ValueError if there are no images, or if one
-    has another size or dtype.
+    None. source: describes where they come from, for open_arrays; read after the last example. Raises ValueError if
+    there are no images, or if one has another size or dtype.
     """
     labels = []
     shape: tuple[int, ...] | None = None
+    if arrays_dir.is_symlink() or (arrays_dir.exists() and not arrays_dir.is_dir()):
+        arrays_dir.unlink()  # not a folder, which could not be replaced
     with atomic_directory(arrays_dir) as partial_dir:
         with (partial_dir / "image.bin").open("wb") as file:
             for image, label in examples:
@@ -59,7 +86,73 @@ def write_arrays(
             raise ValueError("has no images")
         np.save(partial_dir / "label.npy", np.array(labels, np.int32))
         info = {"class_names": list(class_names), "picture_shape": shape} | source
-        (partial_dir / "info.json").write_text(json.dumps(info))
+        _add_checksums(partial_dir, info, (partial_dir / "label.npy").read_bytes())
+
+
+def open_written(arrays_dir: Path) -> Dataset:
+    """Opens arrays that were written just now. Raises UserError if something else keeps their place."""
+    opened = open_arrays(arrays_dir)
+    if opened is None:
+        raise UserError(f"{arrays_dir} cannot be replaced; remove it, or name another cache folder with JAXFT_CACHE")
+    return opened[0]
+
+
+def _add_checksums(arrays_dir: Path, info: dict[str, Any], labels: bytes) -> dict[str, Any]:
+    """Writes info.json with checksums of the images, the labels and of itself."""
+    image_file = arrays_dir / "image.bin"
+    info = seal(info | {"image_crc32": _checksums(image_file), "label_crc32": zlib.crc32(labels)})
+    with suppress(PermissionError), atomic_write(arrays_dir / "info.json", "w") as file:  # a cache shared read-only
+        json.dump(info, file)
+    _remember_check(image_file)
+    return info
+
+
+def seal(info: dict[str, Any]) -> dict[str, Any]:
+    """Returns `info` as JSON keeps it, with a CRC-32 of everything else."""
+    text = json.dumps({key: value for key, value in info.items() if key != "crc32"}, sort_keys=True)
+    return json.loads(text) | {"crc32": zlib.crc32(text.encode())}
+
+
+def is_sealed(info: dict[str, Any]) -> bool:
+    return info == seal(info)
+
+
+def _checksums(path: Path) -> list[int]:
+    """Returns the CRC-32 of each CHUNK of a file, read by several threads. Raises OSError."""
+    with open_regular(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        size = os.fstat(file.fileno()).st_size
+        return list(pool.map(lambda at: zlib.crc32(os.pread(file.fileno(), CHUNK, at)), range(0, size, CHUNK)))
+
+
+def _is_intact(image_file: Path, info: dict[str, Any]) -> bool:
+    """Returns whether the images match their checksums.
+
+    Large files that are unchanged since they were last checked, as their times say, are not read again.
+    """
+    stamp = _stamp(image_file)
+    if stamp["size"] > ALWAYS_CHECKED:
+        with suppress(OSError, ValueError):
+            if read_json(_check_file(image_file)) == stamp:
+                return True
+    if _checksums(image_file) != info["image_crc32"]:
+        return False
+    _remember_check(image_file)
+    return True
+
+
+def _stamp(image_file: Path) -> dict[str, int]:
+    stat = image_file.stat()
+    return {"size": stat.st_size, "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns, "inode": stat.st_ino}
+
+
+def _check_file(image_file: Path) -> Path:
+    return image_file.with_name("checked.json")
+
+
+def _remember_check(image_file: Path) -> None:
+    if _stamp(image_file)["size"] > ALWAYS_CHECKED:
+        with suppress(OSError), atomic_write(_check_file(image_file), "w") as file:
+            json.dump(_stamp(image_file), file)
 
 
 def as_stored(image: np.ndarray, side: int | None) -> np.ndarray:

@@ -1,14 +1,34 @@
-"""A labelled dataset, and the options for reading one."""
+"""A labelled dataset, where it comes from, and the options for reading one."""
 
+import zlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Origin(NamedTuple):
+    """The folder that a dataset was read from, with what the start of a run says about it."""
+
+    folder: str = ""  # absolute path; "" if the dataset is not a folder's
+    layout: str = ""  # "splits" (FOLDER/SPLIT/CLASS) or "classes" (FOLDER/CLASS)
+    checksums: tuple[str, ...] = ()  # CRC-32 of the files of each class, in order
+    skipped: dict[str, int] = {}  # numbers of skipped files and folders by their description, such as ".txt"  # noqa: RUF012
+    files: tuple[Path, ...] = ()  # of each image, below the folder
+    remarks: dict[str, int] = {}  # numbers of images by what is unusual about them, such as "float"  # noqa: RUF012
 
 
 class Dataset(NamedTuple):
     image: Any  # uint8 (N, H, W, 3): an array or LazyImages
     label: np.ndarray  # int32 (N,)
     class_names: tuple[str, ...]
+    origin: Origin = Origin()
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint stores to recognise the dataset: number and checksums of its labels and files."""
+        counts = np.bincount(self.label, minlength=len(self.class_names)).tolist()
+        label_crc32 = f"{zlib.crc32(np.ascontiguousarray(self.label, np.int32).data):08x}"
+        return {"counts": counts, "label_crc32": label_crc32, "files_crc32": list(self.origin.checksums)}
 
 
 class DataOptions(NamedTuple):
@@ -19,3 +39,6 @@ class DataOptions(NamedTuple):
     holdout: float = 0.2  # fraction of each class that a folder without splits keeps for testing
     unreadable: str = "refuse"  # "refuse" or "skip" files that are not images
     cache: str = "auto"  # "auto", "always" or "never" keep decoded images on disk
+    layout: str = "auto"  # "auto", "splits" or "classes": how a folder is arranged
+    train_split: str = "train"  # of a folder without splits, any other split is the held-out part
+    eval_split: str = "test"  # for messages

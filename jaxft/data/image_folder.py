@@ -4,8 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import stat
 import sys
-from collections.abc import Callable, Iterator
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,32 +19,86 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from jaxft.data.array_cache import cached_arrays_dir, open_arrays, write_arrays
+from jaxft import interrupts
+from jaxft.data.array_cache import cached_arrays_dir, is_sealed, open_arrays, open_written, seal, write_arrays
 from jaxft.data.budget import room_for_images
-from jaxft.data.dataset import DataOptions, Dataset
-from jaxft.data.image_file import ImageError, decode, suffixes
+from jaxft.data.dataset import DataOptions, Dataset, Origin
+from jaxft.data.folder_layout import check_classes, deeper_hint, split_folder
+from jaxft.data.folder_scan import Scan, beside, broken_links, describe_skipped, has_images_directly, scan, subfolders
+from jaxft.data.image_file import (
+    Decoded,
+    ImageError,
+    decode,
+    decode_with_remarks,
+    is_single_colour,
+    is_thin,
+    load_formats,
+)
 from jaxft.data.lazy_images import LazyImages
-from jaxft.errors import UserError, shortened
-from jaxft.files import atomic_write, cache_dir
+from jaxft.errors import UserError, counted, shortened
+from jaxft.files import atomic_write, cache_dir, open_regular, read_json, reason
 from jaxft.progress import Progress
 
 SHOWN = 10  # names in a message
 EXIF_ORIENTATION = 0x0112
+SINGLE_COLOUR, UNREADABLE = "single_colour", "unreadable"  # remarks beside those of image_file
 Result = TypeVar("Result")
+
+
+class UnreadableError(UserError):
+    """Files that are not images, of one split or several."""
+
+    def __init__(self, problems: list[str], num_files: int) -> None:
+        super().__init__(
+            f"{len(problems):,} of {counted(num_files, 'file')} cannot be used: {shortened(problems, SHOWN)}; "
+            "fix or remove them, or skip them with --config.data.unreadable=skip"
+        )
+        self.problems, self.num_files = problems, num_files
 
 
 class LabelledFiles(NamedTuple):
     paths: list[Path]
     label: list[int]
     class_names: tuple[str, ...]
+    layout: str  # "splits" or "classes"
+    skipped: dict[str, int]  # numbers of skipped files and folders by their description
 
     def fingerprint(self) -> str:
-        """Returns a hash of the files' names, labels, sizes and times, which changes with the images."""
-        digest = hashlib.sha256()
+        """Returns a hash of the classes and of the files' names, labels, sizes and times."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode(errors="surrogateescape"))
         for path, label in zip(self.paths, self.label, strict=True):
-            stat = path.stat() if path.exists() else None  # a dangling link, which decoding reports
-            digest.update(f"{path}\0{label}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+            try:
+                found = path.stat()
+                state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+            except OSError as error:  # a dangling link, which decoding reports
+                state = reason(error)
+            digest.update(os.fsencode(path) + f"\0{label}\0{state}\n".encode())
         return digest.hexdigest()
+
+
+class ReadImage(NamedTuple):
+    decoded: Decoded
+    crc32: int  # of the file
+
+
+@dataclasses.dataclass
+class Readings:
+    """What reading all images of a split finds out."""
+
+    checksums: list[int]  # CRC-32 of the files of each class, in order
+    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
+    counts: Counter[int] = dataclasses.field(default_factory=Counter)  # readable images of each class
+    unusable: list[int] = dataclasses.field(default_factory=list)  # indices of the files that are not images
+
+    def add(self, read: ReadImage, label: int) -> None:
+        self.checksums[label] = zlib.crc32(read.crc32.to_bytes(4, "little"), self.checksums[label])
+        self.counts[label] += 1
+        self.remarks.update(read.decoded.remarks)
+        self.remarks[SINGLE_COLOUR] += is_single_colour(read.decoded.image)
+
+    def to_json(self) -> dict[str, Any]:
+        checksums = [f"{crc:08x}" for crc in self.checksums]
+        return {"checksums": checksums, "remarks": dict(+self.remarks), "unusable": self.unusable}
 
 
 def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple[str, ...] | None = None) -> Dataset:
@@ -47,20 +106,26 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
 
     If the cache has no room for them, they are decoded whenever they are used. Raises UserError.
     """
-    files = find_files(root, split, options.holdout, class_names)
+    files = find_files(root, split, options, class_names)
     name = f"folder:{root}"
     arrays_dir = cached_arrays_dir(name, split)
-    source = {"fingerprint": files.fingerprint(), "unreadable": options.unreadable, "side": options.side}
+    source = {"fingerprint": files.fingerprint(), "unreadable": options.unreadable, "side": options.side, "version": 2}
     opened = open_arrays(arrays_dir)
     if opened and options.cache != "never" and _matches(opened[1], source):
-        return opened[0]
+        return _with_origin(*opened, root, files)
     try:
         if len(files.paths) * options.side**2 * 3 > room_for_images(options.cache):
-            return _open_lazily(files, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
+            return _open_lazily(root, files, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
         _, side = stored_size(files, options.side)
-        images = read_images(files, side, options.unreadable)
-        examples = ((image, files.label[number]) for image, number in images)
-        write_arrays(arrays_dir, examples, files.class_names, None, source)
+        readings = Readings([0] * len(files.class_names))
+        found = dict(source)
+
+        def examples() -> Iterator[tuple[np.ndarray, int]]:
+            for image, number in read_images(files, side, options.unreadable, readings):
+                yield image, files.label[number]
+            found.update(readings.to_json())
+
+        write_arrays(arrays_dir, examples(), files.class_names, None, found)
     except ValueError as error:
         raise UserError(f"{name} {error}") from None
     except OSError as error:
@@ -68,125 +133,206 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
             f"the images cannot be kept in {cache_dir()} ({error.strerror or error}): make room there, name another "
             "folder with the environment variable JAXFT_CACHE, or set --config.data.cache=never"
         ) from error
-    opened = open_arrays(arrays_dir)
-    assert opened, f"{arrays_dir} was just written"
-    return opened[0]
+    return _with_origin(open_written(arrays_dir), found, root, files)
 
 
-def find_files(root: Path, split: str, holdout: float, class_names: tuple[str, ...] | None) -> LabelledFiles:
+def _with_origin(data: Dataset, found: Mapping[str, Any], root: Path, files: LabelledFiles) -> Dataset:
+    unusable = set(found.get("unusable", ()))
+    paths = tuple(path for number, path in enumerate(files.paths) if number not in unusable)
+    return data._replace(
+        origin=Origin(
+            str(root),
+            files.layout,
+            tuple(found["checksums"]),
+            files.skipped,
+            paths if len(paths) == len(data.label) else (),
+            found["remarks"],
+        )
+    )
+
+
+def find_files(
+    root: Path, split: str, options: DataOptions, class_names: tuple[str, ...] | None = None
+) -> LabelledFiles:
     """Returns the image files of a split: those of ROOT/SPLIT/CLASS/**, or a part of ROOT/CLASS/**.
 
-    In the second case any split but "train" is the held-out part: of each class the fraction `holdout`, chosen by a
-    hash of the files' names; "train" is the rest. class_names: None takes the names of the folders that hold images;
-    otherwise a class may have no images here, but no other class may have any. Raises UserError.
+    In the second case any split but the training split is the held-out part: of each class the fraction
+    `options.holdout`, chosen by a hash of the files' names. class_names: None takes the names of the folders that hold
+    images; otherwise a class may have no images here, but no other class may have any. Names that differ only in
+    Unicode normalisation are the same. Raises UserError.
     """
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}; data.name is folder:PATH, with PATH/train/CLASS/*.jpg")
-    has_splits = any((root / name).is_dir() for name in ("train", split))
-    top = root / split if has_splits else root
-    if not top.is_dir():
-        raise UserError(f"{root} has no split '{split}'; it has {', '.join(_folders(root))}")
-    found = {name: image_paths(top / name) for name in _folders(top)}
+    _check_root(root)
+    own_folder = split_folder(root, split, options)
+    top = own_folder or root
+    scans = {name: scan(top / name) for name in subfolders(top)}
+    if own_folder is None:
+        check_classes(root, scans, options)
+    skipped = sum((found.skipped for found in scans.values()), beside(top))
+    without = {name: found for name, found in scans.items() if not found.images}
+    if options.unreadable == "refuse":
+        if lost := broken_links(top):
+            raise UserError(f"{top} has links that lead nowhere: {shortened(lost)}; mount their disk, or remove them")
+        _check_other_files(top, without)
+    skipped += Counter({f"class `{name}` has no images": 1 for name in without if class_names is None})
+    images = {name: found.images for name, found in scans.items() if found.images}
+    if not images:
+        inside = "; those directly inside have no class" if has_images_directly(top) else ""
+        raise UserError(f"{top} has no images in folders named by class: {top}/CLASS/*.jpg{inside}")
+    images = _named_as(class_names, images, top)
     if class_names is None:
-        class_names = tuple(name for name, paths in found.items() if paths)
-    if not any(found.values()):
-        raise UserError(f"{top} has no images in folders named by class: {top}/CLASS/*.jpg")
-    if unknown := sorted(name for name, paths in found.items() if paths and name not in class_names):
-        raise UserError(f"{top} has classes that the training images lack: {shortened(unknown, SHOWN)}")
+        class_names = tuple(images)
+    if unknown := [name for name in images if name not in class_names]:
+        similar = {name.casefold().strip(): name for name in class_names}
+        texts = [
+            f"'{name}' (training has '{similar[key]}')" if (key := name.casefold().strip()) in similar else name
+            for name in unknown
+        ]
+        raise UserError(f"{top} has classes that the training images lack: {shortened(texts, SHOWN)}")
     if len(class_names) < 2:
-        raise UserError(f"{top} has images of only one class, {class_names[0]}; there must be two or more")
-    if not has_splits:
-        found = {name: _part(root, paths, split, holdout) for name, paths in found.items()}
-        if not any(found.values()):
-            raise UserError(f"a data.holdout of {holdout} leaves no image of {root} for the split '{split}'")
-    pairs = [(path, label) for label, name in enumerate(class_names) for path in found.get(name, [])]
-    return LabelledFiles([path for path, _ in pairs], [label for _, label in pairs], class_names)
+        hint = deeper_hint(top, class_names[0], None if own_folder is None else split)
+        raise UserError(f"{top} has images of only one class, {class_names[0]}; there must be two or more{hint}")
+    if own_folder is None:
+        is_training = split == options.train_split
+        images = {name: _part(root, paths, options.holdout, is_training) for name, paths in images.items()}
+        if not any(images.values()):
+            raise UserError(f"a data.holdout of {options.holdout} leaves no image of {root} for the split '{split}'")
+    pairs = [(path, label) for label, name in enumerate(class_names) for path in images.get(name, [])]
+    layout = "classes" if own_folder is None else "splits"
+    return LabelledFiles([path for path, _ in pairs], [label for _, label in pairs], class_names, layout, skipped)
 
 
-def _folders(top: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and not entry.name.startswith("."))
+def _check_root(root: Path) -> None:
+    shown = root.relative_to(Path.cwd()) if root.is_relative_to(Path.cwd()) else root
+    try:
+        is_directory = stat.S_ISDIR(root.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no folder {shown}; data.name is folder:PATH, with PATH/train/CLASS/*.jpg") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        cause = reason(error) if isinstance(error, OSError) else error
+        raise UserError(f"the folder {shown} cannot be read ({cause}); data.name is folder:PATH") from None
+    if not is_directory:
+        raise UserError(f"{shown} is a file; unpack it and name the folder: --config.data.name=folder:PATH")
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """Returns all files below `folder` with an image's suffix, dangling links included, sorted by name."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders.sort()  # os.walk descends in this order
-        images = (name for name in sorted(names) if Path(name).suffix.lower() in suffixes() and name[0] != ".")
-        found += [Path(parent, name) for name in images]
-    return found
+def _check_other_files(top: Path, without_images: Mapping[str, Scan]) -> None:
+    """Raises UserError for class folders that hold files but no images."""
+    texts = [
+        f"{name} ({describe_skipped(found.skipped)})" for name, found in without_images.items() if found.has_other_files
+    ]
+    if texts:
+        raise UserError(
+            f"class folders of {top} hold files but no image that can be read: {shortened(texts)}; convert the files, "
+            "move the folders elsewhere, or skip them with --config.data.unreadable=skip"
+        )
 
 
-def _part(root: Path, paths: list[Path], split: str, holdout: float) -> list[Path]:
+def _named_as(class_names: tuple[str, ...] | None, images: dict[str, list[Path]], top: Path) -> dict[str, list[Path]]:
+    """Renames classes to those of `class_names` that differ only in Unicode normalisation.
+
+    Raises UserError if two folders do.
+    """
+
+    def normal(name: str) -> str:
+        return unicodedata.normalize("NFC", name)
+
+    for name, count in Counter(map(normal, images)).items():
+        if count > 1:
+            raise UserError(
+                f"{top} has {count} folders '{name}' whose names differ only in Unicode normalisation; merge them"
+            )
+    wanted = {normal(name): name for name in class_names or ()}
+    return {wanted.get(normal(name), name): paths for name, paths in images.items()}
+
+
+def _part(root: Path, paths: list[Path], holdout: float, is_training: bool) -> list[Path]:
     """Returns the training or the held-out part of a class.
 
     It is chosen by hashes of names, so that most images stay in their part when others are added or removed.
     """
 
     def by_name(path: Path) -> bytes:
-        return hashlib.sha256(str(path.relative_to(root)).encode(errors="surrogateescape")).digest()
+        return hashlib.sha256(os.fsencode(path.relative_to(root))).digest()
 
     held_out = set(sorted(paths, key=by_name)[: round(len(paths) * holdout)])
-    return [path for path in paths if (path in held_out) == (split != "train")]
+    return [path for path in paths if (path in held_out) != is_training]
 
 
 def stored_size(files: LabelledFiles, side: int) -> tuple[tuple[int, int], int | None]:
     """Returns (height, width) of the stored images, and the side of the square they are shrunk to, or None.
 
-    Reads only the headers. If all images have one size, and its shorter side is at most `side`, they are stored
-    unchanged. Files without a readable header are ignored.
+    Reads only the headers. If all images have one size, are not thin, and their shorter side is at most `side`, they
+    are stored unchanged. Files without a readable header are ignored.
     """
     common: tuple[int, int] | None = None
+    load_formats()
     with ThreadPoolExecutor() as pool:
         for size in _map_ahead(pool, _header_size, files.paths):
             if size is None:
                 continue
             if common is None:
                 common = size
-            if min(size) > side or size != common:
+            if min(size) > side or size != common or is_thin(*size):
                 return (side, side), side
     return (common, None) if common else ((side, side), side)
 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
             return image.size if on_its_side else image.size[::-1]
     except Exception:  # Pillow's plugins raise exceptions of any type; decoding reports them
         return None
 
 
-def read_images(files: LabelledFiles, side: int | None, unreadable: str) -> Iterator[tuple[np.ndarray, int]]:
+def read_images(
+    files: LabelledFiles, side: int | None, unreadable: str, readings: Readings
+) -> Iterator[tuple[np.ndarray, int]]:
     """Yields each image with the index of its file, shrunk to a square of `side` pixels unless that is None.
 
-    unreadable: "refuse" raises UserError with the files that are not images; "skip" lists them on stderr.
+    unreadable: "refuse" raises UserError with the files that are not images; "skip" lists them on stderr. readings:
+    is completed meanwhile. Raises UserError if all files of a class are skipped.
     """
     problems: list[str] = []
     with ThreadPoolExecutor() as pool, Progress("reading images", len(files.paths)) as progress:
         read = partial(_read, side=side)
-        for number, image in enumerate(_map_ahead(pool, read, files.paths)):
+        for number, found in enumerate(_map_ahead(pool, read, files.paths)):
             progress.update(1)
-            if isinstance(image, ImageError):
-                problems.append(str(image))
+            if isinstance(found, ImageError):
+                problems.append(str(found))
+                readings.unusable.append(number)
             elif not problems or unreadable == "skip":
-                yield image, number
+                readings.add(found, files.label[number])
+                yield found.decoded.image, number
     if problems and unreadable == "refuse":
-        raise UserError(
-            f"{len(problems)} of {len(files.paths)} files cannot be used: {shortened(problems, SHOWN)}; "
-            "fix or remove them, or skip them with --config.data.unreadable=skip"
-        )
+        raise UnreadableError(problems, len(files.paths))
+    readings.remarks[UNREADABLE] = len(problems)
     for problem in problems[:SHOWN]:
         print(f"skipped: {problem}", file=sys.stderr)
     if len(problems) > SHOWN:
         print(f"skipped: {len(problems) - SHOWN} more", file=sys.stderr, flush=True)
+    lost = [files.class_names[label] for label in sorted(set(files.label)) if not readings.counts[label]]
+    if lost and readings.counts:  # without any image, the caller says so
+        raise UserError(
+            f"no file of these classes can be read as an image: {shortened(lost, SHOWN)}; fix or remove them"
+        )
 
 
-def _read(path: Path, side: int | None) -> np.ndarray | ImageError:
+def _read(path: Path, side: int | None) -> ReadImage | ImageError:
     try:
-        return decode(path, side=side)
+        return ReadImage(decode_with_remarks(path, side=side), _file_crc32(path))
     except ImageError as error:
         return error
+    except OSError as error:
+        return ImageError(f"{path} cannot be read ({reason(error)})")
+
+
+def _file_crc32(path: Path) -> int:
+    crc = 0
+    with open_regular(path) as file:
+        while data := file.read(1 << 20):
+            crc = zlib.crc32(data, crc)
+    return crc
 
 
 def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[Path], Result], paths: list[Path]) -> Iterator[Result]:
@@ -194,25 +340,29 @@ def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[Path], Result], pat
     ahead = 4 * (os.cpu_count() or 1)
     waiting = [pool.submit(function, path) for path in paths[:ahead]]
     for i in range(len(paths)):
+        interrupts.check()
         yield waiting[i % ahead].result()
         if i + ahead < len(paths):
             waiting[i % ahead] = pool.submit(function, paths[i + ahead])
 
 
-def _open_lazily(files: LabelledFiles, source: dict[str, Any], checked: Path) -> Dataset:
+def _open_lazily(root: Path, files: LabelledFiles, source: dict[str, Any], checked: Path) -> Dataset:
     """Returns a dataset whose images stay in their files. Raises ValueError if no file is an image.
 
     checked: a file in the cache that records which files are images, since finding out means reading all of them.
     """
     try:
-        found = json.loads(checked.read_text())
+        found = read_json(checked)
     except (OSError, ValueError):
         found = {}
-    if not _matches(found, source):
+    if not (_matches(found, source) and is_sealed(found)):
         size, side = stored_size(files, source["side"])
-        numbers = [number for _, number in read_images(files, side, source["unreadable"])]
-        found = source | {"numbers": numbers, "size": size, "shrunk_to": side}
+        readings = Readings([0] * len(files.class_names))
+        numbers = [number for _, number in read_images(files, side, source["unreadable"], readings)]
+        found = seal(source | readings.to_json() | {"numbers": numbers, "size": size, "shrunk_to": side})
         checked.parent.mkdir(parents=True, exist_ok=True)
+        if checked.is_dir() and not checked.is_symlink():
+            shutil.rmtree(checked)
         with atomic_write(checked, "w") as file:
             json.dump(found, file)
     numbers = found["numbers"]
@@ -221,7 +371,8 @@ def _open_lazily(files: LabelledFiles, source: dict[str, Any], checked: Path) ->
     height, width = found["size"]
     reader = ImageFiles([files.paths[i] for i in numbers], found["shrunk_to"])
     image = LazyImages(reader, len(numbers), height, width)
-    return Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
+    data = Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
+    return _with_origin(data, found, root, files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +388,17 @@ class ImageFiles:
 
     def where(self, number: int) -> str:
         return str(self.paths[number])
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """Returns the images below a folder that is not divided into classes. Raises UserError if there are none."""
+    found = scan(folder)
+    skipped = describe_skipped(found.skipped)
+    if not found.images:
+        raise UserError(f"there are no images in {folder}" + (f"; skipped: {skipped}" if skipped else ""))
+    if skipped:
+        print(f"skipped in {folder}: {skipped}", file=sys.stderr, flush=True)
+    return found.images
 
 
 def _matches(info: dict[str, Any], source: dict[str, Any]) -> bool:

@@ -1,8 +1,6 @@
 """Brings images to the devices: the whole split once, or a stream of batches."""
 
-import ctypes
 import dataclasses
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,12 +12,11 @@ from ml_collections import ConfigDict
 
 from jaxft.data.batches import Array, Batch, Examples, local_shard, make_batches, replicate
 from jaxft.data.budget import is_streamed
-from jaxft.data.dataset import Dataset
+from jaxft.data.dataset import Dataset, Origin
 from jaxft.data.lazy_images import LazyImages, MappedImages
-from jaxft.process import allow_large_images
+from jaxft.process import allow_large_images, end_with_parent
 
 BATCHES_AHEAD = 3  # batches to prefetch
-_PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +75,7 @@ def make_loader(data: Dataset, config: ConfigDict, *, partners: bool = False) ->
     if is_streamed(data, config.stream):
         if isinstance(data.image, np.memmap):
             data = data._replace(image=MappedImages.of(data.image))
-        return StreamingLoader(data, config.workers, partners)
+        return StreamingLoader(data._replace(origin=Origin()), config.workers, partners)  # pickled without file names
     lazy = isinstance(data.image, LazyImages)
     image = data.image[np.arange(len(data.label))] if lazy else data.image
     return ResidentLoader(replicate(Examples.packed(image, data.label)))
@@ -110,8 +107,6 @@ class BatchReader:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Lets only the parent process handle Ctrl-C, and ends the worker if the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Prepares a worker process of Grain."""
+    end_with_parent()
     allow_large_images()

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.array_cache import as_stored, open_arrays
+from jaxft.data.array_cache import as_stored, is_sealed, open_arrays
 from jaxft.data.budget import room_for_images
 from jaxft.data.dataset import DataOptions, Dataset
 from jaxft.data.lazy_images import LazyImages
 from jaxft.data.tfds_split import TfdsSplit
 from jaxft.errors import UserError
+from jaxft.files import read_json, read_regular
 
 
 def load_tfds(name: str, split: str, options: DataOptions) -> Dataset:
@@ -53,8 +54,10 @@ def _open_cached(wanted: TfdsSplit, cache: str) -> Dataset | None:
 def _open_records(path: Path) -> Dataset | None:
     """Returns the images in array_record files that `path` describes; None if it is missing or out of date."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
+        return None
+    if not is_sealed(found):
         return None
     directory = found["reader"]["directory"]
     if not _is_fresh(found) or not ("://" in directory or Path(directory).exists()):
@@ -66,8 +69,12 @@ def _open_records(path: Path) -> Dataset | None:
 
 def _is_fresh(info: dict[str, Any]) -> bool:
     """Returns whether the prepared dataset is unchanged since it was cached; a deleted one counts as unchanged."""
-    source = Path(info["source"])
-    return not source.exists() or hashlib.sha256(source.read_bytes()).hexdigest() == info["source_sha256"]
+    try:
+        return hashlib.sha256(read_regular(Path(info["source"]))).hexdigest() == info["source_sha256"]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _run_worker(wanted: TfdsSplit) -> None:

@@ -21,11 +21,12 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from jaxft.data.array_cache import write_arrays
+from jaxft.data.array_cache import seal, write_arrays
+from jaxft.data.image_file import is_thin
 from jaxft.data.tfds_split import TfdsSplit
-from jaxft.errors import UserError
+from jaxft.errors import UserError, on_terminal
 from jaxft.files import atomic_write
-from jaxft.process import allow_large_images
+from jaxft.process import allow_large_images, end_with_parent
 
 CONNECT_SECONDS = 5
 EXAMPLES_PER_READ = 1000
@@ -98,7 +99,7 @@ def _examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterable[Any]:
 def _labels(builder: tfds.core.DatasetBuilder, split: str, image_name: str, label_name: str) -> list[int]:
     """Returns all labels, without decoding the images."""
     source = builder.as_data_source(split, decoders={image_name: tfds.decode.SkipDecoding()})
-    progress = tqdm(total=len(source), desc=f"reading {builder.name} {split}", disable=not sys.stderr.isatty())
+    progress = tqdm(total=len(source), desc=f"reading {builder.name} {split}", disable=not on_terminal())
     labels = []
     for start in range(0, len(source), EXAMPLES_PER_READ):
         examples = source.__getitems__(range(start, min(start + EXAMPLES_PER_READ, len(source))))
@@ -116,7 +117,7 @@ def read_split(builder: tfds.core.DatasetBuilder, wanted: TfdsSplit) -> None:
     image_name = _feature_of_type(builder, tfds.features.Image)
     size = _num_examples(builder, wanted.split)
     height, width, _ = builder.info.features[image_name].shape
-    unchanged = bool(height and width and min(height, width) <= wanted.side)
+    unchanged = bool(height and width and min(height, width) <= wanted.side and not is_thin(width, height))
     stored_size = (height, width) if unchanged else (wanted.side, wanted.side)
     too_large = size * math.prod(stored_size) * 3 > wanted.room
     if too_large and builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
@@ -159,7 +160,7 @@ def _write_records(
     }
     wanted.records_file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(wanted.records_file, "w") as file:
-        json.dump(_fingerprint(builder) | found, file)
+        json.dump(seal(_fingerprint(builder) | found), file)
 
 
 def _write_arrays(
@@ -171,7 +172,7 @@ def _write_arrays(
         _examples(builder, wanted.split),
         desc=f"reading {builder.name} {wanted.split}",
         total=builder.info.splits[wanted.split].num_examples,
-        disable=not sys.stderr.isatty(),
+        disable=not on_terminal(),
     )
     examples = ((example[image_name], int(example[label_name])) for example in progress)
     try:
@@ -192,6 +193,7 @@ def main(argument: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     logging.getLogger("absl").setLevel(logging.ERROR)
     allow_large_images()
     try:

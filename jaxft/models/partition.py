@@ -1,5 +1,6 @@
 """Selects the parameters that train: by part of the network, by pattern and by epoch."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,6 +71,22 @@ def parse_unfreeze(text: str) -> list[tuple[int, str]]:
     return phases
 
 
+def first_epoch(config: ConfigDict, path: str) -> float:
+    """Returns the epoch from which a parameter trains: 1 if it is not frozen, infinity if it always is.
+
+    config: the `optimizer` section, which `make_policy` has accepted.
+    """
+
+    def named(name: str) -> bool:
+        if name == BACKBONE:
+            return stage_of(path) != "head"
+        return re.search(STAGES.get(name, name), path) is not None
+
+    if not any(named(name.strip()) for name in config.freeze.split(",") if name.strip()):
+        return 1
+    return min((epoch for epoch, name in parse_unfreeze(config.unfreeze) if named(name)), default=math.inf)
+
+
 def make_policy(config: ConfigDict, model: ResNet, epoch: int) -> Policy:
     """Makes the policy of an epoch, counted from 1, from the config's `model` and `optimizer` sections.
 
@@ -125,6 +142,16 @@ def merge_opt_state(source: Any, target: Any) -> Any:
     """Returns the target's tree with the source's leaves at the paths that both optimizer states have."""
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(source)}
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), target)
+
+
+def unfreezing(config: ConfigDict, epoch: int) -> list[str]:
+    """Returns a line for each part of optimizer.unfreeze that trains only after this epoch."""
+    later = [(first, name) for first, name in parse_unfreeze(config.optimizer.unfreeze) if first > epoch]
+    return [
+        f"{name} trains from epoch {first} on"
+        + (f", which is after the last ({config.num_epochs})" if first > config.num_epochs else "")
+        for first, name in sorted(later)
+    ]
 
 
 def table(model: ResNet, policy: Policy) -> str:

@@ -24,6 +24,25 @@ class NamedWeights(NamedTuple):
     source: str
     license: str
 
+    @property
+    def max_bytes(self) -> int:
+        """Returns a size that the file cannot have: that of its float32 parameters and a tenth more."""
+        return int(4.4 * PARAMETERS[self.arch])
+
+
+# Parameters of each architecture with 1,000 classes. Source: the weights enums of torchvision 0.28.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272,
+}
 
 # name, file, resize_size, crop_size, top1; all bilinear.
 # Source: the weights enums of torchvision 0.28 (torchvision/models/resnet.py); V1 and V2 are its IMAGENET1K_V1 and _V2.
@@ -97,8 +116,7 @@ WEIGHTS = (
 
 def shipped(name: str) -> Path | None:
     """Returns the file of weights that are packaged with jaxft, or None."""
-    path = SAMPLES_DIR / f"{name}.safetensors"
-    return path if name and path.is_file() else None
+    return next((path for path in SAMPLES_DIR.glob("*.safetensors") if path.stem == name), None)
 
 
 def find(name: str) -> NamedWeights | None:
@@ -113,9 +131,9 @@ def similar_names(name: str) -> list[str]:
 
 
 def table() -> str:
-    """Returns the catalogue as plain text, one line per row."""
-    columns = "{:27}  {:>7}  {:>6}  {:>4}  {:13}  {:12}  {}"
-    lines = [columns.format("name", "top-1 %", "resize", "crop", "interpolation", "licence", "source")]
+    """Returns the catalogue as plain text, one line per row, with the config keys of the published preprocessing."""
+    columns = "{:27}  {:>7}  {:>11}  {:>10}  {:8}  {:12}  {}"
+    lines = [columns.format("name", "top-1 %", "data.resize", "image_size", "filter", "licence", "source")]
     for w in WEIGHTS:
         top1 = f"{w.top1:.3f}"
         lines.append(columns.format(w.name, top1, w.resize_size, w.crop_size, w.interpolation, w.license, w.source))
@@ -129,4 +147,4 @@ def weights_dir() -> Path:
 
 def weights_file(weights: NamedWeights) -> Path:
     """Returns the file in the cache, downloading it first if necessary. Raises UserError."""
-    return fetch(weights.url, weights.sha256_prefix, weights_dir())
+    return fetch(weights.url, weights.sha256_prefix, weights_dir(), weights.max_bytes)

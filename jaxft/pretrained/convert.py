@@ -1,6 +1,5 @@
 """Converts variables between torchvision's state_dict and Flax, following the tables of pretrained/resnet.py."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxft.models.partition import abstract_variables
 from jaxft.models.resnet import ResNet
-from jaxft.pretrained.resnet import HUGGING_FACE, LAYOUT, NUM_BATCHES_TRACKED, TORCH_NAMES
+from jaxft.pretrained.resnet import LAYOUT, NUM_BATCHES_TRACKED, TORCH_NAMES
 from jaxft.pretrained.weights_file import Weights, check_shapes
 
 
@@ -39,9 +38,14 @@ def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet) -> dict[str, An
 
 
 def to_torch(weights: Weights) -> dict[str, np.ndarray]:
-    """Returns the state_dict that torchvision's model loads with strict=True; the inverse of from_torch."""
+    """Returns the state_dict that torchvision's model loads with strict=True; the inverse of from_torch.
+
+    A head for 0 classes is left out, as there is none.
+    """
     tensors = {}
     for (collection, *path, leaf), array in flatten_dict(weights.variables).items():
+        if not np.size(array):
+            continue
         name = TORCH_NAMES[collection, leaf, array.ndim]
         axes = np.argsort(LAYOUT[name, array.ndim][2])
         tensors[".".join([*path, name])] = np.asarray(np.asarray(array).transpose(axes), order="C")
@@ -49,16 +53,3 @@ def to_torch(weights: Weights) -> dict[str, np.ndarray]:
             key = ".".join(path) + NUM_BATCHES_TRACKED
             tensors[key] = np.array(weights.provenance.get("num_batches_tracked", {}).get(key, 0), np.int64)
     return tensors
-
-
-def torchvision_keys(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames Hugging Face's keys to torchvision's; other keys are unchanged."""
-
-    def rename(key: str) -> str:
-        for pattern, name in HUGGING_FACE.items():
-            if match := re.match(rf"{pattern}\.(?=\w+$)", key):
-                name = re.sub(r"<(\d+)>", lambda number: str(int(number[1]) + 1), match.expand(name))
-                return f"{name}.{key[match.end() :]}"
-        return key
-
-    return {rename(key): array for key, array in tensors.items()}

@@ -1,20 +1,24 @@
-"""Loads pretrained weights by name or from a file, and recognises their architecture."""
+"""Loads pretrained weights by name or from a file."""
 
-import hashlib
-import re
-from collections.abc import Mapping
-from pathlib import Path
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from jaxft.errors import UserError
-from jaxft.models.resnet import ARCHITECTURES, ResNet
+from jaxft.errors import UserError, shortened
+from jaxft.files import is_folder
 from jaxft.pretrained import catalog
-from jaxft.pretrained.convert import from_torch, torch_shapes, torchvision_keys
-from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED, OTHER_FAMILIES
-from jaxft.pretrained.torch_files import read_tensors
-from jaxft.pretrained.weights_file import Weights, check_shapes, read_jaxft_file, read_metadata, write_weights
+from jaxft.pretrained.convert import from_torch, torch_shapes
+from jaxft.pretrained.recognise import Recognised, recognise
+from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED
+from jaxft.pretrained.state_dict import printable
+from jaxft.pretrained.torch_files import TensorFile, open_tensors
+from jaxft.pretrained.weights_file import Weights, check_values, read_jaxft_file, read_metadata, write_weights
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as Hugging Face and timm save them
 
 
 def load_pretrained(source: str, arch: str | None = None) -> Weights:
@@ -27,94 +31,123 @@ def load_pretrained(source: str, arch: str | None = None) -> Weights:
         return read_weights(shipped, arch)
     named = catalog.find(source)
     if named is None:
-        if not Path(source).exists() and (names := catalog.similar_names(source)):
-            raise UserError(f"there is no weights file {source} and no such name; similar names: {', '.join(names)}")
         return read_weights(source, arch)
+    if arch not in (None, named.arch):
+        raise UserError(f"{source} holds a {named.arch}, not a {arch}")
     converted = catalog.weights_dir() / f"{named.name}.safetensors"
-    if not converted.exists():
-        variables, provenance = read_weights(catalog.weights_file(named), named.arch)
-        write_weights(converted, Weights(variables, provenance | named._asdict()))
-    return read_weights(converted, arch)
+    if converted.exists():
+        with suppress(UserError):  # if it is damaged, it is converted again
+            return read_weights(converted)
+    variables, provenance = read_weights(catalog.weights_file(named), named.arch)
+    write_weights(converted, Weights(variables, provenance | named._asdict()))
+    return read_weights(converted)
 
 
-def read_weights(path: str | Path, arch: str | None = None) -> Weights:
-    """Returns the weights in a jaxft file or a state_dict of torchvision, timm or Hugging Face.
+def read_weights(source: str | Path, arch: str | None = None) -> Weights:
+    """Returns the weights in a jaxft file or a checkpoint of torchvision, timm, Hugging Face or a training script.
 
-    arch: the architecture that the file must have; None takes the file's. Raises UserError if the file cannot be
-    read or does not fit.
+    source: a file, a folder that holds one, or FILE#NAME for one of several networks. arch: the architecture that it
+    must have; None takes the file's. A network without a head gets one for 0 classes. Raises UserError if the file
+    cannot be read or does not fit.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors" and (metadata := read_metadata(path)):
-        return read_jaxft_file(path, metadata, arch)
-    tensors = torchvision_keys(read_tensors(path))
-    if reason := _other_family(tensors):
-        raise UserError(f"{path} is not a ResNet like torchvision's: {reason}")
-    found = arch or infer_arch(tensors)
-    if found is None:
-        raise UserError(f"{path} fits none of {', '.join(ARCHITECTURES)}; name one to see which keys differ")
-    model = _model_for(found, tensors)
-    try:
-        variables = from_torch(tensors, model)
-    except UserError as error:
-        other = infer_arch(tensors)
-        reason = f"holds a {other}, not a {arch}" if other else f"does not hold a {arch}: {error}"
-        raise UserError(f"{path} {reason}") from None
+    path, name = locate(source)
+    with open_tensors(path) as file:
+        provenance = read_metadata(path, file.metadata)
+        if provenance is None:
+            return read_numbers(file, recognise(file, path, name, arch))
+        if name:
+            raise UserError(f"{path} is a jaxft file, which holds one network; leave out #{name}")
+        return read_jaxft_file(path, file, provenance, arch)
+
+
+def read_network(source: str | Path) -> dict[str, np.ndarray] | None:
+    """Returns a network's tensors as its file has them, by torchvision's names; None for a jaxft file."""
+    path, name = locate(source)
+    with open_tensors(path) as file:
+        if read_metadata(path, file.metadata) is not None:
+            return None
+        return file.load(recognise(file, path, name).network.tensors)
+
+
+def locate(source: str | Path) -> tuple[Path, str]:
+    """Splits FILE#NAME and returns the file, also for a folder that holds one, and the network's name or ''.
+
+    A file whose own name has a '#' comes first. Raises UserError for an address and for other folders.
+    """
+    text = str(source)
+    if "://" in text:
+        raise UserError(_address(text))
+    text = os.path.expanduser(text)  # noqa: PTH111 - Path's raises RuntimeError for an unknown user
+    name = ""
+    if not os.path.lexists(text.replace("\0", "")):
+        for at in (at for at in reversed(range(len(text))) if text[at] == "#"):
+            if os.path.lexists(text[:at]):
+                text, name = text[:at], text[at + 1 :]
+                break
+    path = Path(text)
+    if is_folder(path):
+        return _file_in(path), name
+    if not os.path.lexists(text.replace("\0", "")) and (names := catalog.similar_names(text.split("/")[-1])):
+        raise UserError(f"there is no weights file {source} and no such name; similar names: {', '.join(names)}")
+    return path, name
+
+
+def _address(text: str) -> str:
+    """Returns the message for an address."""
+    file = PurePosixPath(urlsplit(text).path).name if text.startswith("http") else ""
+    named = [weights.name for weights in catalog.WEIGHTS if file and weights.url.endswith(f"/{file}")]
+    remedy = f"the name of this one is {named[0]}" if named else "download it, and give the file"
+    return f"{text} is an address; only names are fetched (jaxft convert --list): {remedy}"
+
+
+def _file_in(folder: Path) -> Path:
+    for name in FILES_IN_FOLDERS:
+        if (folder / name).is_file():
+            return folder / name
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.endswith(".index.json") for name in names):
+        raise UserError(
+            f"{folder} holds a checkpoint in several files; jaxft reads one file: save_pretrained(..., "
+            "max_shard_size='100GB')"
+        )
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder} is a run's workdir; jaxft export --workdir {folder} --to flax --out FILE.safetensors"
+        )
+    files = [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar"))]
+    found = f"it holds {shortened(files)}; give one of these files" if files else "give a weights file"
+    raise UserError(f"{folder} is a folder without {' or '.join(FILES_IN_FOLDERS)}: {found}")
+
+
+def read_numbers(file: TensorFile, recognised: Recognised) -> Weights:
+    """Reads a recognised network's numbers. Raises UserError if they are damaged, not finite or not floating point."""
+    path, network, model, arch, notes = recognised
+    tensors = file.load(network.tensors)
+    check_values(path, {network.keys[key]: array for key, array in tensors.items() if not _is_count(key)})
+    if not model.num_classes:
+        features = torch_shapes(model)["fc.weight"]
+        tensors |= {"fc.weight": np.zeros(features, np.float32), "fc.bias": np.zeros(0, np.float32)}
     provenance = {
-        "arch": found,
+        "arch": arch,
         "width": model.width,
         "stem": model.stem,
         "num_classes": model.num_classes,
         "source": path.name,
-        "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "source_sha256": file.sha256(),
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "num_batches_tracked": {
             key: int(value.flat[0])
             for key, value in tensors.items()
-            if key.endswith(NUM_BATCHES_TRACKED) and value.size
+            if _is_count(key) and value.size and value.dtype.kind in "iu"
         },
     }
-    return Weights(variables, provenance)
+    if network.components:
+        provenance["network"] = printable(".".join(network.components))
+    if notes:
+        provenance["notes"] = notes
+    return Weights(from_torch(tensors, model), provenance)
 
 
-def infer_arch(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """Returns the architecture that has these keys and shapes, or None."""
-    shapes = {key: array.shape for key, array in tensors.items() if not key.endswith(NUM_BATCHES_TRACKED)}
-    depths = tuple(
-        len({key.split(".")[1] for key in tensors if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)
-    )
-    for arch in ARCHITECTURES:
-        model = _model_for(arch, tensors)
-        if model.stage_depths != depths:
-            continue
-        try:
-            check_shapes(shapes, torch_shapes(model))
-        except UserError:
-            continue
-        return arch
-    return None
-
-
-def _model_for(arch: str, tensors: Mapping[str, np.ndarray]) -> ResNet:
-    """Returns the model with the number of classes, width and stem of these tensors."""
-
-    def length(key: str, default: int) -> int:
-        shape = tensors[key].shape if key in tensors else ()
-        return shape[0] if shape and shape[0] else default
-
-    small = "conv1.weight" in tensors and tensors["conv1.weight"].shape[2:] == (3, 3)
-    return ARCHITECTURES[arch](
-        num_classes=length("fc.bias", 1000),
-        width=length("bn1.weight", 64),
-        stem="small" if small else "imagenet",
-    )
-
-
-def _other_family(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """Returns the reason why jaxft's ResNet cannot represent a network with these keys, or None."""
-    for pattern, reason in OTHER_FAMILIES.items():
-        if any(re.search(pattern, key) for key in tensors):
-            return reason
-    if "bn1.weight" in tensors and "bn1.running_mean" not in tensors:
-        return "its norms keep no running statistics: GroupNorm, not BatchNorm"
-    return None
+def _is_count(key: str) -> bool:
+    return key.endswith(NUM_BATCHES_TRACKED)

@@ -1,194 +1,227 @@
-"""Reads and writes .pth and .safetensors files without torch; code in a pickle is never executed."""
+"""Reads and writes .pth and .safetensors files without torch; nothing in a pickle is executed."""
 
+import hashlib
 import io
 import math
+import os
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import UserError
-from jaxft.files import atomic_write
+from jaxft.files import atomic_write, open_regular, reason
+from jaxft.pretrained import formats
+from jaxft.pretrained.state_dict import kind_of, largest, printable, without_tensors
+from jaxft.pretrained.unpickle import STORAGES, Foreign, RefusedError, Tensor, Unpickler
 
-_DTYPES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-
-_STORAGES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 TORCHVISION_FILES = "https://download.pytorch.org/models/ (resnet50-0676ba61.pth)"
 MOST_GROWTH = 10  # bytes of tensors per byte of their file, so that a small file cannot fill the memory
+MAX_PICKLE = 1 << 26  # bytes of all that a checkpoint holds besides its tensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
+_STORAGE_NAMES = {dtype: name.removeprefix("torch.") for name, dtype in STORAGES.items()}
+_SAFETENSORS_DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8},
+}
 
 
-class _Storage(NamedTuple):
-    dtype: np.dtype
-    key: str
+_Read = Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]]
 
 
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in elements
+class TensorFile(NamedTuple):
+    """An open weights file, whose content is known and whose tensors are read when they are asked for."""
+
+    format: str
+    content: Any  # nested containers with Tensor and Foreign in them
+    metadata: Mapping[str, str]  # of a .safetensors file
+    load: _Read
+    sha256: Callable[[], str]
 
 
-class _RefusedError(Exception):
-    """The file holds something that a weights file does not need."""
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Opens a .safetensors file, or one in torch.save's format, zip or legacy, whatever its name is.
 
-
-def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
-    return tensor
-
-
-class _Unpickler(pickle._Unpickler):
-    """An unpickler of ordered dicts and tensors only.
-
-    Derived from the Python implementation: the C one allocates memory for any memo index that a damaged file names.
+    Raises UserError if the file is missing, damaged or of another format; so does its `load`.
     """
+    with open_weights(path) as file:
+        with _translated(path, "a weights file"):
+            found = formats.identify(file, path.name)
+            if found.problem:
+                raise RefusedError(found.problem)
+        open_as = {formats.ZIP: _open_zip, formats.LEGACY: _open_legacy, formats.SAFETENSORS: _open_safetensors}
+        with _translated(path, found.name):
+            content, metadata, read = open_as[found.name](path, file)
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]  # allocates memory for any length that a file names
+        def load(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+            with _translated(path, found.name):
+                return read(tensors)
 
-    def load_build(self: Any) -> None:
-        """Ignores the attributes that a file sets on an object, such as a state_dict's _metadata."""
-        self.stack.pop()
+        def sha256() -> str:
+            with _translated(path, found.name):
+                file.seek(0)
+                return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
-    dispatch[pickle.BUILD[0]] = load_build
+        yield TensorFile(found.name, content, metadata, load, sha256)
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _rebuild_parameter
-        if module == "torch" and name in _DTYPES:
-            return name
-        raise _RefusedError(f"it asks for {module}.{name}, which does not belong in a weights file")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, name, key, *_ = pid
-        if kind != "storage" or name not in _DTYPES or not isinstance(key, str):
-            raise _RefusedError(f"it holds a {kind!r} of {name!r} where a tensor's storage belongs")
-        return _Storage(np.dtype(_DTYPES[name]), key)
+@contextmanager
+def open_weights(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a weights file of any format. Raises UserError if it is missing, not readable or not a regular file."""
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no weights file {path}; torchvision's are at {TORCHVISION_FILES}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    with file:
+        yield file
+
+
+@contextmanager
+def _translated(path: Path, kind: str) -> Iterator[None]:
+    """Turns whatever a damaged or unsuitable file raises into a UserError."""
+    try:
+        yield
+    except RefusedError as error:
+        raise UserError(f"{path} is refused: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        detail = printable(f"{type(error).__name__}: {error}", 80)
+        raise UserError(
+            f"{path} cannot be read as {kind} ({detail}); is it complete? compare its size, and fetch it again"
+        ) from error
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Returns {key: array} of a state_dict in a .safetensors file or in torch.save's format, zip or legacy.
+    """Returns {key: array} of a file's state_dict: of its dict that holds the most tensors.
 
-    Unwraps {'state_dict': ...} and {'model': ...} and removes the prefix 'module.' of keys. Raises UserError if the
-    file is missing, damaged or holds something else.
+    Raises UserError if the file is missing, damaged or holds something else.
     """
     path = Path(path)
-    try:
-        if _is_keras(path):
-            raise _RefusedError("it is a Keras file; Keras's ResNets are v1, with the stride in the first 1x1")
-        if path.suffix == ".safetensors":
-            tensors = safetensors.numpy.load_file(path)
-        elif zipfile.is_zipfile(path):
-            tensors = _read_zip(path)
-        else:
-            tensors = _read_legacy(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no weights file {path}; torchvision's are at {TORCHVISION_FILES}") from None
-    except _RefusedError as error:
-        raise UserError(f"{path} is refused: {error}") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}; is it complete? fetch it again") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(
-            f"{path} cannot be read as a .pth or .safetensors file ({type(error).__name__}: {error}); "
-            "is it complete? fetch it again"
-        ) from error
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
+    with open_tensors(path) as file:
+        found = largest(file.content)
+        if found is None:
+            raise UserError(f"{path} is refused: {without_tensors(file.content)}")
+        for key, value in found.items():
+            if type(key) is not str:
+                raise UserError(f"{path} is refused: {kind_of(key)} is a key of its tensors")
+            if not isinstance(value, Tensor):
+                raise UserError(f"{path} is refused: its entry {printable(key)!r} is {kind_of(value)}, not a tensor")
+        return file.load(found)
 
 
-def _is_keras(path: Path) -> bool:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return "model.weights.h5" in archive.namelist()
-    with path.open("rb") as file:
-        return file.read(8) == b"\x89HDF\r\n\x1a\n"
+def _open_zip(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, str], _Read]:
+    archive = zipfile.ZipFile(file)
+    if other := formats.other_zip(archive):
+        raise RefusedError(other.problem)
+    size = file.seek(0, io.SEEK_END)
+    if sum(info.file_size for info in archive.infolist()) > MOST_GROWTH * size:
+        raise RefusedError("it unpacks to far more than its own size")
+    (pickle_name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if archive.getinfo(pickle_name).file_size > MAX_PICKLE:
+        raise RefusedError(f"it holds more than {MAX_PICKLE:,} bytes besides its tensors")
+    folder = pickle_name.removesuffix("data.pkl")
+    if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+        raise RefusedError("it was written on a big-endian machine")
+    content = Unpickler().load(io.BytesIO(archive.read(pickle_name)))
+
+    def read(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        storages = {tensor.storage for tensor in tensors.values()}
+        return _arrays(tensors, {key: archive.read(f"{folder}data/{key}") for key in storages})  # checks their CRC
+
+    return content, {}, read
 
 
-def _read_zip(path: Path) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
-        if sum(info.file_size for info in archive.infolist()) > MOST_GROWTH * path.stat().st_size:
-            raise _RefusedError("it unpacks to far more than its own size")
-        (pickle_name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        folder = pickle_name.removesuffix("data.pkl")
-        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
-            raise _RefusedError("it was written on a big-endian machine")
-        tensors = _state_dict(_Unpickler(io.BytesIO(archive.read(pickle_name))).load())
-        storages = {tensor.storage.key for tensor in tensors.values()}
-        data = {key: archive.read(f"{folder}data/{key}") for key in storages}  # checks their CRC
-    return _arrays(tensors, data)
+class _Bounded:
+    """The beginning of a file, which does not allocate memory for a wrong length."""
+
+    def __init__(self, file: IO[bytes], end: int) -> None:
+        self._file, self._end = file, end
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(max(min(size, self._end - self._file.tell()), 0))
+
+    def readline(self) -> bytes:
+        return self._file.readline(max(self._end - self._file.tell(), 0))
 
 
-def _read_legacy(path: Path) -> dict[str, np.ndarray]:
+def _open_legacy(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, str], _Read]:
     """Reads torch's old format: pickled magic number, version, machine, object, storage keys; then the storages."""
-    file = io.BytesIO(path.read_bytes())  # unlike a file, it does not allocate memory for a wrong length
-    if _Unpickler(file).load() != _LEGACY_MAGIC:
-        raise ValueError("not a torch file")
-    _Unpickler(file).load()
-    _Unpickler(file).load()
-    tensors = _state_dict(_Unpickler(file).load())
-    dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in tensors.values()}
-    data = {}
-    for key in _Unpickler(file).load():
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    pickles, unpickler = _Bounded(file, min(size, MAX_PICKLE)), Unpickler()
+    magic = unpickler.load(pickles)
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
+        raise RefusedError(f"it is a pickle of {kind_of(magic)} that torch.save did not write")
+    _, machine, content, keys = (unpickler.load(pickles) for _ in range(4))
+    if type(machine) is dict and machine.get("little_endian") is False:
+        raise RefusedError("it was written on a big-endian machine")
+    places: dict[str, tuple[int, int]] = {}
+    for key in keys if type(keys) is list else ():
         (count,) = struct.unpack("<Q", file.read(8))
-        data[key] = file.read(count * dtypes[key].itemsize)
-    return _arrays(tensors, data)
+        if type(key) is not str or key not in unpickler.storages:
+            raise RefusedError("it holds numbers of a type that weights do not have (complex or quantized)")
+        length = count * unpickler.storages[key].itemsize
+        places[key] = file.tell(), length
+        if file.tell() + length > size:
+            raise ValueError("the file ends within a tensor")
+        file.seek(length, io.SEEK_CUR)
+
+    def read(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        data = {}
+        for key in {tensor.storage for tensor in tensors.values()}:
+            start, length = places[key]
+            file.seek(start)
+            data[key] = file.read(length)
+        return _arrays(tensors, data)
+
+    return content, {}, read
 
 
-def _state_dict(content: Any) -> dict[str, _Tensor]:
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict):
-        raise _RefusedError(f"it holds a {type(content).__name__}, not a state_dict")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, _Tensor):
-            raise _RefusedError(f"its entry {key!r} is not a tensor")
-    return content
+def _open_safetensors(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, str], _Read]:
+    opened = safe_open(path, "np")
+    content: dict[str, Any] = {}
+    for key in opened.keys():  # noqa: SIM118 - not a dict
+        part = opened.get_slice(key)
+        dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+        shape = tuple(part.get_shape())
+        content[key] = Foreign(part.get_dtype()) if dtype is None else Tensor(np.dtype(dtype), shape, key)
+
+    def read(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        return {key: opened.get_tensor(tensor.storage) for key, tensor in tensors.items()}
+
+    return content, opened.metadata() or {}, read
 
 
-def _arrays(tensors: dict[str, _Tensor], data: dict[str, bytes]) -> dict[str, np.ndarray]:
-    size = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
+def _arrays(tensors: Mapping[str, Tensor], data: dict[str, bytes]) -> dict[str, np.ndarray]:
+    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     if size > MOST_GROWTH * sum(map(len, data.values())):
-        raise _RefusedError("its tensors repeat the same numbers")
-    return {key: _array(tensor, data[tensor.storage.key]) for key, tensor in tensors.items()}
+        raise RefusedError("its tensors repeat the same numbers")
+    return {key: _array(tensor, data[tensor.storage]) for key, tensor in tensors.items()}
 
 
-def _array(tensor: _Tensor, data: bytes) -> np.ndarray:
-    storage = np.frombuffer(data, tensor.storage.dtype)
+def _array(tensor: Tensor, data: bytes) -> np.ndarray:
+    storage = np.frombuffer(data, tensor.dtype)
     count = math.prod(tensor.shape)
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if count and not (0 <= tensor.offset <= last < len(storage) and count <= len(storage)):
+    if count and not (tensor.offset <= last < len(storage) and count <= len(storage)):
         raise ValueError("a tensor reaches outside its storage")
-    if min((*tensor.shape, *tensor.strides), default=0) < 0:
-        raise ValueError("a tensor of negative size")
+    if not count:
+        return np.empty(tensor.shape, tensor.dtype)
     strides = [stride * storage.itemsize for stride in tensor.strides]
     return np.asarray(np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides), order="C")
 
@@ -203,11 +236,18 @@ def write_tensors(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
     try:
         with atomic_write(path) as file:
             if path.suffix == ".safetensors":
-                safetensors.numpy.save_file(tensors, file.name)
+                write_safetensors(file, tensors)
             else:
                 _write_zip(file, tensors)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL
         raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes an open file, which keeps its permissions: the library replaces it by one that only its owner can read."""
+    mode = os.fstat(file.fileno()).st_mode & 0o777
+    safetensors.numpy.save_file(tensors, file.name, metadata)
+    Path(file.name).chmod(mode)
 
 
 def _write_zip(file: IO[bytes], tensors: dict[str, np.ndarray]) -> None:
@@ -235,7 +275,7 @@ def _pickle_state_dict(tensors: dict[str, np.ndarray]) -> bytes:
     ordered_dict = name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
     pickled = pickle.PROTO + b"\x02" + ordered_dict + pickle.MARK
     for i, (key, array) in enumerate(tensors.items()):
-        storage = name("torch", _STORAGES[array.dtype])
+        storage = name("torch", _STORAGE_NAMES[array.dtype])
         size = pickle.LONG1 + b"\x08" + struct.pack("<q", array.size)
         strides = [stride // array.itemsize for stride in array.strides]
         pickled += text(key) + name("torch._utils", "_rebuild_tensor_v2") + pickle.MARK

@@ -1,21 +1,27 @@
 """Reads and writes jaxft's own weights files: safetensors with the provenance in the metadata."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, shortened
 from jaxft.files import atomic_write
 from jaxft.models.partition import abstract_variables
-from jaxft.models.resnet import ARCHITECTURES, ResNet
+from jaxft.models.resnet import ARCHITECTURES, STEMS, ResNet
+from jaxft.pretrained.state_dict import printable
+from jaxft.pretrained.torch_files import TensorFile, write_safetensors
 
 FORMAT = "jaxft 1"  # in the metadata of a weights file
+CHECKSUM = "sha256"  # in the metadata of files since version 0.2
+_FLOATS = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 
 
 class Weights(NamedTuple):
@@ -24,7 +30,7 @@ class Weights(NamedTuple):
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError with all keys that are missing, extra or of another shape."""
+    """Raises UserError with the keys that are missing, extra or of another shape: the first three and their number."""
     reshaped = [
         f"{key} {found[key]} instead of {expected[key]}"
         for key in expected
@@ -32,12 +38,38 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
     ]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
-        "extra": sorted(found.keys() - expected.keys()),
+        "extra": sorted(map(printable, found.keys() - expected.keys())),
         "of another shape": reshaped,
     }
-    text = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    text = [f"{len(keys)} {kind}: {shortened(keys)}" for kind, keys in problems.items() if keys]
     if text:
         raise UserError("; ".join(text))
+
+
+def check_values(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError unless all tensors are finite floating-point numbers that float32 holds, and variances positive.
+
+    A variance is recognised by its name: running_var in torch, var in Flax.
+    """
+    problems: dict[str, list[str]] = {}
+    for key, array in tensors.items():
+        if array.dtype not in _FLOATS:
+            problem = f"are {array.dtype}, not floating point,"
+        elif not _is_finite(array):
+            problem = "are not finite in float32"
+        elif key.endswith(("running_var", "/var")) and (array < 0).any():
+            problem = "are negative variances"
+        else:
+            continue
+        problems.setdefault(problem, []).append(printable(key))
+    if problems:
+        text = [f"numbers that {problem} in {shortened(keys)}" for problem, keys in problems.items()]
+        raise UserError(f"{path} is refused: it holds {'; '.join(text)}")
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(np.float32, copy=False)).all())
 
 
 def model_of(provenance: Mapping[str, Any]) -> ResNet:
@@ -46,38 +78,49 @@ def model_of(provenance: Mapping[str, Any]) -> ResNet:
     return ARCHITECTURES[provenance["arch"]](**{key: provenance[key] for key in keys if key in provenance})
 
 
-def read_metadata(path: Path) -> dict[str, Any] | None:
-    """Returns the provenance in a jaxft file; None for a file that jaxft did not write or that cannot be read.
+def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns the provenance from a jaxft file's metadata; None for a file that jaxft did not write.
 
     Raises UserError if the provenance is incomplete or malformed.
     """
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
-        return None  # read_tensors reports why
-    if metadata.get("format") != FORMAT:
+    if not metadata.get("format", "").startswith("jaxft "):
         return None
     try:
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format is {printable(metadata['format'])}")
         provenance = json.loads(metadata["jaxft"])
+        if not isinstance(provenance, dict):
+            raise TypeError("it is not an object")
+        for key, valid in _VALID.items():
+            if key in provenance and not valid(provenance[key]):
+                raise ValueError(f"{key} is {printable(json.dumps(provenance[key]), 40)}")
         model_of(provenance)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or from a newer jaxft: its metadata is wrong at {error}") from None
+    defaults: dict[str, Any] = {"width": 64, "stem": "imagenet", "num_classes": 1000, "source": path.name}
+    provenance = defaults | provenance
+    provenance["source"] = printable(provenance["source"], 200)  # shown when a run starts
+    if "notes" in provenance:
+        provenance["notes"] = [printable(note, 200) for note in provenance["notes"]]
     return provenance
 
 
-def read_jaxft_file(path: Path, provenance: dict[str, Any], arch: str | None) -> Weights:
-    """Returns the weights; `provenance` comes from read_metadata. Raises UserError if they are not of `arch`."""
+def read_jaxft_file(path: Path, file: TensorFile, provenance: dict[str, Any], arch: str | None) -> Weights:
+    """Returns the weights; `provenance` comes from read_metadata. Raises UserError if damaged or not of `arch`."""
     if arch not in (None, provenance["arch"]):
         raise UserError(f"{path} holds a {provenance['arch']}, not a {arch}")
-    tensors = safetensors.numpy.load_file(path)
     expected = {
         "/".join(key): array.shape for key, array in flatten_dict(abstract_variables(model_of(provenance))).items()
     }
     try:
-        check_shapes({key: array.shape for key, array in tensors.items()}, expected)
+        check_shapes({key: tensor.shape for key, tensor in file.content.items()}, expected)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    tensors = file.load(file.content)
+    checksum = file.metadata.get(CHECKSUM)
+    if checksum is not None and checksum != _checksum(tensors, file.metadata["jaxft"]):
+        raise UserError(f"{path} is damaged: its tensors or its metadata do not have its checksum; fetch it again")
+    check_values(path, tensors)
     return Weights(unflatten_dict(tensors, sep="/"), provenance)
 
 
@@ -88,9 +131,49 @@ def write_weights(path: str | Path, weights: Weights) -> None:
     """
     path = Path(path)
     tensors = {key: np.asarray(array, order="C") for key, array in flatten_dict(weights.variables, sep="/").items()}
-    metadata = {"format": FORMAT, "jaxft": json.dumps(weights.provenance)}
+    text = json.dumps(weights.provenance)
+    metadata = {"format": FORMAT, "jaxft": text, CHECKSUM: _checksum(tensors, text)}
     try:
         with atomic_write(path) as file:
-            safetensors.numpy.save_file(tensors, file.name, metadata)
-    except (OSError, SafetensorError) as error:
+            write_safetensors(file, tensors, metadata)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL
         raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], provenance: str) -> str:
+    """Returns the SHA-256 of the tensors' names, dtypes, shapes and bytes and of the provenance."""
+    sha256 = hashlib.sha256(provenance.encode())
+    for key in sorted(tensors):
+        array = np.ascontiguousarray(tensors[key])
+        sha256.update(json.dumps([key, str(array.dtype), array.shape]).encode())
+        sha256.update(array.reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()
+
+
+def _is_count(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _are_numbers(value: Any, least: float) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(number) in (int, float) and least <= number < math.inf for number in value)
+    )
+
+
+# What the values of the provenance that jaxft reads must be.
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
+    "width": lambda value: _is_count(value, 1, 1 << 16),
+    "stem": lambda value: isinstance(value, str) and value in STEMS,
+    "num_classes": lambda value: _is_count(value, 0, 1 << 24),  # 0: without a head
+    "source": lambda value: isinstance(value, str),
+    "source_sha256": lambda value: isinstance(value, str),
+    "notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value),
+    "mean": lambda value: _are_numbers(value, -math.inf),
+    "std": lambda value: _are_numbers(value, 1e-6),
+    "num_batches_tracked": lambda value: (
+        isinstance(value, dict) and all(_is_count(number, 0, (1 << 63) - 1) for number in value.values())
+    ),
+}

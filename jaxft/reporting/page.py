@@ -1,15 +1,15 @@
 """The report of a run: one HTML file that needs no network, drawn from DIR/evaluation.npz and DIR/metrics.jsonl."""
 
 import base64
-import dataclasses
+import csv
 import io
-import json
-import math
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +17,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxft.config import default_config, flatten, resolve
+from jaxft.config import default_config, flatten
 from jaxft.data.dataset import Dataset
-from jaxft.errors import UserError
-from jaxft.files import atomic_write
+from jaxft.data.datasets import shared_images
+from jaxft.errors import write_message
+from jaxft.files import atomic_write, read_regular, reason
 from jaxft.reporting import charts
+from jaxft.reporting.evaluation_file import (
+    THUMBNAIL,
+    Run,
+    image_name,
+    image_path,
+    load_run,
+    printable,
+    ranked_mistakes,
+    write_divergence,
+    write_evaluation,
+)
 from jaxft.reporting.sheet_image import draw_sheet
-from jaxft.run import remote_workdir
-from jaxft.run.metrics_file import read_lines
+from jaxft.run.checkpoints import NotFiniteError
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import (
     CALIBRATION_BINS,
@@ -36,77 +47,94 @@ from jaxft.targets.classification import (
 )
 from jaxft.training.optimizer import learning_rate_schedule
 
-MISTAKES = 24  # shown
 CONFUSIONS = 8  # listed
 SHEET = (4, 8)  # rows and columns of augmented images
-THUMBNAIL = 128  # pixels of the longer side, at most
 DRAWN_EVERY = 60  # seconds of training and evaluation
 CURVE_POINTS = 60  # at most; a curve with more rows shows their means
 
 
-class Run(NamedTuple):
-    """A run as it was after its latest epoch."""
+@dataclass(frozen=True)
+class Reporter:
+    """Keeps a run's report up to date during training. A file that cannot be written never ends the training."""
 
     workdir: Workdir
-    info: dict[str, Any]  # the info of its checkpoints
-    rows: list[dict[str, Any]]  # of metrics.jsonl
-    predictions: Predictions  # of the test split
-    mistakes: np.ndarray  # int (K,), positions in the test split, the most confident first
-    thumbnails: list[np.ndarray]  # images of the K mistakes
+    info: dict[str, Any]  # stored with each checkpoint
+    train_data: Dataset
+    test_data: Dataset
+    features_seconds: float = 0.0  # time spent on computing a frozen backbone's features
+
+    def update(self, predictions: Predictions) -> None:
+        """Writes DIR/evaluation.npz and the list of images to check after an epoch.
+
+        Draws the report at most once a minute and after the last epoch.
+        """
+        with self._failures(self.workdir.evaluation):
+            shared = [
+                (image_name(self.test_data, test, self._splits[0]), image_name(self.train_data, train, self._splits[1]))
+                for test, train in self._shared.items()
+            ]
+            write_evaluation(self.workdir, self.info, self.test_data, predictions, shared, self.features_seconds)
+            with self._failures(self.workdir.to_check):
+                self._write_list(predictions)
+            run = load_run(self.workdir)
+            if _is_due(run):
+                with self._failures(self.workdir.sheet):
+                    _write_sheet(run, self.train_data)
+                with self._failures(self.workdir.report):
+                    write_page(self.workdir.report, render(run))
+
+    @contextmanager
+    def divergence(self) -> Iterator[None]:
+        """Draws the report once more if the loss becomes NaN or infinite, provided that an epoch was finished."""
+        try:
+            yield
+        except NotFiniteError as error:
+            if self.workdir.evaluation.exists():
+                with self._failures(self.workdir.report):
+                    run = write_divergence(load_run(self.workdir), error.step)
+                    write_page(self.workdir.report, render(run))
+            raise
+
+    @cached_property
+    def _shared(self) -> dict[int, int]:
+        """The test images that are also trained on: position in the test split to position in the training split."""
+        return shared_images(self.train_data, self.test_data)
 
     @property
-    def display_name(self) -> str:
-        return remote_workdir.display_name(self.workdir.path)
+    def _splits(self) -> tuple[str, str]:
+        """The names of the test split and the training split."""
+        data = self.info["config"]["data"]
+        return data["eval_split"], data["train_split"]
 
-    @property
-    def name(self) -> str:
-        return PurePath(self.display_name).name
+    def _write_list(self, predictions: Predictions) -> None:
+        """Writes DIR/images_to_check.csv: all mistakes, the most confident first, and the images in both splits."""
+        names, (test_split, train_split) = self.info["class_names"], self._splits
+        file = io.StringIO()
+        rows = csv.writer(file)
+        rows.writerow(["reason", "file", "class", "predicted", "confidence", "training_file"])
 
-    @property
-    def config(self) -> ConfigDict:
-        return resolve(self.info["config"])
+        def described(index: int) -> list[Any]:
+            classes = [names[array[index]] for array in (predictions.label, predictions.predicted)]
+            return [*classes, f"{predictions.confidence[index]:.4f}"]
 
-    @property
-    def class_names(self) -> list[str]:
-        return self.info["class_names"]
+        for index in ranked_mistakes(predictions).tolist():
+            rows.writerow(["mistake", image_path(self.test_data, index, test_split), *described(index), ""])
+        for index, other in self._shared.items():
+            path = image_path(self.test_data, index, test_split)
+            also = image_path(self.train_data, other, train_split)
+            rows.writerow(["also trained on", path, *described(index), also])
+        with atomic_write(self.workdir.to_check) as out:
+            out.write(file.getvalue().encode(errors="surrogateescape"))  # names that are not UTF-8 keep their bytes
 
-    @property
-    def epoch(self) -> int:
-        return self.rows[-1]["epoch"]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.info["train_size"] / self.config.batch_size)
-
-    def split(self, name: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["split"] == name]
-
-
-def update(
-    workdir: Workdir, info: dict[str, Any], train_data: Dataset, test_data: Dataset, predictions: Predictions
-) -> None:
-    """Writes DIR/evaluation.npz after an epoch, and draws the report at most once a minute and after the last epoch.
-
-    A failure is reported on stderr and does not end the training. train_data: for the sheet of augmented images.
-    """
-    try:
-        _write_evaluation(workdir, info, test_data, predictions)
-        run = load_run(workdir)
-        if _is_due(run):
-            _write_sheet(run, train_data)
-            write_page(workdir.report, render(run))
-    except (OSError, UserError) as error:
-        message = " ".join(f"the report in {workdir.path} could not be written: {error}".split())
-        print(f"\n{message}", file=sys.stderr, flush=True)
-
-
-def _write_evaluation(workdir: Workdir, info: dict[str, Any], test_data: Dataset, predictions: Predictions) -> None:
-    wrong = np.flatnonzero(predictions.rank)
-    mistakes = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MISTAKES]
-    thumbnails = {f"picture_{i}": _thumbnail(test_data.image[index]) for i, index in enumerate(mistakes)}
-    arrays = dataclasses.asdict(predictions) | thumbnails
-    with atomic_write(workdir.evaluation) as file:
-        np.savez_compressed(file, mistakes=mistakes, info=np.array(json.dumps(info)), **arrays)
+    @contextmanager
+    def _failures(self, path: Path) -> Iterator[None]:
+        """Reports on stderr that a file could not be written."""
+        try:
+            yield
+        except Exception as error:  # also a bug in drawing: it must not cost the run
+            cause = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+            text = " ".join(f"the report in {self.workdir.path} could not be written: {path.name}: {cause}".split())
+            write_message(f"\n{text}")
 
 
 def _is_due(run: Run) -> bool:
@@ -118,7 +146,7 @@ def _is_due(run: Run) -> bool:
 
 def _write_sheet(run: Run, train_data: Dataset) -> None:
     """Writes DIR/sheet.jpg once, if the run augments its images."""
-    if run.config.augment == default_config().augment or run.workdir.sheet.exists():
+    if run.config.augment == default_config().augment or read_sheet(run.workdir):
         return
     sheet = Image.fromarray(draw_sheet(run.config, train_data, *SHEET))
     sheet.thumbnail((SHEET[1] * THUMBNAIL, SHEET[0] * THUMBNAIL))
@@ -126,37 +154,21 @@ def _write_sheet(run: Run, train_data: Dataset) -> None:
         sheet.save(file, "JPEG", quality=85)
 
 
-def _thumbnail(image: np.ndarray) -> np.ndarray:
-    thumbnail = Image.fromarray(image)
-    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-    return np.asarray(thumbnail)
-
-
-def load_run(workdir: Workdir) -> Run:
-    """Loads the files that `update` wrote. Raises UserError if no epoch is finished or a file is damaged."""
-    path = workdir.evaluation
-    if not path.exists():
-        raise UserError(f"{workdir.path} has no finished epoch to report; name another --workdir")
+def read_sheet(workdir: Workdir) -> bytes:
+    """Returns the content of DIR/sheet.jpg, or nothing unless it is an image."""
     try:
-        with np.load(path) as file:
-            predictions = Predictions(**{field.name: file[field.name] for field in dataclasses.fields(Predictions)})
-            mistakes = file["mistakes"]
-            thumbnails = [file[f"picture_{i}"] for i in range(len(mistakes))]
-            info = json.loads(str(file["info"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); the next epoch writes it again, or train in another workdir"
-        ) from None
-    return Run(workdir, info, read_lines(workdir.metrics), predictions, mistakes, thumbnails)
+        content = read_regular(workdir.sheet)
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            image.load()
+    except Exception:  # Pillow's plugins raise exceptions of any type for damaged files
+        return b""
+    return content
 
 
 def write_page(path: Path, html: str) -> None:
-    """Writes the page. Raises UserError if the file cannot be written."""
-    try:
-        with atomic_write(path, "w") as file:
-            file.write(html)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+    """Writes the page, as UTF-8. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(html.encode(errors="backslashreplace"))
 
 
 def render(run: Run) -> str:
@@ -164,15 +176,16 @@ def render(run: Run) -> str:
     config, names = run.config, run.class_names
     scores = evaluation_summary(run.predictions, names)
     matrix = confusion_matrix(run.predictions, len(names))
-    sheet = run.workdir.sheet
+    sheet = read_sheet(run.workdir)
     return _template("report").render(
         name=run.name,
         workdir=shlex.quote(run.display_name),
-        config_file=shlex.quote(str(run.workdir.config)),
+        config_file=shlex.quote(printable(str(run.workdir.config))),
         repeat_workdir=shlex.quote(f"{run.display_name}-again"),
         config=config,
         class_names=names,
         epoch=run.epoch,
+        diverged=run.diverged,
         scores=scores,
         cards=list(_cards(run, scores)),
         curves=_curves([run]),
@@ -182,7 +195,10 @@ def render(run: Run) -> str:
         bins=CALIBRATION_BINS,
         confusions=_confusions(matrix, names),
         mistakes=list(_mistakes(run)),
-        sheet=_data_uri(sheet.read_bytes(), "jpeg") if sheet.exists() else "",
+        shared=run.shared,
+        num_shared=run.num_shared,
+        to_check=run.workdir.to_check.name if run.workdir.to_check.is_file() else "",
+        sheet=_data_uri(sheet, "jpeg") if sheet else "",
         settings=_settings(config),
         weights=_weights(run.info["weights"]),
         versions=list(run.info["versions"].items()),
@@ -195,9 +211,23 @@ def _cards(run: Run, scores: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield f"{best['accuracy']:.2%}", "accuracy of the best epoch, whose checkpoint is kept"
     yield from score_cards(scores)
     yield f"{run.info['train_size']:,}", "training images"
-    speed = np.median([row["images_per_second"] for row in run.split("train")])
-    yield f"{speed:,.0f}", "images/s in training (median)"
-    yield _duration(sum(row["seconds"] for row in run.rows)), "training and evaluation time"
+    yield from _speed_cards(run)
+
+
+def _speed_cards(run: Run) -> Iterator[tuple[str, str]]:
+    """Yields (value, meaning) of speed and time. Features of a frozen backbone are computed before the first row."""
+    train, seconds = run.split("train"), sum(row["seconds"] for row in run.rows)
+    if run.features_seconds:
+        share = run.info["train_size"] / (run.info["train_size"] + len(run.predictions.label))
+        num_images = sum(row["images_per_second"] * row["seconds"] for row in train)
+        in_training = sum(row["seconds"] for row in train) + share * run.features_seconds
+        if num_images:
+            yield f"{num_images / in_training:,.0f}", "images/s in training, computing their features included"
+        yield _duration(seconds + run.features_seconds), "time of features, training and evaluation"
+        return
+    if train:
+        yield f"{np.median([row['images_per_second'] for row in train]):,.0f}", "images/s in training (median)"
+    yield _duration(seconds), "training and evaluation time"
 
 
 def _duration(seconds: float) -> str:
@@ -232,10 +262,10 @@ def _confusions(matrix: np.ndarray, names: Sequence[str]) -> list[tuple[str, str
 
 
 def _mistakes(run: Run) -> Iterator[dict[str, Any]]:
-    for index, thumbnail in zip(run.mistakes.tolist(), run.thumbnails, strict=True):
+    for index, image, file in zip(run.mistakes.tolist(), run.thumbnails, run.files, strict=True):
         yield {
-            "uri": _png(thumbnail),
-            "index": index,
+            "uri": _png(image),
+            "file": file,
             "truth": run.class_names[run.predictions.label[index]],
             "predicted": run.class_names[run.predictions.predicted[index]],
             "confidence": float(run.predictions.confidence[index]),
@@ -301,11 +331,13 @@ def _curves(runs: Sequence[Run]) -> list[dict[str, str]]:
         loss[test] = _curve(run, "eval", "loss")
         accuracy[test] = _curve(run, "eval", "accuracy")
         speed[name] = _curve(run, "train", "images_per_second")
-        rate[name] = _learning_rate(run)
+        if run.config.optimizer.fit_head != "only":  # which needs none
+            rate[name] = _learning_rate(run)
+    rates = [charts.curves("Learning rate", rate, from_zero=True)] if rate else []
     return [
         {"alt": "loss in each epoch", "uri": charts.curves("Loss", loss)},
         {"alt": "accuracy in each epoch", "uri": charts.curves("Accuracy", accuracy, percent=True)},
-        {"alt": "learning rate", "uri": charts.curves("Learning rate", rate, from_zero=True)},
+        *({"alt": "learning rate", "uri": uri} for uri in rates),
         {"alt": "training speed", "uri": charts.curves("Training, images/s", speed, from_zero=True)},
     ]
 
@@ -313,6 +345,8 @@ def _curves(runs: Sequence[Run]) -> list[dict[str, str]]:
 def _curve(run: Run, split: str, key: str) -> charts.Curve:
     """Returns (epochs, values), averaged in at most CURVE_POINTS equal bins; speed is weighted by time."""
     rows = run.split(split)
+    if not rows:
+        return np.zeros(0), np.zeros(0)
     x, y, seconds = (np.array([row[name] for row in rows], float) for name in ("step", key, "seconds"))
     weights = seconds if key == "images_per_second" else np.ones(len(rows))
     starts = np.linspace(0, len(rows), min(len(rows), CURVE_POINTS), endpoint=False).astype(int)

@@ -21,7 +21,7 @@ def draw_sheet(config: ConfigDict, train_data: Dataset, rows: int = ROWS, column
     The images are drawn at random from the training set, by the config's seed.
     """
     index = epoch_order(config.seed, 1, len(train_data.label))[:rows]
-    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
+    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, config.data.resize)
     augmentation = make_augmentation(config.augment)
     examples = Examples(train_data.image[index], train_data.label[index])
     (batch,) = make_batches(np.arange(len(index)), len(index), 1)

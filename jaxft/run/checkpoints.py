@@ -1,12 +1,12 @@
 """Saves and restores checkpoints with Orbax: a pytree and, as JSON, everything needed to use it."""
 
+import errno
 import json
-import logging
+import os
+import re
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,11 +18,27 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationContext, PreservationPolicy
 from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 
+from jaxft.config import resolve
 from jaxft.data.batches import replicate
-from jaxft.errors import UserError
+from jaxft.errors import UserError, write_message
+from jaxft.files import open_regular, read_json, reason
 from jaxft.main_process import is_main_process
-from jaxft.run.metrics_file import MetricsFile
-from jaxft.run.workdir import Workdir
+from jaxft.run.metrics_file import MetricsFile, read_accuracy
+from jaxft.run.workdir import Workdir, checkpoint_step, config_differences, local_folder
+
+FORMAT = 1  # of a checkpoint's info; 0.1 stored none
+COMMIT, INFO, TREE = "_CHECKPOINT_METADATA", "info/metadata", "state/_METADATA"  # Orbax's JSON files
+NEWEST_GOOD = "--config.checkpoint.on_damage=newest_good"
+COMMIT_KEYS = {
+    "item_handlers": dict | str,
+    "init_timestamp_nsecs": int,
+    "commit_timestamp_nsecs": int,
+    "metrics": dict,
+    "performance_metrics": dict,
+    "custom_metadata": dict,
+}
+# A file that is missing, of another kind, or a link in a loop: damage, unlike a file that may not be read.
+_NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ESTALE}
 
 
 class State(Protocol):
@@ -44,7 +60,7 @@ class NotFiniteError(Exception):
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that cannot be read, or whose arrays differ from those that were saved."""
+    """A checkpoint with files that are missing or wrong, or of another step or run than its name and folder say."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}; {remedy}")
@@ -75,28 +91,41 @@ class Checkpoints:
     def __init__(
         self, workdir: Workdir, metrics: MetricsFile | None = None, keep_latest: int = 1, keep_best: int = 1
     ) -> None:
+        local_folder(workdir.path)
         self.directory = workdir.checkpoints
-        self._damaged_directory = workdir.damaged_checkpoints
+        self._workdir = workdir
+        self._metrics = metrics
         self._writes = metrics is not None and is_main_process()
-        self._metrics = metrics or MetricsFile(workdir.metrics)
-        self._policy = _LatestAndBest(keep_latest, keep_best, self._metrics.accuracy)
+        self._policy = _LatestAndBest(keep_latest, keep_best, metrics.accuracy if metrics else {})
         self._saving: int | None = None
-        if self._writes:
-            self.directory.mkdir(parents=True, exist_ok=True)
         own = jax.process_index()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._policy,
-            create=False,
-            # If creating a folder in the background fails, threads wait for it for minutes.
-            async_options=AsyncOptions(create_directories_asynchronously=False),
-            read_only=not self._writes,
-            save_interval_steps=int(self._writes),  # Orbax warns that it changes any other value if it only reads
-            multiprocessing_options=MultiprocessingOptions(
-                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
-            ),
+        self._processes = MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
         )
-        with _quiet("absl"):  # Orbax warns that the folder is read-only, as it was asked for
+        self._manager: ocp.CheckpointManager | None = None
+        if self._writes:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                text = f"{self.directory} cannot be written: {reason(error)}; name another --workdir"
+                raise UserError(text) from None
+            if not self.steps():
+                self._open_manager()
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        """Returns Orbax's manager, which writes and deletes checkpoints. It reads the COMMIT file of all that exist."""
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                create=False,
+                # If creating a folder in the background fails, threads wait for it for minutes.
+                async_options=AsyncOptions(create_directories_asynchronously=False),
+                multiprocessing_options=self._processes,
+            )
             self._manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
+            if others := sorted({*self._manager.all_steps()} - {*self.steps()}):  # it saves no step below its latest
+                raise UserError(f"{self.directory / str(others[0])} is not a checkpoint of a run; move it away")
+        return self._manager
 
     def save(self, state: State, info: dict[str, Any]) -> None:
         """Starts writing a checkpoint. A failure is reported on stderr and leaves the existing checkpoints unchanged.
@@ -108,17 +137,18 @@ class Checkpoints:
         step = int(host_state.step)
         if names := not_finite(host_state):
             raise NotFiniteError(f"{names[0]} is not finite", step, made_by=step)
-        if not self._writes or step in self.steps():
+        if not self._metrics or not self._writes or step in self.steps():
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(host_state),
-            info=ocp.args.JsonSave(_seal(info | {"arrays": checksums(host_state)})),
+            info=ocp.args.JsonSave(_seal(info | {"format": FORMAT, "step": step, "arrays": checksums(host_state)})),
         )
         self._saving = step
+        manager = self._open_manager()
         try:
             self._metrics.flush()
-            self._manager.reload()  # it loses track of the existing steps when a save fails
-            saved = self._manager.save(step, args=args)
+            manager.reload()  # it loses track of the existing steps when a save fails
+            saved = manager.save(step, args=args)
         except Exception as error:  # Orbax wraps file system errors in exceptions of any kind
             self._report_failure(error)
         else:
@@ -127,24 +157,23 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Reports a background save that has failed. Does not block."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
+        if self._manager and self._saving is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
         """Blocks until the checkpoint being written is on disk or has failed."""
         try:
-            self._manager.wait_until_finished()
+            if self._manager:
+                self._manager.wait_until_finished()
         except Exception as error:
             self._report_failure(error)
         self._saving = None
 
     def _report_failure(self, error: Exception) -> None:
         remaining = f"checkpoint {self.steps()[-1]} stays" if self.steps() else "there is none yet"
-        print(
+        write_message(
             f"\ncheckpoint {self._saving} could not be written ({' '.join(str(error).split())[:150]}); {remaining}; "
-            "trying again at the next",
-            file=sys.stderr,
-            flush=True,
+            "trying again at the next"
         )
         self._saving = None
         for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):  # to make room
@@ -167,9 +196,16 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints on disk, including damaged ones, in ascending order."""
-        on_disk = {int(path.name) for path in self.directory.glob("*") if path.name.isdecimal()}
-        return sorted(on_disk)
+        """Returns the steps of the checkpoints on disk, including damaged ones, in ascending order.
+
+        Raises UserError if the folder cannot be read, except in a run, whose next save may succeed.
+        """
+        try:
+            return self._workdir.steps()
+        except UserError:
+            if self._manager:
+                return []
+            raise
 
     def resolve(self, which: str) -> int:
         """Returns the step of a checkpoint: 'best', 'latest' or the step itself. Raises UserError if there is none."""
@@ -178,38 +214,171 @@ class Checkpoints:
             raise UserError(f"there is no checkpoint in {self.directory}; train first, or name another --workdir")
         if which == "latest":
             return steps[-1]
-        accuracy = self._metrics.accuracy
+        if which == "best":
+            return self._best(steps)
+        step = checkpoint_step(which)
+        if step in steps:
+            return step
+        raise UserError(f"there is no checkpoint '{which}' in {self.directory}; choose latest or one of {steps[-10:]}")
+
+    def _best(self, steps: list[int]) -> int:
+        try:
+            accuracy = self._metrics.accuracy if self._metrics else read_accuracy(self._workdir.metrics)
+        except UserError as error:
+            raise UserError(f"{error}, or choose --checkpoint latest") from None
+        if accuracy is None:
+            missing = self._workdir.metrics.name
+            write_message(f"{self._workdir.path} has no {missing}, so its latest checkpoint, {steps[-1]}, is used")
+            return steps[-1]
         evaluated = [step for step in steps if step in accuracy]
-        if which == "best" and evaluated:
-            return max(evaluated, key=lambda step: (accuracy[step], step))
-        if which.isdecimal() and int(which) in steps:
-            return int(which)
-        raise UserError(f"there is no checkpoint '{which}' in {self.directory}; choose latest or one of {steps}")
+        if not evaluated:
+            raise UserError(
+                f"there is no checkpoint 'best' in {self.directory}, because none of them is evaluated yet; choose "
+                f"latest or one of {steps[-10:]}"
+            )
+        chosen, best = (max(among, key=lambda step: (accuracy[step], step)) for among in (evaluated, accuracy))
+        if best != chosen and self._keeps_best() and not (self.directory / str(best)).exists():
+            write_message(f"{self.directory} lacks checkpoint {best}, the best one; checkpoint {chosen} is used")
+        return chosen
+
+    def _keeps_best(self) -> bool:
+        try:
+            config = self._workdir.read_config()
+        except UserError:
+            return False
+        return config is not None and config.checkpoint.keep_best > 0
 
     def info(self, step: int) -> dict[str, Any]:
-        """Returns the info saved with a checkpoint: the resolved config, class names and so on."""
-        try:
-            info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]
-        except Exception as error:  # Orbax raises bare exceptions for damaged files
-            raise self._damaged(step, error) from error
+        """Returns the info saved with a checkpoint: the resolved config, class names and so on.
+
+        Raises DamagedCheckpointError, or UserError if the files cannot be read or are of a newer version.
+        """
+        self._check_files(step)
+        info = self._read_json(step, INFO)
         if info != _seal(info):
             raise self._damaged(step, "its info does not match its checksum")
+        if info.get("format", FORMAT) > FORMAT:
+            raise UserError(
+                f"checkpoint {step} in {self.directory} has format {info['format']}, and this jaxft reads {FORMAT}; "
+                "install the newest jaxft"
+            )
+        self._check_step(step, info.get("step", step))
+        self._check_run(step, info)
+        self._check_commit(step)
+        if (self.directory / str(step) / TREE).exists():
+            self._read_json(step, TREE)
         return info
 
-    def restore(self, step: int, abstract_state: StateT) -> StateT:
-        """Returns the state, replicated on the local devices. Raises DamagedCheckpointError if an array differs."""
-        saved = self.info(step)["arrays"]
-        target = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract_state)
+    def _check_commit(self, step: int) -> None:
+        """Raises DamagedCheckpointError if Orbax's manager would fail with a checkpoint's COMMIT, and so with all."""
+        if (self.directory / str(step) / COMMIT).exists():
+            content = self._read_json(step, COMMIT)
+            for key, kind in COMMIT_KEYS.items():
+                if not isinstance(content.get(key), kind | None):
+                    raise self._damaged(step, f"{COMMIT} has a {key} of another type")
+
+    def _check_files(self, step: int, *, whole: bool = False) -> None:
+        """Opens a checkpoint's files, because Orbax would wait for a FIFO and reports no cause.
+
+        whole: reads them too. Raises DamagedCheckpointError if one is missing or not a file, or UserError if one cannot
+        be read, as without permission: then nothing is known about the checkpoint.
+        """
+        folder = self.directory / str(step)
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            state = self._manager.restore(step, args=args)["state"]
-        except Exception as error:
-            raise self._damaged(step, error) from error
+            for path in _files_below(folder):
+                with open_regular(path) as file:
+                    while whole and file.read(1 << 20):
+                        pass
+        except OSError as error:
+            raise self._file_error(step, error) from error
+
+    def _read_json(self, step: int, name: str) -> dict[str, Any]:
+        try:
+            return read_json(self.directory / str(step) / name)
+        except OSError as error:
+            raise self._file_error(step, error) from error
+        except ValueError as error:
+            raise self._damaged(step, f"{name}: {error}") from error
+
+    def _file_error(self, step: int, error: OSError) -> UserError:
+        folder = self.directory / str(step)
+        text = f"{reason(error)}: {os.path.relpath(error.filename or folder, folder)}"
+        return self._damaged(step, text) if error.errno in _NOT_A_FILE else self._unreadable(step, text)
+
+    def _check_run(self, step: int, info: Mapping[str, Any]) -> None:
+        """Raises DamagedCheckpointError if a checkpoint was saved by another run than that of DIR/config.json."""
+        try:
+            stored = self._workdir.read_config()
+            saved = resolve(info["config"]) if "config" in info else None
+        except UserError:  # the checkpoint has all that is needed to use it
+            return
+        if not stored or not saved:
+            return
+        saved.num_epochs = stored.num_epochs  # may be raised
+        if differences := config_differences(stored, saved):
+            key, there, here = differences[0]
+            raise DamagedCheckpointError(
+                f"checkpoint {step} in {self.directory} is of another run ({key} is {here!r} there and {there!r} in "
+                f"{self._workdir.config.name})",
+                f"move it away, or {self._remedy(step)}",
+            )
+
+    def _check_step(self, step: int, saved: int) -> None:
+        if saved != step:
+            raise DamagedCheckpointError(
+                f"{self.directory / str(step)} is not checkpoint {step} but {saved}",
+                f"rename it to {saved}, or resume with {NEWEST_GOOD}",
+            )
+
+    def restore(self, step: int, abstract_state: StateT) -> StateT:
+        """Returns the state, replicated on the local devices.
+
+        Raises DamagedCheckpointError if an array differs, or UserError if the checkpoint has other arrays by design.
+        """
+        info = self.info(step)
+        saved: dict[str, str] = info.get("arrays", {})
+        self._check_arrays(step, info, abstract_state)
+        state = self._read_state(step, jax.tree.map(lambda a: np.empty(a.shape, a.dtype), abstract_state))
         found = checksums(state)
         differ = sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
         if differ:
             raise self._damaged(step, f"{len(differ)} of {len(saved)} arrays differ from what was saved: {differ[0]}")
+        self._check_step(step, int(state.step))
         return replicate(state)
+
+    def _check_arrays(self, step: int, info: Mapping[str, Any], abstract_state: State) -> None:
+        """Raises UserError if a checkpoint was saved with arrays of other names, shapes or dtypes than those asked for.
+
+        Its info is intact, so this is the work of another version of jaxft or of its dependencies.
+        """
+        saved = {name: text.rpartition(" ")[0] for name, text in info.get("arrays", {}).items()}
+        expected = {name: f"{array.dtype}{list(array.shape)}" for name, array in _named_leaves(abstract_state)}
+        if differ := sorted(name for name in saved | expected if saved.get(name) != expected.get(name)):
+            name, versions = differ[0], info.get("versions", {})
+            used = ", ".join(f"{package} {versions[package]}" for package in ("jaxft", "optax") if package in versions)
+            kinds = f"{name}: {saved.get(name, 'none')} instead of {expected.get(name, 'none')}"
+            raise UserError(
+                f"checkpoint {step} in {self.directory} has other arrays than this version makes ({kinds}); use "
+                f"{used or 'the version'} of its run"
+            )
+
+    def _read_state(self, step: int, target: StateT) -> StateT:
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=self._processes)
+        folder = (self.directory / str(step) / "state").absolute()
+        with ocp.Checkpointer(handler, multiprocessing_options=self._processes) as checkpointer:
+            for attempt in range(2):  # a disk may be away for a moment
+                try:
+                    return checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
+                except MemoryError as error:
+                    raise UserError(f"checkpoint {step} in {self.directory} does not fit into the memory") from error
+                except Exception as error:  # Orbax raises bare exceptions for damaged files
+                    number = _os_error(error)
+                    if number and number not in _NOT_A_FILE:
+                        raise self._unreadable(step, os.strerror(number)) from error
+                    self._check_files(step, whole=True)
+                    if attempt:
+                        raise self._damaged(step, error) from error
+        raise AssertionError
 
     def restore_latest(self, abstract_state: StateT, on_damage: str) -> tuple[dict[str, Any], StateT]:
         """Returns (info, state) of the latest checkpoint.
@@ -219,54 +388,99 @@ class Checkpoints:
         if self._writes and on_damage == "newest_good":
             self._set_damaged_aside(abstract_state)
         step = int(multihost_utils.broadcast_one_to_all(np.int32(self.steps()[-1])))
-        return self.info(step), self.restore(step, abstract_state)
+        result = self.info(step), self.restore(step, abstract_state)
+        if self._writes:
+            for other in self.steps():
+                self._check_commit(other)
+            self._open_manager()
+        return result
 
     def _set_damaged_aside(self, abstract_state: State) -> None:
-        """Moves the latest checkpoint aside until a good one is the latest. Raises UserError if there is none."""
-        while self.steps():
-            step = self.steps()[-1]
+        """Moves the checkpoints aside that are damaged and newer than the newest good one.
+
+        Raises UserError, and moves nothing, if there is no good one or if one cannot be read: the cause may then be
+        outside the checkpoints.
+        """
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for step in reversed(self.steps()):
             try:
                 self.restore(step, abstract_state)
-                return
+                break
             except DamagedCheckpointError as error:
-                print(f"{error.reason}; moved to {self.set_aside(step)}", file=sys.stderr, flush=True)
-        raise UserError(f"there is no good checkpoint in {self.directory}; train in another --workdir")
+                damaged[step] = error
+        else:
+            raise UserError(
+                f"there is no good checkpoint in {self.directory}, and none was moved: {damaged[max(damaged)].reason}; "
+                "train in another --workdir"
+            )
+        for step in self.steps():  # Orbax reads this file of all checkpoints
+            try:
+                if step not in damaged:
+                    self._check_commit(step)
+            except DamagedCheckpointError as error:
+                damaged[step] = error
+        for step, problem in damaged.items():
+            write_message(f"{problem.reason}; moved to {self.set_aside(step)}")
 
-    def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpointError:
-        reason = f"checkpoint {step} in {self.directory} is damaged ({' '.join(str(error).split())[:60]})"
+    def _damaged(self, step: int, cause: Exception | str) -> DamagedCheckpointError:
+        text = " ".join(str(cause).split())[:60]
+        return DamagedCheckpointError(f"checkpoint {step} in {self.directory} is damaged ({text})", self._remedy(step))
+
+    def _unreadable(self, step: int, cause: str) -> UserError:
+        return UserError(f"checkpoint {step} in {self.directory} cannot be read ({cause}); fix that and try again")
+
+    def _remedy(self, step: int) -> str:
         rest = [other for other in self.steps() if other != step]
         others = f"use --checkpoint {rest[-1]}, or " if rest else ""
-        return DamagedCheckpointError(
-            reason,
-            f"{others}resume from the newest good one with --config.checkpoint.on_damage=newest_good",
-        )
+        return f"{others}resume with {NEWEST_GOOD}"
 
     def set_aside(self, step: int) -> Path:
-        """Moves a checkpoint to DIR/damaged_checkpoints and returns its new path."""
-        target = self._damaged_directory / str(step)
+        """Moves a checkpoint to DIR/damaged_checkpoints and returns its new path. Raises UserError if it cannot."""
+        target = self._workdir.damaged_checkpoints / str(step)
         while target.exists():
             target = target.with_name(f"{target.name}_")
         if self._writes:
-            target.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(target)
-            self._manager.reload()
+            try:
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+            except OSError as error:
+                raise UserError(f"{self.directory / str(step)} cannot be moved to {target}: {reason(error)}") from None
+            if self._manager:
+                self._manager.reload()
         return target
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        if self._manager:
+            self._manager.close()
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Silences a logger's warnings for a while."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yields all paths below a folder that are not folders, each folder once. Raises OSError."""
+    waiting, seen = [folder], set[tuple[int, int]]()
+    while waiting:
+        current = waiting.pop()
+        status = current.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(current) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir():
+                    waiting.append(Path(entry.path))
+                else:
+                    yield Path(entry.path)
+
+
+def _os_error(error: BaseException | None) -> int | None:
+    """Returns the number of the OSError behind an exception of Orbax or TensorStore, which writes it into its text."""
+    while error:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if match := re.search(r"OS error (\d+)", str(error)):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def to_host(tree: Any) -> Any:
@@ -277,20 +491,19 @@ def to_host(tree: Any) -> Any:
 def checksums(tree: Any) -> dict[str, str]:
     """Returns {path: dtype, shape and CRC-32} of each array."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{array.dtype}{list(array.shape)} {zlib.crc32(np.ascontiguousarray(array).data.cast('B')):08x}"
-        )
-        for path, array in jax.tree_util.tree_leaves_with_path(tree)
+        name: f"{array.dtype}{list(array.shape)} {zlib.crc32(np.ascontiguousarray(array).data.cast('B')):08x}"
+        for name, array in _named_leaves(tree)
     }
 
 
 def not_finite(tree: Any) -> list[str]:
     """Returns the paths of the arrays that hold a NaN or an infinity."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, array in jax.tree_util.tree_leaves_with_path(tree)
-        if not np.isfinite(array).all()
-    ]
+    return [name for name, array in _named_leaves(tree) if not np.isfinite(array).all()]
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _seal(info: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,25 @@
-"""Reads and writes metrics.jsonl, one JSON object per training step and per evaluation."""
+"""Reads and writes metrics.jsonl, one JSON object per training step and per evaluation, and accuracy.json.
+
+The evaluations' accuracies decide which checkpoint is the best, so accuracy.json holds them once more, with a checksum.
+It is written before the row, so it has all rows but those that followed a failed write, as on a full disk. Runs of
+version 0.1 do not have it; their rows are used as they are.
+"""
 
 import json
 import os
 import sys
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import UserError
-from jaxft.files import atomic_write
+from jaxft.errors import UserError, write_message
+from jaxft.files import atomic_write, read_json, read_regular, reason
 from jaxft.main_process import is_main_process
+from jaxft.run.workdir import ACCURACY, LAST_STEP
+
+REQUIRED = ("step", "split", "accuracy")
+ALL_KEYS = (*REQUIRED, "epoch", "loss", "images_per_second", "seconds")
 
 
 class MetricsFile:
@@ -20,8 +31,9 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines = read_lines(path)
-        self.accuracy = {line["step"]: line["accuracy"] for line in self._lines if line["split"] == "eval"}
+        self._sealed = _read_sealed(path)
+        self.rows = _read_rows(path, REQUIRED, self._sealed)
+        self.accuracy = {row["step"]: row["accuracy"] for row in self.rows if row["split"] == "eval"}
         self._file: int | None = None
         self._pending = b""
         self._failed = False
@@ -32,21 +44,28 @@ class MetricsFile:
         Lines beyond that step, from an interrupted run, are dropped; returns those that are kept. Raises UserError if
         a step is missing or the file cannot be written.
         """
-        kept = [line for line in self._lines if line["step"] <= last_step]
-        steps = [line["step"] for line in kept if line["split"] == "train"]
+        kept = [row for row in self.rows if row["step"] <= last_step]
+        steps = [row["step"] for row in kept if row["split"] == "train"]
         if steps != list(range(1, last_step + 1)):
             wrong = min({*range(1, last_step + 1)} - {*steps}, default=last_step)
             raise UserError(
                 f"{self.path} lacks step {wrong}, or has it twice, and the checkpoint is of step {last_step}; "
                 "put the file back, or name another --workdir"
             )
+        lost = sorted(step for step in self._sealed or {} if step not in self.accuracy and step < last_step)
+        if lost:
+            raise UserError(
+                f"{self.path} lacks the evaluation after step {lost[0]}; put the file back, or name another --workdir"
+            )
         for step in [step for step in self.accuracy if step > last_step]:
             del self.accuracy[step]
         if not is_main_process():
             return kept
         try:
+            if self._sealed and max(self._sealed) > last_step:
+                self._seal()
             with atomic_write(self.path, "w", fsync=True) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in kept))
+                file.write("".join(json.dumps(row) + "\n" for row in kept))
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}") from None
@@ -60,12 +79,13 @@ class MetricsFile:
             return
         self._pending += (json.dumps(row) + "\n").encode()
         try:
+            if row["split"] == "eval":
+                self._seal()
             self.flush()
         except OSError as error:
             if not self._failed:
-                print(
-                    f"{self.path} cannot be written ({error}); its lines are kept in memory and written later",
-                    file=sys.stderr,
+                write_message(
+                    f"{self.path} cannot be written ({error}); its lines are kept in memory and written later"
                 )
             self._failed = True
 
@@ -79,16 +99,109 @@ class MetricsFile:
         if self._file is not None:
             os.close(self._file)
 
+    def _seal(self) -> None:
+        """Writes DIR/accuracy.json. Raises OSError."""
+        with atomic_write(self.path.with_name(ACCURACY), "w") as file:
+            file.write(json.dumps(_sealed({str(step): value for step, value in self.accuracy.items()})))
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the complete lines; an incomplete last line is dropped. Raises UserError if another one is damaged."""
-    texts = path.read_bytes().split(b"\n") if path.exists() else []
-    lines = []
-    for number, text in enumerate(texts[:-1], 1):
+
+def read_accuracy(path: Path) -> dict[int, float] | None:
+    """Returns {step: accuracy} of a run's evaluations; None if there is neither accuracy.json nor metrics.jsonl.
+
+    path: metrics.jsonl, whose rows count if they are not in accuracy.json. Raises UserError if neither can be used.
+    """
+    sealed = _read_sealed(path)
+    try:
+        rows = {row["step"]: row["accuracy"] for row in _read_rows(path, REQUIRED, sealed) if row["split"] == "eval"}
+    except UserError:
+        if sealed is None:
+            raise
+        return sealed
+    if sealed is None and not rows and not path.exists():
+        return None
+    return rows | (sealed or {})
+
+
+def read_lines(path: Path, required: tuple[str, ...] = REQUIRED) -> list[dict[str, Any]]:
+    """Returns the complete lines; an incomplete last line is dropped.
+
+    Raises UserError if another line is damaged: it is not a row with the required keys, a value has a wrong type or
+    range, a step is out of order, or an accuracy differs from accuracy.json.
+    """
+    return _read_rows(path, required, _read_sealed(path))
+
+
+def _read_rows(path: Path, required: tuple[str, ...], sealed: Mapping[int, float] | None) -> list[dict[str, Any]]:
+    try:
+        texts = read_regular(path).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}; put it back, or name another --workdir") from None
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            assert {"step", "split", "accuracy"} <= line.keys()
-        except (ValueError, AssertionError, AttributeError):
-            raise UserError(f"{path} is damaged in line {number}; put it back, or name another --workdir") from None
-        lines.append(line)
-    return lines
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        problem = _problem(row, rows[-1] if rows else {}, required) or _unsealed(row, sealed or {})
+        if problem:
+            raise UserError(
+                f"{path} is damaged in line {number} ({problem}); put it back, or name another --workdir"
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def _problem(row: Any, before: Mapping[str, Any], required: tuple[str, ...]) -> str | None:
+    """Returns what is wrong with a row that follows the row `before`, or None."""
+    if not isinstance(row, dict):
+        return "it is not a JSON object"
+    if missing := [key for key in required if key not in row]:
+        return f"it lacks {missing[0]}"
+    for key in ("step", "epoch"):
+        if type(row.get(key, 1)) is not int or not 1 <= row.get(key, 1) <= LAST_STEP:
+            return f"{key} is not a positive whole number"
+    if row["split"] not in ("train", "eval"):
+        return "split is neither train nor eval"
+    for key in ("accuracy", "loss", "images_per_second", "seconds"):
+        if type(row.get(key, 0)) not in (int, float) or not abs(row.get(key, 0)) <= sys.float_info.max:
+            return f"{key} is not a number"
+    if not 0 <= row["accuracy"] <= 1:
+        return "accuracy is not between 0 and 1"
+    evaluation = row["split"] == "eval"
+    if before and (row["step"], evaluation) <= (before["step"], before["split"] == "eval"):
+        return f"step {row['step']} follows step {before['step']}"
+    if evaluation and before.get("split") == "train" and row["step"] != before["step"]:
+        return f"the evaluation of step {row['step']} follows step {before['step']}"
+    return None
+
+
+def _unsealed(row: dict[str, Any], sealed: Mapping[int, float]) -> str | None:
+    """Returns how an evaluation's accuracy differs from accuracy.json, or None. Later evaluations may not be in it."""
+    step = row["step"]
+    if row["split"] != "eval" or step > max(sealed, default=0) or sealed.get(step) == row["accuracy"]:
+        return None
+    recorded = f"{ACCURACY} has {sealed[step]}" if step in sealed else f"{ACCURACY} has no such step"
+    return f"accuracy {row['accuracy']} of step {step}, but {recorded}"
+
+
+def _read_sealed(path: Path) -> dict[int, float] | None:
+    """Returns {step: accuracy} of accuracy.json beside metrics.jsonl; None if it is missing, or damaged (reported)."""
+    file = path.with_name(ACCURACY)
+    try:
+        content = read_json(file)
+        if content != _sealed(content.get("accuracy")):
+            raise ValueError("it does not match its checksum")
+        return {int(step): accuracy for step, accuracy in content["accuracy"].items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        cause = reason(error) if isinstance(error, OSError) else error
+        write_message(f"{file} is damaged ({cause}), so {path.name} decides which checkpoint is the best")
+        return None
+
+
+def _sealed(accuracy: Any) -> dict[str, Any]:
+    """Returns the content of accuracy.json: {step: accuracy} with its CRC-32."""
+    return {"accuracy": accuracy, "crc32": zlib.crc32(json.dumps(accuracy, sort_keys=True).encode())}

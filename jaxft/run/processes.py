@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import sync_global_processes
 
-from jaxft.errors import UserError, run_command
+from jaxft.errors import Interrupted, UserError, run_command, write_message
 from jaxft.main_process import is_main_process
 
 HEARTBEAT_SECONDS = 30  # if a process is silent for longer, the others end
@@ -32,6 +33,10 @@ def run_together(main: Callable[[list[str]], None], argv: list[str]) -> int:
             _keep_stdout_to_main_process()
         try:
             main(argv)
+        except Interrupted:
+            with suppress(Exception):
+                jax.distributed.shutdown()  # waits for the others: if one ended earlier, JAX would abort process 0
+            raise
         except JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -43,10 +48,9 @@ def run_together(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         code = run_command(joined, argv)
     except Exception:
-        traceback.print_exc()
+        write_message(traceback.format_exc())
         code = 1
     if code and jax.distributed.is_initialized():
-        sys.stderr.flush()
         os._exit(code)  # otherwise JAX would wait for processes that wait for this one
     return code
 
@@ -70,7 +74,7 @@ def _keep_stdout_to_main_process() -> None:
     """Redirects stdout: ours to /dev/null except in process 0, that of libraries (CPU collectives) to stderr."""
     sys.stdout.flush()
     own = os.dup(1) if is_main_process() else os.open(os.devnull, os.O_WRONLY)
-    sys.stdout = os.fdopen(own, "w")
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
 
 

@@ -7,7 +7,6 @@ checkpoint without one does not exist. The marker holds the times of the save: e
 import hashlib
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,22 @@ import jax
 from filelock import FileLock
 from orbax.checkpoint.multihost import sync_global_processes
 
-from jaxft.errors import UserError
-from jaxft.files import atomic_write, cache_dir
+from jaxft.errors import UserError, write_message
+from jaxft.files import atomic_write, cache_dir, open_regular, read_regular
 from jaxft.main_process import is_main_process
-from jaxft.run.workdir import CHECKPOINTS, CONFIG, DAMAGED_CHECKPOINTS, METRICS, WANDB
+from jaxft.run.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    DAMAGED_CHECKPOINTS,
+    METRICS,
+    WANDB,
+    checkpoint_step,
+    local_folder,
+)
 
 COMMITTED = "_CHECKPOINT_METADATA"  # Orbax's last file of a checkpoint
 PUSH_SECONDS = 5
+PULL_ATTEMPTS = 5  # to read a run whose machine replaces its checkpoints meanwhile
 PULL_SECONDS = 3600  # how long the others wait for process 0 to download
 UP_TO_DATE = "the workdir is up to date"  # name of the barrier
 NOT_MIRRORED = {DAMAGED_CHECKPOINTS, WANDB}
@@ -40,15 +48,24 @@ def is_remote(workdir: str | Path) -> bool:
     return "://" in str(workdir)
 
 
+def is_mirror(folder: Path) -> bool:
+    """Returns whether a folder on this machine is the mirror of a URL."""
+    return (folder / URL).is_file()
+
+
 def display_name(folder: Path) -> str:
     """Returns the workdir as the user named it: a mirror's URL, or the folder."""
-    url = folder / URL
-    return url.read_text() if url.exists() else str(folder)
+    try:
+        return read_regular(folder / URL).decode()
+    except (OSError, ValueError):
+        return str(folder)
 
 
 def training_folder(workdir: str | Path) -> Path:
-    """Returns the folder in which this process trains: `workdir` itself or its mirror."""
-    return _mirror_folder(workdir, f"process-{jax.process_index()}") if is_remote(workdir) else Path(workdir)
+    """Returns the folder in which this process trains: `workdir` itself or its mirror. Raises UserError."""
+    if not is_remote(workdir):
+        return local_folder(workdir)
+    return _mirror_folder(workdir, f"process-{jax.process_index()}")
 
 
 @contextmanager
@@ -98,18 +115,24 @@ def _keep_pushing(mirror: "_Mirror", done: threading.Event) -> None:
             failed = False
         except Exception as error:  # every file system has its own
             if not failed:
-                print(f"\n{mirror.url} cannot be written ({_short(error)}); trying again", file=sys.stderr, flush=True)
+                write_message(f"\n{mirror.url} cannot be written ({_short(error)}); trying again")
             failed = True
 
 
 def reading_folder(workdir: str | Path) -> Path:
     """Returns `workdir` itself, or a mirror of it that is up to date. Raises UserError."""
     if not is_remote(workdir):
-        return Path(workdir)
+        return local_folder(workdir)
     folder = _mirror_folder(workdir, f"reading-{jax.process_index()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        _Mirror(str(workdir), folder).pull()
+        for attempt in range(PULL_ATTEMPTS):
+            try:
+                _Mirror(str(workdir), folder).pull()
+                break
+            except UserError as error:
+                if attempt == PULL_ATTEMPTS - 1 or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
     return folder
 
 
@@ -155,7 +178,8 @@ def _call(function: Callable[[], Any], problem: str) -> Any:
 def _step(name: str) -> str | None:
     """Returns the checkpoint that a file belongs to: '7' for 'checkpoints/7/state/x', None for other files."""
     parts = PurePosixPath(name).parts
-    return parts[1] if len(parts) > 2 and parts[0] == CHECKPOINTS and parts[1].isdecimal() else None
+    is_checkpoint = len(parts) > 2 and parts[0] == CHECKPOINTS and checkpoint_step(parts[1]) is not None
+    return parts[1] if is_checkpoint else None
 
 
 class _Mirror:
@@ -173,7 +197,10 @@ class _Mirror:
 
     def _list(self) -> None:
         self._fs.invalidate_cache()
-        found = self._fs.find(self._root) if self._fs.exists(self._root) else []
+        found = self._fs.find(self._root, detail=True) if self._fs.exists(self._root) else {}
+        if others := [path for path, details in found.items() if details["type"] != "file"]:
+            name = str(others[0]).removeprefix(self._root).lstrip("/")
+            raise OSError(f"{name} is not a file")  # a FIFO, for example, which would never end
         self._names = {str(path).removeprefix(self._root).lstrip("/") for path in found}
         for name in self._names:
             if (step := _step(name)) and name == f"{CHECKPOINTS}/{step}/{COMMITTED}":
@@ -187,7 +214,7 @@ class _Mirror:
         def extends(name: str) -> bool:
             local = self._folder / name
             remote = self._fs.cat_file(f"{self._root}/{name}") if name in self._names else None
-            return remote is not None and local.exists() and local.read_bytes().startswith(remote)
+            return remote is not None and local.exists() and read_regular(local).startswith(remote)
 
         return bool(_call(lambda: extends(CONFIG) and extends(METRICS), f"--workdir {self.url} cannot be read"))
 
@@ -215,7 +242,7 @@ class _Mirror:
         for path in self._checkpoints.glob("*"):
             committed = self._local_commit(path.name)
             if committed is None or committed != self._committed.get(path.name):  # including a partly pulled one
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for name in sorted(wanted, key=lambda name: (PurePosixPath(name).name == COMMITTED, name)):
             target = self._folder / name
             if _step(name) and target.exists():
@@ -230,13 +257,13 @@ class _Mirror:
             name, stat = path.relative_to(self._folder).as_posix(), path.stat()
             if self._pushed.get(name) != (stat.st_size, stat.st_mtime_ns):
                 self._make_parent(name)
-                self._fs.pipe_file(f"{self._root}/{name}", path.read_bytes())  # a snapshot, since the file may grow
+                self._fs.pipe_file(f"{self._root}/{name}", read_regular(path))  # a snapshot, since the file may grow
                 self._pushed[name] = (stat.st_size, stat.st_mtime_ns)
                 (self._folder / PUSHED).touch()
         local = {
             path.name: committed
             for path in self._checkpoints.glob("*")
-            if path.name.isdecimal() and (committed := self._local_commit(path.name))
+            if checkpoint_step(path.name) is not None and (committed := self._local_commit(path.name))
         }
         for step in sorted(local, key=int, reverse=True):  # the latest first, as it may replace the others meanwhile
             if self._committed.get(step) != local[step]:
@@ -247,11 +274,12 @@ class _Mirror:
 
     def _push_checkpoint(self, step: str, committed: bytes) -> None:
         folder = self._checkpoints / step
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMMITTED)
+        files = sorted(path for path in folder.rglob("*") if not path.is_dir() and path.name != COMMITTED)
         try:
             for path in files:
                 name = path.relative_to(self._folder).as_posix()
                 self._make_parent(name)
+                open_regular(path).close()  # else a FIFO would never end
                 self._fs.put_file(str(path), f"{self._root}/{name}")
         except FileNotFoundError:
             if folder.exists():
@@ -272,8 +300,10 @@ class _Mirror:
         self._fs.makedirs(f"{self._root}/{PurePosixPath(name).parent}", exist_ok=True)  # a no-op in a bucket
 
     def _local_commit(self, step: str) -> bytes | None:
-        path = self._checkpoints / step / COMMITTED
-        return path.read_bytes() if path.exists() else None
+        try:
+            return read_regular(self._checkpoints / step / COMMITTED)
+        except OSError:
+            return None
 
     def _files(self) -> list[Path]:
         """Returns the mirrored files, except for checkpoints, each of which is synchronised as a whole."""

@@ -1,61 +1,68 @@
-"""Handles SIGTERM and Ctrl-C between two steps: all processes stop after the same step."""
+"""Ctrl-C and SIGTERM during a run: all processes stop after the same step."""
 
 import os
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from jaxft import interrupts
 from jaxft.errors import Interrupted
 
 
 class StopSignals:
-    """Signal handlers: inside `deferred()` the first signal only sets a flag that `reached()` reports.
+    """Signal handlers of a run, unless it is in another thread than the main one: Python allows none there.
 
-    A second signal, or one outside `deferred()`, raises Interrupted. With several processes, JAX's coordinator receives
-    SIGTERM and finds a step that none of them has begun; Ctrl-C is forwarded as SIGTERM.
+    The first signal only sets a flag that `reached()` reports and `interrupts.check()` raises. With several processes,
+    JAX's coordinator receives SIGTERM and finds a step that none of them has begun; Ctrl-C is forwarded as SIGTERM.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._deferring = False
+        self.saved_step = 0  # of the newest checkpoint, for the message
         self._several = jax.process_count() > 1
+        self._forwarded = False
 
     def __enter__(self) -> "StopSignals":
-        signals = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
-        self._previous = {number: signal.signal(number, self._handle) for number in signals}
+        interrupts.check()
+        handlers: dict[signal.Signals, Any] = dict.fromkeys(interrupts.SIGNALS, interrupts.on_signal)
+        if self._several:
+            handlers = {signal.SIGINT: self._forward}
+        if threading.current_thread() is not threading.main_thread():
+            handlers = {}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that is not Python's
+        if isinstance(error, Interrupted):
+            error.remedy = "resume with the same command"
+            if self.saved_step:
+                error.remedy += f" (after step {self.saved_step})"
+        if not interrupts.is_watching():
+            interrupts.forget()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        previous, self.received = self.received, signal.Signals(number)
-        if previous or not self._deferring:
-            raise Interrupted(self.received)
-        clear = "\r\x1b[K" if sys.stderr.isatty() else "\n"  # a terminal's progress bar is drawn again below
-        print(f"{clear}{self.received.name}: stopping after the current steps", file=sys.stderr, flush=True)
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self._forwarded:
+            interrupts.end(number)
+        self._forwarded = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
+    def protect_results(self) -> None:
+        """From now on, a stop waits for a checkpoint: steps have been done that it would lose."""
+        interrupts.protect_results()
 
     def reached(self, step: int) -> bool:
         """Returns whether to stop before `step`. Every process must call this for every step, in order."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM
+        if self._several:
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.received = signal.SIGTERM
+        else:
+            self.received = interrupts.received
         return self.received is not None

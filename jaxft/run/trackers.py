@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
+from jaxft.files import reason
 from jaxft.main_process import is_main_process
 from jaxft.run.remote_workdir import display_name
 from jaxft.run.workdir import Workdir
@@ -31,7 +32,7 @@ class Trackers:
     """Writes each line to the trackers that the config's `log` section names, from process 0.
 
     kept: the lines from before an interruption. They are written to TensorBoard again, because a killed process may
-    have lost them; Weights & Biases accepts each step only once.
+    have lost them; Weights & Biases accepts each step only once. Raises UserError if DIR/tensorboard cannot be written.
     """
 
     def __init__(self, config: ConfigDict, workdir: Workdir, kept: Iterable[dict[str, Any]]) -> None:
@@ -44,7 +45,13 @@ class Trackers:
 
             rows = list(kept)
             suffix = f".{len(rows):09}"  # file names hold only the second, and two writers may share it
-            board = SummaryWriter(str(workdir.tensorboard), purge_step=1, filename_suffix=suffix)
+            try:
+                board = SummaryWriter(str(workdir.tensorboard), purge_step=1, filename_suffix=suffix)
+            except OSError as error:
+                raise UserError(
+                    f"{workdir.tensorboard} cannot be written: {reason(error)}; move it away, or set "
+                    "--config.log.tensorboard=False"
+                ) from None
 
             def write_scalars(row: dict[str, float], step: int) -> None:
                 for key, value in row.items():
@@ -71,7 +78,7 @@ class Trackers:
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes a line of metrics.jsonl."""
-        scalars = {f"{row['split']}/{key}": row[key] for key in SCALARS}
+        scalars = {f"{row['split']}/{key}": row[key] for key in SCALARS if key in row}
         for write in self._writers:
             write(scalars, row["step"])
 

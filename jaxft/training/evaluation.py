@@ -1,6 +1,7 @@
 """Evaluation: predictions, cached features and recalibrated statistics over a whole dataset."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxft import interrupts
 from jaxft.config import resolve
 from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, replicate
+from jaxft.data.folder_scan import is_folder
+from jaxft.data.identity import differences
 from jaxft.data.loader import Loader, ResidentLoader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.resnet import ResNet, multiply_adds
@@ -22,6 +26,7 @@ from jaxft.process import disable_compilation_cache
 from jaxft.progress import Progress
 from jaxft.run.processes import with_compile_barrier
 from jaxft.targets.classification import Predictions
+from jaxft.training.feature_cache import features_path, load_or_compute
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig, EvalStep, eval_step, features_step, map_batches, statistics_step
@@ -48,11 +53,20 @@ def extract_features(
     loader: Loader,
     batch_size: int,
     per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
+    *,
+    keep: bool = False,
 ) -> Examples:
-    """Computes a frozen backbone's pooled features, float32 (N, F), which replace the images; labels stay."""
-    p_steps = _pmap_steps(features_step, config)
-    features = _per_image(p_steps, state, loader, batch_size, per_call, "the backbone's features")
-    return Examples(features, loader.label)
+    """Computes a frozen backbone's pooled features, float32 (N, F), which replace the images; labels stay.
+
+    keep: write them to the disk cache, and read them from there if they have been computed before.
+    """
+
+    def compute() -> Any:
+        p_steps = _pmap_steps(features_step, config)
+        return _per_image(p_steps, state, loader, batch_size, per_call, "the backbone's features")
+
+    path = features_path(config, state, loader, batch_size) if keep else None
+    return Examples(load_or_compute(path, compute) if path else compute(), loader.label)
 
 
 def cache_features(
@@ -61,14 +75,16 @@ def cache_features(
     loaders: tuple[Loader, Loader],
     batch_size: int,
     per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
+    *,
+    keep: bool = False,
 ) -> tuple[Loader, Loader]:
     """Replaces the images of the training and the test loader by their features, resident on every device.
 
-    Only test images are averaged with their mirror images, if the policy asks for that.
+    Only test images are averaged with their mirror images, if the policy asks for that. keep: as in extract_features.
     """
     train_config = config._replace(policy=config.policy._replace(test_flip=False))
     train, test = (
-        ResidentLoader(replicate(extract_features(eval_config, state, loader, batch_size, per_call)))
+        ResidentLoader(replicate(extract_features(eval_config, state, loader, batch_size, per_call, keep=keep)))
         for eval_config, loader in zip((train_config, config), loaders, strict=True)
     )
     return train, test
@@ -98,7 +114,12 @@ def _per_image(
 ) -> Any:
     """Joins a step's results (num_devices, B, ...) of all images on the host: (N, ...)."""
     devices = jax.device_count()
-    per_batch = _per_batch(p_steps, state, loader, -(-batch_size // devices) * devices, per_call, description)
+
+    def p_checked_steps(*arguments: Any) -> Any:
+        interrupts.check()
+        return p_steps(*arguments)
+
+    per_batch = _per_batch(p_checked_steps, state, loader, -(-batch_size // devices) * devices, per_call, description)
     # Padding is only at the end of the last batch.
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(loader.label)], per_batch)
 
@@ -171,17 +192,22 @@ def choose_formulation(model: ResNet, config: ConfigDict, train_size: int) -> Fo
 def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = None) -> Evaluation:
     """Evaluates a checkpoint on the split that its run was tested on.
 
-    data_dir: folder of prepared TFDS datasets, if it has moved. Raises UserError if the data has other classes than
-    the checkpoint.
+    data_dir: the folder of images, or of prepared TFDS datasets, if it has moved. Test images that differ from those of
+    the run are reported on stderr. Raises UserError if the data has other classes than the checkpoint.
     """
     step, info, model, policy, state = checkpoint
     config = resolve(info["config"])
     data = config.data
-    if data_dir is not None:
+    if data.name.startswith("folder:"):
+        data.name = f"folder:{_find_folder(info, data.name, data_dir)}"
+        data.layout = info.get("data", {}).get("layout") or data.layout
+    elif data_dir is not None:
         data.dir = data_dir
     dataset = datasets.load_config_data(data, data.eval_split, config.image_size, tuple(info["class_names"]))
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
+    if text := "data" in info and differences(info["data"]["eval"], dataset):
+        print(f"the test images differ from those of the run: now {text}", file=sys.stderr, flush=True)
     model = model.clone(formulation=choose_formulation(model, config, info["train_size"]))
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()
@@ -189,3 +215,24 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     per_call = choose_steps_per_call(config, model, train=False)
     predictions = evaluate_images(p_eval_steps, state, make_loader(dataset, data), config.batch_size, per_call)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)
+
+
+def _find_folder(info: dict[str, Any], name: str, data_dir: str | None) -> Path:
+    """Returns the folder of a run's images: `data_dir`, or where it was in training. Raises UserError if it is missing.
+
+    name: the run's data.name, whose path may be relative to the working directory of the training.
+    """
+    stored = info.get("data", {}).get("folder")
+    named = datasets.folder_path(name)
+    if data_dir is not None:
+        folder = datasets.folder_path(data_dir)
+    else:
+        folder = Path(stored) if stored and (is_folder(Path(stored)) or not is_folder(named)) else named
+    if not is_folder(folder):
+        raise UserError(
+            f"there is no folder {folder}; if the run's images have moved, name their folder: --data_dir DIR"
+        )
+    split = resolve(info["config"]).data.eval_split
+    if info.get("data", {}).get("layout") == "splits" and not is_folder(folder / split):
+        raise UserError(f"{folder} has no folder '{split}', on which the run was tested; name the folder that holds it")
+    return folder

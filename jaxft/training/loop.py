@@ -1,7 +1,6 @@
 """The training loop: mapped steps, an epoch of them, rows of metrics, and the handling of divergence."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxft.data.batches import Batch, epoch_order
 from jaxft.data.loader import Loader
-from jaxft.errors import Interrupted, UserError
+from jaxft.errors import Interrupted, UserError, write_message
 from jaxft.main_process import is_main_process
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
@@ -60,7 +59,7 @@ def make_train_steps(
 
     @cache
     def compiled(policy: Policy, image_size: int) -> TrainSteps:
-        preprocessing = step_config.preprocessing._replace(image_size=image_size)
+        preprocessing = step_config.preprocessing.at_size(image_size)
         steps = with_compile_barrier(pmap_train_steps(step_config._replace(policy=policy, preprocessing=preprocessing)))
         return lambda state, batches, num_steps: steps(state, loader.examples, batches, teacher_variables, num_steps)
 
@@ -112,13 +111,14 @@ def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSigna
     batches = trainer.loader.batches(order, config.batch_size)
     p_train_steps = trainer.train_steps(epoch)
     if int(state.step) == trainer.first_step and is_main_process():
-        print("compiling the first step, which takes a while", file=sys.stderr, flush=True)
-    with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress, stop.deferred():
+        write_message("compiling the first step, which takes a while")
+    with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress:
 
         def on_step(step: int, counts: Counts, seconds: float) -> None:
             row = metrics_row(step, epoch, "train", counts, seconds)
             trainer.record(row)
             progress.update(int(counts.num_images), row["loss"])
+            stop.protect_results()
             checkpoints.poll()
 
         for num_steps in steps_between_checkpoints(int(state.step), last_step, config.checkpoint.every_steps):
@@ -128,10 +128,10 @@ def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSigna
             if config.model.batch_norm == "recalibrate" and int(state.step) == last_step and epoch == config.num_epochs:
                 state = trainer.recalibrate(state)
             checkpoints.save(state, trainer.info)
+            stop.saved_step = int(state.step)
             if stop.received:
                 checkpoints.finish(state, trainer.info)
-                remedy = f"resume with the same command (after step {int(state.step)})"
-                raise Interrupted(stop.received, remedy)
+                raise Interrupted(stop.received)
     return state
 
 
@@ -205,8 +205,8 @@ def epochs_evaluated(metrics: MetricsFile, step: int, steps_per_epoch: int) -> i
 
 
 @contextmanager
-def report_divergence(checkpoints: Checkpoints, learning_rate: optax.Schedule) -> Iterator[None]:
-    """Turns NotFiniteError into a UserError.
+def report_divergence(checkpoints: Checkpoints, learning_rate: optax.Schedule, optimizer: ConfigDict) -> Iterator[None]:
+    """Turns NotFiniteError into a UserError that names the settings which help. optimizer: the config's section.
 
     A checkpoint whose very next step diverged is set aside: it cannot be resumed from either.
     """
@@ -218,7 +218,14 @@ def report_divergence(checkpoints: Checkpoints, learning_rate: optax.Schedule) -
             checkpoints.set_aside(error.made_by)
         steps = checkpoints.steps()
         last_good = f"the last good checkpoint is {steps[-1]}" if steps else "there is no good checkpoint"
+        if error.made_by == 0:  # no update has been made
+            raise UserError(
+                f"{error} at step {error.step}, before any update: the network's output is not finite; choose another "
+                "model.pretrained, or model.dtype=float32"
+            ) from None
+        rate = float(learning_rate((error.step - 1) // optimizer.accumulate_steps))
+        clip = f" below {optimizer.clip_norm:g}" if optimizer.clip_norm else "=1"
         raise UserError(
-            f"{error} at step {error.step}, where the learning rate is {float(learning_rate(error.step - 1)):g}; "
-            f"{last_good}; train in another --workdir with a lower optimizer.learning_rate"
+            f"{error} at step {error.step}, where the learning rate is {rate:g}; {last_good}; train in another "
+            f"--workdir with optimizer.clip_norm{clip} or a lower optimizer.learning_rate"
         ) from None

@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jaxft.models.partition import STAGES, map_with_path, stage_of
+from jaxft.models.partition import STAGES, first_epoch, map_with_path, stage_of
 
 # optimizer.name -> scaling of the gradients, before weight decay and learning rate
 SCALERS = {
@@ -45,6 +46,32 @@ def learning_rate_factor(config: ConfigDict, path: str) -> float:
     return config.layer_decay**later_parts * (config.head_factor if part == "head" else 1.0)
 
 
+def unfreeze_warmup(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Multiplies the updates of a part that was unfrozen by a factor that grows linearly from 0 to 1.
+
+    It takes optimizer.unfreeze_warmup epochs. The updates of parts that train from the beginning do not change. A
+    backbone's momentum is empty and its gradients are unknown when it joins a trained head, and the learning rate may
+    be at its peak by then.
+    """
+    updates_per_epoch = steps_per_epoch / config.accumulate_steps
+    length = max(config.unfreeze_warmup * updates_per_epoch, 1)
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByScheduleState]:
+        def scaled(path: str, array: jax.Array) -> jax.Array:
+            epoch = first_epoch(config, path)
+            if epoch <= 1:
+                return array
+            since = state.count - (epoch - 1) * updates_per_epoch
+            return array * jnp.clip(since / length, 0, 1).astype(array.dtype)
+
+        return map_with_path(scaled, updates), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.GradientTransformation:
     """Makes the optimizer of a config's `optimizer` section. Parameters are nested dicts with the network's names.
 
@@ -68,7 +95,11 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int, num_epochs: int) ->
                 lambda updates, _: map_with_path(lambda path, u: u * learning_rate_factor(config, path), updates)
             )
         )
+    if config.unfreeze_warmup and config.unfreeze:
+        direction.append(unfreeze_warmup(config, steps_per_epoch))
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.adaptive_clip:
+        clip.append(optax.adaptive_grad_clip(config.adaptive_clip))
     schedule = learning_rate_schedule(config, steps_per_epoch, num_epochs)
     tx = optax.chain(*clip, *direction, optax.scale_by_learning_rate(schedule))
     if config.accumulate_steps == 1:

@@ -1,19 +1,28 @@
-"""Restores a checkpoint together with its model and policy."""
+"""Restores a checkpoint together with its model and policy, also as the pretrained weights of another run."""
 
-from contextlib import closing
+import os
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxft.config import resolve
 from jaxft.errors import UserError
+from jaxft.files import expand_user
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet, make_model
 from jaxft.run.checkpoints import Checkpoints
-from jaxft.run.remote_workdir import display_name, reading_folder
-from jaxft.run.workdir import Workdir
+from jaxft.run.metrics_file import read_accuracy
+from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
+from jaxft.run.workdir import CHECKPOINTS, Workdir
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, abstract_train_state
+
+ATTEMPTS = 10  # to read a checkpoint while a run replaces it
+SETTLED_SECONDS = 0.2  # a checkpoint that is being deleted changes within this time
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -26,18 +35,105 @@ class LoadedCheckpoint(NamedTuple):
     state: TrainState  # on every local device
 
 
+class _Template(NamedTuple):
+    """What a run's checkpoints have in common."""
+
+    config: dict[str, Any]
+    model: ResNet
+    policy: Policy
+    abstract_state: TrainState
+
+
 def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
-    """Loads a checkpoint: 'best', 'latest' or the number of a step. Raises UserError if there is none."""
+    """Loads a checkpoint: 'best', 'latest' or the number of a step. Raises UserError if there is none.
+
+    A run may replace its checkpoints meanwhile: then the newest or best is looked up again.
+    """
     folder = Workdir(reading_folder(workdir))
     if not folder.has_checkpoint():
         name = display_name(folder.path)
         raise UserError(f"there is no checkpoint in {name}; train first, or name another --workdir")
-    with closing(Checkpoints(folder)) as checkpoints:
-        step = checkpoints.resolve(which)
-        info = checkpoints.info(step)
-        config = resolve(info["config"])
-        model = make_model(config.model, len(info["class_names"]))
-        policy = make_policy(config, model, config.num_epochs)
-        tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)  # for the structure of its state
-        abstract_state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
-        return LoadedCheckpoint(step, info, model, policy, checkpoints.restore(step, abstract_state))
+    template = None
+    for attempt in range(ATTEMPTS):
+        with closing(Checkpoints(folder)) as checkpoints:
+            step = checkpoints.resolve(which)
+            before = _contents(folder)
+            try:
+                info = checkpoints.info(step)
+                if template is None or template.config != info["config"]:
+                    template = _make_template(info)
+                state = checkpoints.restore(step, template.abstract_state)
+                return LoadedCheckpoint(step, info, template.model, template.policy, state)
+            except UserError:
+                time.sleep(SETTLED_SECONDS if before == _contents(folder) else 0)
+                if attempt == ATTEMPTS - 1 or before == _contents(folder):
+                    raise
+    raise AssertionError
+
+
+def _make_template(info: dict[str, Any]) -> _Template:
+    config = resolve(info["config"])
+    model = make_model(config.model, len(info["class_names"]))
+    policy = make_policy(config, model, config.num_epochs)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)  # for the structure of its state
+    abstract_state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
+    return _Template(info["config"], model, policy, abstract_state)
+
+
+def _contents(folder: Workdir) -> list[tuple[str, int]]:
+    """Returns the paths and times of the files of all checkpoints that are complete, some of which may vanish."""
+    found = []
+    for step in folder.steps():
+        for parent, _, names in os.walk(folder.checkpoints / str(step)):  # ignores folders that have vanished
+            for path in (Path(parent, name) for name in names):
+                with suppress(OSError):
+                    found.append((str(path), path.lstat().st_mtime_ns))
+    return sorted(found)
+
+
+def named_after(error: UserError, key: str) -> UserError:
+    """Returns the error about a workdir that a config key names, instead of --workdir."""
+    text = str(error).replace("--workdir", f"--config.{key}")
+    return UserError(text if key in text else f"{key}: {text}")
+
+
+def is_workdir(source: str) -> bool:
+    """Returns whether a source of pretrained weights is a run: a folder with checkpoints, or a URL of a bucket."""
+    if source.partition("://")[0] in ("http", "https"):
+        return False
+    try:
+        return is_remote(source) or (expand_user(Path(source)) / CHECKPOINTS).is_dir()
+    except (OSError, ValueError):  # not a path; load_pretrained says so
+        return False
+
+
+def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (variables, provenance) of a run's best checkpoint, or of its latest if none is evaluated, on the host.
+
+    The provenance has the class names. Raises UserError if there is no checkpoint or if it is of another architecture.
+    """
+    try:
+        folder = Workdir(reading_folder(workdir))
+        accuracy = read_accuracy(folder.metrics) or {}
+        which = "best" if any(step in accuracy for step in folder.steps()) else "latest"
+        step, info, model, _, state = load_checkpoint(workdir, which)
+    except UserError as error:
+        raise named_after(error, "model.pretrained") from None
+    found = info["config"]["model"]["arch"]
+    if found != arch:
+        raise UserError(f"{workdir} is a run of a {found}, not a {arch}; set --config.model.arch={found}")
+    scored = f", accuracy {accuracy[step]:.2%}" if step in accuracy else ""
+    provenance = {
+        "arch": found,
+        "width": model.width,
+        "stem": model.stem,
+        "num_classes": model.num_classes,
+        "source": f"checkpoint {step} ({which}{scored}) of {workdir}",
+        "checkpoint": step,
+        "mean": info["preprocessing"]["mean"],
+        "std": info["preprocessing"]["std"],
+        "class_names": info["class_names"],
+        "weights": info["weights"],
+        "num_batches_tracked": info["weights"].get("num_batches_tracked", {}),
+    }
+    return jax.device_get(state.variables()), provenance

@@ -1,6 +1,8 @@
 """Prepares and prints everything that a run needs before its first step: data, batch size, state and teacher."""
 
 import math
+import shlex
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +17,18 @@ from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, replicate
 from jaxft.data.budget import device_memory, is_streamed
 from jaxft.data.dataset import Dataset
+from jaxft.data.identity import data_info, differences
+from jaxft.data.image_folder import UnreadableError
 from jaxft.data.loader import Loader, make_loader
-from jaxft.errors import UserError
+from jaxft.errors import UserError, shortened
 from jaxft.models.fold import fold_norms
-from jaxft.models.partition import make_policy, table, trains_only_head
+from jaxft.models.partition import make_policy, table, trains_only_head, unfreezing
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet, make_model
 from jaxft.ops.formulation import Formulation, on_cpu
 from jaxft.pretrained.load import load_pretrained
 from jaxft.run import remote_workdir
-from jaxft.run.checkpoints import Checkpoints
+from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import broadcast_bool
 from jaxft.run.workdir import Workdir
@@ -33,7 +37,7 @@ from jaxft.training.batch_size import largest_batch_size
 from jaxft.training.distill import Teacher
 from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
-from jaxft.training.restore import load_checkpoint
+from jaxft.training.restore import is_workdir, load_checkpoint, load_weights, named_after
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state, initial_train_state
 from jaxft.training.steps import make_step_config
 from jaxft.training.steps_per_call import StepsPerCall
@@ -50,11 +54,27 @@ class Start(NamedTuple):
 
 
 def load_splits(config: ConfigDict) -> tuple[Dataset, Dataset]:
-    """Loads the training split and the test split, with the training split's classes."""
-    train_data = datasets.load_config_data(config.data, config.data.train_split, config.image_size)
-    return train_data, datasets.load_config_data(
-        config.data, config.data.eval_split, config.image_size, train_data.class_names
-    )
+    """Loads the training split and the test split, with the training split's classes.
+
+    Raises UserError, with the files of both splits that are not images.
+    """
+    unreadable: list[UnreadableError] = []
+    splits: list[Dataset] = []
+    for split in (config.data.train_split, config.data.eval_split):
+        try:
+            class_names = splits[0].class_names if splits else None
+            splits.append(datasets.load_config_data(config.data, split, config.image_size, class_names))
+        except UnreadableError as error:
+            unreadable.append(error)
+        except UserError as error:
+            raise unreadable[0] if unreadable else error from None
+    if len(unreadable) == 1:
+        raise unreadable[0]
+    if unreadable:
+        problems = [problem for error in unreadable for problem in error.problems]
+        raise UnreadableError(problems, sum(error.num_files for error in unreadable))
+    train_data, eval_data = splits
+    return train_data, eval_data
 
 
 def make_loaders(config: ConfigDict, train_data: Dataset, eval_data: Dataset) -> tuple[Loader, Loader]:
@@ -79,7 +99,7 @@ def find_batch_size(config: ConfigDict, train_data: Dataset, eval_data: Dataset)
     tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
     state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
     teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
-    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
+    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, config.data.resize)
     steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing, teacher))
     num_steps = StepsPerCall(padded=on_cpu(model.formulation)).scan_length(1)
 
@@ -96,13 +116,14 @@ def begin_or_resume(
     workdir: Workdir,
     model: ResNet,
     tx: optax.GradientTransformation,
-    train_data: Dataset,
+    splits: tuple[Dataset, Dataset],
     metrics: MetricsFile,
 ) -> tuple[Start, Checkpoints]:
     """Resumes from the latest checkpoint, or begins at step 0 and writes the workdir's config.
 
     Raises UserError if the checkpoint, the weights or the teacher cannot be used.
     """
+    train_data, _ = splits
     policy = make_policy(config, model, config.num_epochs)
     ema = config.optimizer.ema_decay > 0
     make_checkpoints = partial(
@@ -111,38 +132,75 @@ def begin_or_resume(
     if broadcast_bool(workdir.has_checkpoint()):
         checkpoints = make_checkpoints()
         abstract_state = abstract_train_state(model, tx, policy, ema=ema)
+        with suppress(DamagedCheckpointError):  # before arrays of another number of classes are restored
+            check_data(config, checkpoints.info(checkpoints.steps()[-1]), splits, workdir.path)
         info, state = checkpoints.restore_latest(abstract_state, config.checkpoint.on_damage)
-        check_data(info, train_data, workdir.path)
+        check_data(config, info, splits, workdir.path)
+        info = info | {"data": data_info(*splits)}
+        if info["config"]["data"]["name"] != config.data.name:  # the folder has moved
+            info["config"]["data"]["name"] = config.data.name
+            workdir.rename_data(config.data.name)
+        if info["config"]["num_epochs"] != config.num_epochs:  # raised by the user
+            info = info | {"config": info["config"] | {"num_epochs": config.num_epochs}}
+            workdir.raise_num_epochs(config.num_epochs)
         which = info.get("teacher_checkpoint", "best")
         teacher = load_teacher(config, train_data.class_names, which, model.formulation)
         return Start(state, info, teacher), checkpoints
-    state, provenance = initial_state(config, model, policy, tx)
+    check_not_trained(workdir, metrics)
+    state, provenance = initial_state(config, model, policy, tx, train_data.class_names)
     teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
-    info = run_info(config, train_data, provenance, teacher)
+    info = run_info(config, splits, provenance, teacher)
     workdir.write_config(config)
     return Start(replicate(state), info, teacher), make_checkpoints()
 
 
-def initial_state(
-    config: ConfigDict, model: ResNet, policy: Policy, tx: optax.GradientTransformation
-) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state of step 0, pretrained with a new head or random, and the provenance of the weights.
+def check_not_trained(workdir: Workdir, metrics: MetricsFile) -> None:
+    """Raises UserError if a run without checkpoints had some, which training again would replace.
 
-    Raises UserError if the weights belong to another architecture.
+    A run that was killed before its first checkpoint was complete has an empty folder, or a partial checkpoint. A
+    bucket has no empty folders, and receives the metrics of an epoch before its checkpoint.
+    """
+    remote = remote_workdir.is_mirror(workdir.path)
+    evaluated = len(metrics.accuracy) >= (2 if remote else 1) and not any(workdir.checkpoints.glob("*-tmp*"))
+    if evaluated or (metrics.rows and not remote and not workdir.checkpoints.exists()):
+        raise UserError(
+            f"{remote_workdir.display_name(workdir.path)} has metrics up to step {metrics.rows[-1]['step']} but no "
+            f"checkpoint; put {workdir.checkpoints.name}/ back, name another --workdir, or remove {metrics.path.name} "
+            "to train again from the start"
+        )
+
+
+def initial_state(
+    config: ConfigDict,
+    model: ResNet,
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    class_names: tuple[str, ...] = (),
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state of step 0, pretrained or random, and the provenance of the weights.
+
+    The head of pretrained weights is new, except for those of another run with the same `class_names`. Raises UserError
+    if the weights belong to another architecture.
     """
     rng = jax.random.key(config.seed)
     ema = config.optimizer.ema_decay > 0
     if not config.model.pretrained:
         create = jax.jit(partial(create_train_state, model, tx, policy=policy, ema=ema))
         return create(rng), {"source": "random initialisation"}
-    weights = load_pretrained(config.model.pretrained, config.model.arch)
+    of_run = is_workdir(config.model.pretrained)
+    load = load_weights if of_run else load_pretrained
+    variables, provenance = load(config.model.pretrained, config.model.arch)
     for key in ("width", "stem"):
-        value = weights.provenance.get(key, config.model[key])
+        value = provenance.get(key, config.model[key])
         if value != config.model[key]:
             raise UserError(f"{config.model.pretrained} has {key} {value}; set --config.model.{key}={value}")
-    variables = jax.tree.map(np.float32, weights.variables)
-    variables = replace_head(variables, model.num_classes, rng)
-    return initial_train_state(tx, variables, policy, ema=ema), weights.provenance
+    variables = jax.tree.map(np.float32, variables)
+    keeps_head = of_run and tuple(provenance["class_names"]) == class_names
+    if of_run:
+        provenance = provenance | {"head": "kept" if keeps_head else "new"}
+    if not keeps_head:
+        variables = replace_head(variables, model.num_classes, rng)
+    return initial_train_state(tx, variables, policy, ema=ema), provenance
 
 
 def load_teacher(
@@ -155,7 +213,10 @@ def load_teacher(
     workdir = config.distill.teacher
     if not workdir:
         return None
-    step, info, model, policy, state = load_checkpoint(workdir, which)
+    try:
+        step, info, model, policy, state = load_checkpoint(workdir, which)
+    except UserError as error:
+        raise named_after(error, "distill.teacher") from None
     if tuple(info["class_names"]) != class_names:
         raise UserError(f"distill.teacher {workdir} was trained on other classes: {', '.join(info['class_names'])}")
     model, variables = fold_norms(model.clone(formulation=formulation), replicate(state.variables()))
@@ -163,31 +224,59 @@ def load_teacher(
 
 
 def run_info(
-    config: ConfigDict, train_data: Dataset, provenance: dict[str, Any], teacher: Teacher | None
+    config: ConfigDict, splits: tuple[Dataset, Dataset], provenance: dict[str, Any], teacher: Teacher | None
 ) -> dict[str, Any]:
     """Returns the info that a checkpoint stores with the state: everything that is needed to use it."""
+    train_data, _ = splits
     info = {"teacher_checkpoint": str(teacher.checkpoint)} if teacher else {}
     return info | {
         "config": config.to_dict(),
         "class_names": list(train_data.class_names),
         "train_size": len(train_data.label),
+        "data": data_info(*splits),
         "preprocessing": {
             "image_size": config.image_size,
             "mean": provenance.get("mean", IMAGENET_MEAN),
             "std": provenance.get("std", IMAGENET_STD),
+            "resize": config.data.resize,
         },
         "weights": provenance,
         "versions": {name: version(name) for name in ("jaxft", "jax", "flax", "optax", "orbax-checkpoint")},
     }
 
 
-def check_data(info: dict[str, Any], train_data: Dataset, workdir: Path) -> None:
-    """Raises UserError if the number of images or the classes differ from those that the run began with."""
-    if (info["train_size"], info["class_names"]) != (len(train_data.label), list(train_data.class_names)):
+def check_data(config: ConfigDict, info: dict[str, Any], splits: tuple[Dataset, Dataset], workdir: Path) -> None:
+    """Raises UserError if the images differ from those that the run began with, wherever their folder is now.
+
+    Checkpoints of version 0.1 have only the number of training images and the classes.
+    """
+    train_data, eval_data = splits
+    before, now = info["class_names"], list(train_data.class_names)
+    stored, name = info.get("data"), info["config"]["data"]["name"]
+    remedy = "put them back, or name another --workdir"
+    if before != now:
+        gone, new = ([n for n in names if n not in others] for names, others in ((before, now), (now, before)))
+        texts = [f"{text} {shortened(names)}" for text, names in (("without", new), ("with", gone)) if names]
         raise UserError(
-            f"{workdir} began with other training data ({info['train_size']} images of {len(info['class_names'])} "
-            "classes); name another --workdir"
+            f"{workdir} began with other training data ({info['train_size']:,} images of {len(before)} classes"
+            f"{', ' if texts else ''}{' and '.join(texts)}); {remedy}"
         )
+    if stored is None:
+        if info["train_size"] != len(train_data.label):
+            raise UserError(
+                f"{workdir} began with other training data ({info['train_size']:,} images instead of "
+                f"{len(train_data.label):,}); {remedy}"
+            )
+        if name != config.data.name:
+            raise UserError(
+                f"{workdir} began with data.name={name}, and its checkpoints lack what recognises the images in "
+                "another folder; name the same folder, or another --workdir"
+            )
+        return
+    for kind, data in (("train", train_data), ("eval", eval_data)):
+        if text := differences(stored[kind], data):
+            images = {"train": "training", "eval": "test"}[kind]
+            raise UserError(f"{workdir} began with other {images} images: now {text}; {remedy}")
 
 
 def can_cache_features(config: ConfigDict, model: ResNet, policy: Policy) -> bool:
@@ -217,6 +306,9 @@ def print_start(
     source = weights.get("name", weights["source"])
     if "source_sha256" in weights:
         source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
+    if "head" in weights:
+        kept = weights["head"] == "kept"
+        source += f", {'same' if kept else 'new'} head for {len(info['class_names'])} classes"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     onednn = " with oneDNN" if model.formulation == "cpu-onednn" else ""
@@ -226,22 +318,30 @@ def print_start(
         f"data     {data.name}: {len(train_data.label):,} images to train on ({data.train_split}), "
         f"{len(eval_data.label):,} to test on ({data.eval_split})"
     )
-    print(f"{'':9}{datasets.describe(train_data, eval_data, data.stream)}")
+    for line in (
+        datasets.describe(train_data, eval_data, data.stream),
+        *datasets.describe_origin(train_data, eval_data),
+    ):
+        print(f"{'':9}{line}")
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
+    for note in weights.get("notes", ()):
+        print(f"{'':9}{note}")
     if "teacher_checkpoint" in info:
         print(f"teacher  checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
     if config.optimizer.freeze:
         steps_per_epoch = math.ceil(len(train_data.label) / config.batch_size)
         epoch = min(int(state.step) // steps_per_epoch + 1, config.num_epochs)
         print(table(model, make_policy(config, model, epoch)))
+        for line in unfreezing(config, epoch):
+            print(f"{'':9}{line}")
     resumes = f", resuming after step {int(state.step)}" if state.step else ""
     print(f"workdir  {remote_workdir.display_name(workdir.path)}{resumes}", flush=True)
 
 
 def print_end(config: ConfigDict, workdir: Workdir) -> None:
     """Prints the report's path, the command that evaluates the run again, and the config's note."""
-    name = remote_workdir.display_name(workdir.path)
+    name = shlex.quote(remote_workdir.display_name(workdir.path))
     print(f"Done. Report: {workdir.report}  Re-evaluate: python -m jaxft.evaluate --workdir {name}")
     if config.note:
         print(config.note)

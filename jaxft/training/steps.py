@@ -47,9 +47,16 @@ def make_step_config(
     teacher: Teacher | None = None,
 ) -> StepConfig:
     """Makes a step's settings from a run's config. Class weights, which depend on the data, are not set."""
-    distillation = teacher and Distillation(
-        teacher.model, teacher.policy, teacher.preprocessing, config.distill.weight, config.distill.temperature
-    )
+    distillation = None
+    if teacher:  # it sees the same part of each image, at its own size
+        teacher_size = preprocessing.at_size(teacher.preprocessing.image_size)
+        distillation = Distillation(
+            teacher.model,
+            teacher.policy,
+            teacher.preprocessing._replace(resize=teacher_size.resize),
+            config.distill.weight,
+            config.distill.temperature,
+        )
     return StepConfig(
         model,
         tx,

@@ -48,11 +48,11 @@ def image_keys(seed: int, step: ArrayLike, index: ArrayLike) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(index))
 
 
-def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width: int) -> Boxes:
+def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width: int, share: float = 1.0) -> Boxes:
     """Draws a crop for each image: the central square or a random part of it, randomly shifted and mirrored.
 
     The crop covers at least `crop_area` of the square, with an aspect ratio of at most `crop_ratio` (Szegedy et al.
-    2015; torchvision's RandomResizedCrop).
+    2015; torchvision's RandomResizedCrop). share: the part of the central square's sides that is used at all.
     """
 
     def box(key: jax.Array) -> Boxes:
@@ -63,7 +63,7 @@ def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width
         corner = (1 - size) * chance[2:4] + augmentation.shift * (2 * chance[4:6] - 1)
         # from fractions of the central square to fractions of the whole image
         shorter = min(height, width)
-        scale = jnp.array([shorter / height, shorter / width])
+        scale = jnp.array([shorter / height * share, shorter / width * share])
         corner, size = (1 - scale) / 2 + corner * scale, size * scale
         (top, left), (bottom, right) = corner, corner + size
         flip = augmentation.flip & (chance[6] < 0.5)
@@ -158,11 +158,16 @@ def mix(
 
 
 def augment(images: ArrayLike, keys: jax.Array, augmentation: Augmentation, preprocessing: Preprocessing) -> jax.Array:
-    """Preprocesses uint8 (N, H, W, 3) to float32 (N, size, size, 3) with random augmentation drawn from keys (N,)."""
+    """Preprocesses uint8 (N, H, W, 3) to float32 (N, size, size, 3) with random augmentation drawn from keys (N,).
+
+    Without random crops it shows the same part of the image as evaluation; with them, parts of the whole square.
+    """
     if augmentation._replace(mixup=0.0, cutmix=0.0) == NO_AUGMENTATION:
         return preprocess(images, preprocessing)
     images = jnp.asarray(images)
-    boxes = random_boxes(keys, augmentation, *images.shape[1:3])
+    _, height, width, _ = images.shape
+    share = preprocessing.cropped_share if augmentation.crop_area == 1 else 1.0
+    boxes = random_boxes(keys, augmentation, height, width, share)
     fill = 255 * jnp.array(preprocessing.mean)
     further_keys = jax.vmap(jax.random.fold_in, (0, None))
     images = crop_and_resize(images, boxes, preprocessing.image_size, fill)

@@ -8,16 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-_PRECISION_BITS = 22  # in Pillow's fixed-point coefficients (Resample.c: 32 - 8 - 2)
+from jaxft.transforms.pillow_resize import PRECISION_BITS, crop_start, resize_coefficients
+
 _LOW_BITS = 11
 
 
 class Preprocessing(NamedTuple):
     """Image size and normalisation of a network's input; stored with weights and checkpoints."""
 
-    image_size: int  # pixels: the shorter side after resizing, and the side of the central crop
+    image_size: int  # pixels: the side of the central square that is cropped
     mean: tuple[float, float, float]  # per RGB channel, for values in [0, 1]
     std: tuple[float, float, float]
+    resize: int = 0  # pixels of the shorter side before the central crop; 0: image_size. Checkpoints of 0.1 lack it
+
+    def at_size(self, image_size: int) -> "Preprocessing":
+        """Returns the same for another image size: the crop keeps its share of the image."""
+        return self._replace(image_size=image_size, resize=round(self.resize * image_size / self.image_size))
+
+    @property
+    def cropped_share(self) -> float:
+        """The side of the central crop, relative to the shorter side of the image."""
+        return self.image_size / self.resize if self.resize else 1.0
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,25 +48,6 @@ def epoch_image_size(first: int, last: int, epoch: int, num_epochs: int) -> int:
     return round(round(size / eighth) * eighth)
 
 
-def resize_coefficients(size_in: int, size_out: int) -> np.ndarray:
-    """Returns Pillow's bilinear filter along one side: int32 (size_out, size_in), rows summing to about 2^22.
-
-    The filter is a triangle that widens with the scale when shrinking (antialiasing) and spans two neighbours when
-    growing.
-    Source: precompute_coeffs and normalize_coeffs_8bpc in Pillow's Resample.c.
-    """
-    scale = size_in / size_out
-    support = max(scale, 1.0)
-    centre = (np.arange(size_out) + 0.5) * scale
-    first = np.maximum((centre - support + 0.5).astype(int), 0)
-    last = np.minimum((centre + support + 0.5).astype(int), size_in)
-    pixel = np.arange(size_in)
-    weights = np.maximum(0, 1 - np.abs((pixel - centre[:, None] + 0.5) * (1 / support)))
-    weights *= (pixel >= first[:, None]) & (pixel < last[:, None])
-    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed in Pillow's order
-    return np.floor(0.5 + weights * 2**_PRECISION_BITS).astype(np.int32)
-
-
 def _filter(images: jax.Array, coefficients: np.ndarray | jax.Array, equation: str) -> jax.Array:
     """Applies one pass of Pillow's resize and rounds to whole pixel values, bit for bit as Pillow does.
 
@@ -65,8 +57,8 @@ def _filter(images: jax.Array, coefficients: np.ndarray | jax.Array, equation: s
     product = partial(jnp.einsum, equation, images, precision=jax.lax.Precision.HIGHEST)
     high = product(jnp.asarray(coefficients >> _LOW_BITS, jnp.float32)).astype(jnp.int32)
     low = product(jnp.asarray(coefficients & (2**_LOW_BITS - 1), jnp.float32)).astype(jnp.int32)
-    total = (high << _LOW_BITS) + low + (1 << (_PRECISION_BITS - 1))
-    return jnp.clip(total >> _PRECISION_BITS, 0, 255).astype(jnp.float32)
+    total = (high << _LOW_BITS) + low + (1 << (PRECISION_BITS - 1))
+    return jnp.clip(total >> PRECISION_BITS, 0, 255).astype(jnp.float32)
 
 
 def resize(images: ArrayLike, height: int, width: int) -> jax.Array:
@@ -77,46 +69,112 @@ def resize(images: ArrayLike, height: int, width: int) -> jax.Array:
     images = jnp.asarray(images, jnp.float32)
     _, old_height, old_width, _ = images.shape
     if width != old_width:
-        images = _filter(images, resize_coefficients(old_width, width), "nhwc,vw->nhvc")
+        images = _filter(images, resize_coefficients(old_width, width)[1], "nhwc,vw->nhvc")
     if height != old_height:
-        images = _filter(images, resize_coefficients(old_height, height), "nhwc,uh->nuwc")
+        images = _filter(images, resize_coefficients(old_height, height)[1], "nhwc,uh->nuwc")
     return images
 
 
-def resize_and_crop(images: ArrayLike, size: int) -> jax.Array:
-    """Resizes the shorter side to `size` and crops the centre: torchvision's Resize(size) and CenterCrop(size)."""
-    _, height, width, _ = jnp.shape(images)
-    shorter = min(height, width)
-    images = resize(images, int(size * height / shorter), int(size * width / shorter))
-    top, left = (round((side - size) / 2) for side in images.shape[1:3])
-    return images[:, top : top + size, left : left + size]
+def resize_and_crop(images: ArrayLike, size: int, resize: int = 0) -> jax.Array:
+    """Resizes the shorter side to `resize` (0: `size`) and crops the central square of `size` pixels.
+
+    Equals torchvision's Resize(resize) and CenterCrop(size); if resize - size is odd, up to a shift by one pixel. Only
+    the pixels that the crop keeps are computed, so the memory does not depend on the longer side.
+    """
+    images = jnp.asarray(images, jnp.float32)
+    shorter = min(images.shape[1:3])
+    resize = resize or size
+    passes = []
+    for axis, equation in ((2, "nhwc,vw->nhvc"), (1, "nhwc,uh->nuwc")):
+        old = images.shape[axis]
+        new = int(resize * old / shorter)
+        first = crop_start(new, resize, size)
+        if new == old:
+            images = jax.lax.slice_in_dim(images, first, first + size, axis=axis)
+            continue
+        start, coefficients = resize_coefficients(old, new, range(first, first + size))
+        images = jax.lax.slice_in_dim(images, start, start + coefficients.shape[1], axis=axis)
+        passes.append((coefficients, equation))
+    for coefficients, equation in passes:
+        images = _filter(images, coefficients, equation)
+    return images
 
 
-def resize_and_crop_any(images: jax.Array, size: int) -> jax.Array:
-    """Does the same as resize_and_crop for heights and widths unknown at trace time (jax.export's symbolic shapes)."""
+def resize_and_crop_any(
+    images: jax.Array, size: int, resize: int = 0, stored_size: int = 0, *, tall_by_height: bool = False
+) -> jax.Array:
+    """Does the same as resize_and_crop for heights and widths unknown at trace time (jax.export's symbolic shapes).
+
+    stored_size: first shrinks larger images to central squares of this side, as a run with data.stored_size does; 0:
+    never. tall_by_height: shrinks images of more than twice their width by height first, as Pillow does since 13.
+    """
+    shorter = _shorter(images)
+
+    def at_once(images: jax.Array) -> jax.Array:
+        return _resize_any(images, size, resize or size, tall_by_height=tall_by_height)
+
+    def in_two_steps(images: jax.Array) -> jax.Array:
+        stored = _resize_any(images, stored_size, stored_size, tall_by_height=tall_by_height)
+        return resize_and_crop(stored, size, resize)
+
+    if not stored_size:
+        return at_once(images)
+    return jax.lax.cond(shorter > stored_size, in_two_steps, at_once, images)
+
+
+def _shorter(images: jax.Array) -> jax.Array:
+    """Returns the pixels of the shorter side, as an array, which may be unknown at trace time."""
+    return jnp.minimum(*(jnp.asarray(side, jnp.int32) for side in images.shape[1:3]))
+
+
+def _resize_any(images: jax.Array, size: int, resize: int, *, tall_by_height: bool) -> jax.Array:
+    """Resizes uint8 (N, H, W, 3) to float32 (N, size, size, 3), reading only the pixels that the crop depends on."""
     _, height, width, _ = images.shape
-    shorter = jnp.minimum(jnp.asarray(height), jnp.asarray(width))
-    pixels = images.astype(jnp.float32)
-    pixels = _filter(pixels, _central_coefficients(width, shorter, size), "nhwc,vw->nhvc")
-    return _filter(pixels, _central_coefficients(height, shorter, size), "nhwc,uh->nuwc")
+    shorter = _shorter(images)
+    # An upper bound of the pixels that the crop spans, with the filter's support of one scale at both ends.
+    span = jax.core.min_dim(height, width)
+    span += 4 * (span // resize) + 8
+    part, coefficients = images, {}
+    for axis in (1, 2):
+        side = part.shape[axis]
+        first, coefficients[axis] = _central_coefficients(side, jax.core.min_dim(side, span), shorter, size, resize)
+        part = jax.lax.dynamic_slice_in_dim(part, first, coefficients[axis].shape[1], axis)
+    part = part.astype(jnp.float32)
+
+    def by_width(part: jax.Array) -> jax.Array:
+        return _filter(_filter(part, coefficients[2], "nhwc,vw->nhvc"), coefficients[1], "nhwc,uh->nuwc")
+
+    def by_height(part: jax.Array) -> jax.Array:
+        return _filter(_filter(part, coefficients[1], "nhwc,uh->nuwc"), coefficients[2], "nhwc,vw->nhvc")
+
+    if not tall_by_height:
+        return by_width(part)
+    tall = jnp.asarray(height, jnp.int32) > 2 * jnp.asarray(width, jnp.int32)
+    return jax.lax.cond(tall & (shorter > resize), by_height, by_width, part)
 
 
-def _central_coefficients(size_in: Any, shorter: jax.Array, size: int) -> jax.Array:
-    """Returns the rows of resize_coefficients that the central crop keeps, int32 (size, size_in)."""
+def _central_coefficients(
+    size_in: Any, span: Any, shorter: jax.Array, size: int, resize: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the first pixel that the central crop depends on, and its rows of resize_coefficients from there on.
+
+    The rows are int32 (size, span).
+    """
     with jax.enable_x64(True):  # float32 is too coarse for 22 bits
         side = jnp.asarray(size_in, jnp.float64)
-        size_out = jnp.floor(size * side / shorter)
-        row = jnp.arange(size) + jnp.round((size_out - size) / 2)
+        size_out = jnp.floor(resize * side / shorter)
+        row = jnp.arange(size) + crop_start(size_out, resize, size, jnp.round)
         scale = side / size_out
         support = jnp.maximum(scale, 1.0)
         centre = ((row + 0.5) * scale)[:, None]
         first = jnp.maximum(jnp.floor(centre - support + 0.5), 0)
         last = jnp.minimum(jnp.floor(centre + support + 0.5), side)
-        pixel = jnp.arange(size_in, dtype=jnp.float64)
+        start = jnp.minimum(first[0, 0], side - jnp.asarray(span, jnp.float64))
+        pixel = start + jnp.arange(span, dtype=jnp.float64)
         weights = jnp.maximum(0, 1 - jnp.abs((pixel - centre + 0.5) * (1 / support)))
         weights *= (pixel >= first) & (pixel < last)
         weights /= weights.sum(1, keepdims=True)
-        return jnp.floor(0.5 + weights * 2**_PRECISION_BITS).astype(jnp.int32)
+        return start.astype(jnp.int32), jnp.floor(0.5 + weights * 2**PRECISION_BITS).astype(jnp.int32)
 
 
 def preprocess(images: ArrayLike, preprocessing: Preprocessing) -> jax.Array:
@@ -124,7 +182,7 @@ def preprocess(images: ArrayLike, preprocessing: Preprocessing) -> jax.Array:
 
     Equals torchvision's Resize, CenterCrop, ToTensor and Normalize.
     """
-    return normalize(resize_and_crop(images, preprocessing.image_size), preprocessing)
+    return normalize(resize_and_crop(images, preprocessing.image_size, preprocessing.resize), preprocessing)
 
 
 def normalize(pixels: jax.Array, preprocessing: Preprocessing) -> jax.Array:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 import jaxft
+from jaxft import export
 from jaxft.classifier import Classifier
 from jaxft.data import datasets
 from jaxft.data.batches import replicate
@@ -23,18 +26,27 @@ from jaxft.errors import UserError
 from jaxft.export import compress, decompress, export_stablehlo, main
 from jaxft.models.fold import fold_norms
 from jaxft.training.restore import load_checkpoint
+from jaxft.transforms.pillow_resize import TALL_BY_HEIGHT, central_square
 from jaxft.transforms.preprocessing import resize_and_crop_any
 from tests.helpers.runs import ROOT, Run
 
+SHAPES = [(32, 32), (45, 30), (30, 45), (300, 200), (1, 7), (17, 19), (201, 100), (160, 10)]
 
-@pytest.mark.parametrize(
-    ("height", "width", "size"),
-    [(32, 32, 32), (45, 30, 32), (30, 45, 33), (97, 61, 32), (300, 200, 64), (1, 7, 32), (31, 64, 33), (17, 19, 7)],
-)
-def test_resizing_any_shape_equals_pillow(height: int, width: int, size: int) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
-    expected = np.stack([shrink(image, size) for image in images])
-    np.testing.assert_array_equal(jax.jit(resize_and_crop_any, static_argnums=1)(images, size), expected)
+
+@pytest.mark.parametrize(("resize", "stored_size"), [(0, 0), (37, 0), (36, 40)])
+def test_resizing_any_shape_equals_pillow(resize: int, stored_size: int) -> None:
+    """Compares with the steps on the host, in which a run stores its images and predicts."""
+    for height, width in SHAPES:
+        images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+        expected = []
+        for image in images:
+            if stored_size and min(height, width) > stored_size:
+                image = shrink(image, stored_size)
+            expected.append(central_square(shrink(image, resize or 32), 32))
+        found = jax.jit(partial(resize_and_crop_any, tall_by_height=TALL_BY_HEIGHT), static_argnums=(1, 2, 3))(
+            images, 32, resize, stored_size
+        )
+        np.testing.assert_array_equal(found, expected, f"{height} x {width}")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +80,29 @@ def test_the_export_takes_any_number_of_images_of_any_size(small_run: Path, expo
         np.testing.assert_allclose(call(exported)(batch), classifier.probabilities(batch), rtol=1e-4, atol=1e-6)
 
 
+def photo(height: int, width: int) -> np.ndarray:
+    """Returns noise with large and small structure, uint8 (height, width, 3)."""
+    rng = np.random.default_rng(height)
+    coarse = Image.fromarray(rng.integers(30, 226, (5, 7, 3), np.uint8)).resize((width, height))
+    return np.asarray(coarse) + rng.integers(0, 30, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("resize", "stored_size"), [(0, 48), (36, 0)])
+def test_the_export_returns_what_predict_returns(
+    small_run: Path, tmp_path: Path, resize: int, stored_size: int
+) -> None:
+    """Compares photos that are larger than stored_size, smaller, wide, thin and more than twice as tall as wide."""
+    checkpoint = load_checkpoint(small_run, "best")
+    checkpoint.info["config"]["data"] |= {"stored_size": stored_size, "resize": resize}
+    checkpoint.info["preprocessing"] |= {"resize": resize}
+    export_stablehlo(checkpoint, tmp_path / "model.zip", "float32")
+    classifier, network = Classifier(checkpoint), read(tmp_path / "model.zip")
+    for shape in [(600, 450), (40, 47), (90, 300), (301, 150), (9, 500)]:
+        image = photo(*shape)
+        (expected,) = classifier.probabilities([image])
+        np.testing.assert_allclose(network.call(image[None])[0], expected, rtol=1e-4, atol=1e-6, err_msg=str(shape))
+
+
 def operations(exported: jax.export.Exported) -> tuple[int, set[str], bool]:
     """Counts a program's convolutions, and returns its custom calls and whether it keeps calls from being inlined."""
     program = exported.mlir_module()
@@ -92,7 +127,7 @@ def test_an_export_for_one_platform_is_in_its_formulation(
     for platform, max_pool in (("cpu", False), ("cuda", False), ("tpu", True)):
         path = tmp_path / f"{platform}.zip"
         main(["--workdir", str(small_run), "--to=stablehlo", f"--platform={platform}", "--out", str(path)])
-        assert capsys.readouterr().out.endswith(f" MB, for {platform}\n")
+        assert f" MB, for {platform}; needs jax {version('jax')} or newer and flatbuffers" in capsys.readouterr().out
         assert read(path).platforms == (platform,)
         assert ("reduce_window" in read(path).mlir_module()) == max_pool
         convolutions, calls, marked = operations(read(path))
@@ -116,7 +151,10 @@ def test_an_export_averages_mirror_images_with_test_flip(small_run: Path, export
 
 
 def test_ten_lines_without_jaxft_run_the_export(small_run: Path, exported: Path, tmp_path: Path) -> None:
-    Image.fromarray(datasets.load("sample:cifar10", "test").image[3]).resize((70, 50)).save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a camera
+    image = Image.fromarray(datasets.load("sample:cifar10", "test").image[3]).resize((70, 50))
+    image.save(tmp_path / "a.png", exif=exif)
     without_jaxft = "import runpy, sys; sys.modules['jaxft'] = None; runpy.run_path(sys.argv.pop(1))"
     arguments = [ROOT / "examples" / "run_exported.py", exported, tmp_path / "a.png"]
     command = [sys.executable, "-c", without_jaxft, *map(str, arguments)]
@@ -162,12 +200,42 @@ def test_the_accuracy_of_compressed_weights_is_printed(
     assert abs(float(before) - float(after)) < 3
 
 
+def test_missing_test_images_are_reported_before_anything_is_written(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    checkpoint = load_checkpoint(small_run, "best")
+    checkpoint.info["config"]["data"]["name"] = f"folder:{tmp_path / 'photos'}"
+    monkeypatch.setattr(export, "load_checkpoint", lambda workdir, which: checkpoint)
+    command = ["-m", "jaxft.export", "--workdir", small_run, "--to=stablehlo", "--dtype=int8"]
+    line = fails(*command, "--out", tmp_path / "model.zip")
+    assert str(tmp_path / "photos") in line and "--data_dir" in line and "--dtype float32" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_says_what_it_needs(small_run: Path, exported: Path) -> None:
+    with zipfile.ZipFile(exported) as archive:
+        info = json.loads(archive.read("info.json"))
+    assert info["needs"]["jax"] == f">={version('jax')}"
+    assert "six months" in info["needs"]["until"]
+    assert info["preprocessing"]["resize"] == 0
+
+
+def test_weights_that_torchvision_cannot_load_are_reported(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--workdir", str(small_run), "--to=torchvision", "--out", str(tmp_path / "model.pth")])
+    output = capsys.readouterr()
+    assert output.err.startswith("warning: torchvision's resnet18 cannot load ")
+    assert "width 64" in output.err and "this run 8 and imagenet" in output.err
+    assert "Resize(32), CenterCrop(32), ToTensor()" in output.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         ("--to=stablehlo --out=model.bin", "must end in .zip"),
         ("--to=torchvision --out=model.zip", "must end in .pth"),
-        ("--to=stablehlo --out=nowhere/model.zip", "cannot be written"),
+        ("--to=stablehlo --out=nowhere/model.zip", "there is no folder nowhere"),
         ("--to=torchvision --dtype=int8 --out=model.pth", "takes --dtype float32, not int8"),
         ("--to=onnx --out=model.onnx", "invalid choice"),
         ("--to=flax --platform=cpu --out=model.safetensors", "--platform is for --to stablehlo"),

@@ -83,20 +83,29 @@ def test_the_classifier_matches_the_network(small_run: Path, classifier: Classif
     assert [p.probability for p in predictions] == pytest.approx(found[: len(files)].max(1).tolist())
 
 
-def test_large_images_are_preprocessed_like_the_runs_data(small_run: Path, tmp_path: Path) -> None:
-    """The data is a folder of images of several sizes, stored as 48 x 48 pixels for an image_size of 32."""
+@pytest.mark.parametrize(("stored_size", "resize"), [(48, 0), (0, 40), (48, 40)])
+def test_large_images_are_preprocessed_like_the_runs_data(
+    small_run: Path, tmp_path: Path, stored_size: int, resize: int
+) -> None:
+    """The data is a folder of images of several sizes, stored as squares for an image_size of 32."""
     rng = np.random.default_rng(0)
     for i, (height, width) in enumerate([(90, 60), (50, 70), (80, 80)] * 2):
         path = tmp_path / "test" / f"class {i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
-    kept = datasets.load(f"folder:{tmp_path}", "test", DataOptions(side=48)).image
-    assert kept.shape == (6, 48, 48, 3)
+    side = stored_size or resize
+    kept = datasets.load(f"folder:{tmp_path}", "test", DataOptions(side=side)).image
+    assert kept.shape == (6, side, side, 3)
     checkpoint = load_checkpoint(small_run, "best")
-    checkpoint.info["config"]["data"]["stored_size"] = 48
+    checkpoint.info["config"]["data"] |= {"stored_size": stored_size, "resize": resize}
+    checkpoint.info["preprocessing"]["resize"] = resize
     classifier = Classifier(checkpoint)
     files = sorted(tmp_path.rglob("*.png"))
     np.testing.assert_array_equal(classifier.probabilities(files), classifier.probabilities(kept))
+    prepared = np.asarray(preprocess(kept, classifier.preprocessing))  # as the evaluation does on the device
+    variables = {"params": checkpoint.state.params, "batch_stats": checkpoint.state.batch_stats}
+    logits: Any = checkpoint.model.apply(variables, prepared, train=False)
+    np.testing.assert_allclose(classifier.probabilities(files), jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
 
 
 def test_the_classifier_evaluates_like_the_command(classifier: Classifier, small_run_scores: dict[str, Any]) -> None:
@@ -186,12 +195,50 @@ def test_errors_are_reported_in_one_line(fails: Callable[..., str], small_run: P
     assert "no checkpoint '7'" in fails("-m", "jaxft.predict", "--workdir", small_run, "--checkpoint=7", "a.png")
 
 
-def test_arrays_of_other_dtypes_and_shapes_are_refused(classifier: Classifier) -> None:
-    with pytest.raises(UserError, match="uint8"):
-        classifier.predict([np.zeros((32, 32, 3), np.float32)])
-    with pytest.raises(UserError, match="uint8"):
-        classifier.predict([np.zeros((32, 32), np.uint8)])
+def test_a_single_image_is_a_list_of_one(classifier: Classifier, folder: Path) -> None:
+    file = next(folder.rglob("*.png"))
+    image = Image.open(file)
+    (expected,) = classifier.predict([file])
+    for single in (file, str(file), image, np.asarray(image)):
+        assert classifier.predict(single) == [expected]
+    assert classifier.predict(np.asarray(image)[None]) == [expected]
     assert classifier.predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (None, "expected an image or a list of images, .*, not None"),
+        ({"a.png": 1}, "not a value of type dict"),
+        (b"\x89PNG", "not a value of type bytes"),
+        (7, "not a value of type int"),
+        ([[np.zeros((8, 8, 3), np.uint8)]], "an image must be .*, not a value of type list"),
+        ([None], "an image must be .*, not None"),
+        (np.zeros((8, 8, 3), np.float32), r"must be uint8 \(H, W, 3\), not float32 \(8, 8, 3\)"),
+        ([np.zeros((8, 8), np.uint8)], r"must be uint8 \(H, W, 3\), not uint8 \(8, 8\)"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"not uint8 \(3, 8, 8\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"not uint8 \(0, 8, 3\)"),
+        ("nowhere.png", "there is no image nowhere.png"),
+        (Path("/"), "/ cannot be read as an image"),
+        ("a\0.png", "cannot be read as an image"),
+    ],
+    ids=str,
+)
+def test_anything_else_is_refused_by_name(classifier: Classifier, pictures: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        classifier.predict(pictures)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 2.0, "3", None, True])
+def test_top_k_is_a_positive_whole_number(classifier: Classifier, top_k: Any) -> None:
+    with pytest.raises(UserError, match="top_k must be a whole number of at least 1"):
+        classifier.predict([], top_k)
+
+
+def test_a_workdir_must_be_a_path() -> None:
+    for workdir in (None, "", 3):
+        with pytest.raises(UserError, match="workdir must be the path of a run's folder"):
+            jaxft.load(workdir)  # type: ignore[arg-type]
 
 
 def test_the_python_api_is_silent(run: Run, small_run: Path, tmp_path: Path) -> None:

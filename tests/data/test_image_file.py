@@ -1,6 +1,12 @@
 """Image files of every format and mode decode to the RGB values that a viewer shows."""
 
 import io
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +117,176 @@ def test_shrink_equals_torchvisions_resize_and_crop(height: int, width: int, siz
     np.testing.assert_array_equal(shrink(image, size), np.asarray(transform(Image.fromarray(image))))
 
 
-def test_a_pdf_is_not_an_image_file() -> None:
+@pytest.mark.parametrize(
+    "suffix", [".pdf", ".h5", ".hdf", ".mpg", ".eps", ".ps", ".grib", ".bufr", ".wmf", ".emf", ".iim"]
+)
+def test_formats_without_pixels_are_not_image_files(suffix: str) -> None:
     assert ".jpg" in image_file.suffixes()
-    assert ".pdf" not in image_file.suffixes()
+    assert suffix not in image_file.suffixes()
+
+
+def test_a_program_in_postscript_is_not_run() -> None:
+    with pytest.raises(ImageError, match="does not know its format"):
+        decode(encoded(Image.new("RGB", (4, 4)), "EPS"), "photo.jpg")
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected", "remark"),
+    [
+        ((RAMP * 65535).astype(np.uint16), "PNG", (RAMP * 65535).astype(int) >> 8, ()),
+        ((RAMP * 4095).astype(np.uint16), "PNG", RAMP * 255, ("twelve_bit",)),
+        ((RAMP * 4095).astype(np.uint16), "TIFF", RAMP * 255, ("twelve_bit",)),
+        ((RAMP * 4095).astype(np.int32), "TIFF", RAMP * 255, ("twelve_bit",)),
+        ((RAMP * 65535).astype(np.int32), "TIFF", (RAMP * 65535).astype(int) >> 8, ()),
+        ((RAMP * (2**20 - 1)).astype(np.int32), "TIFF", RAMP * 255, ("thirty_two_bit",)),
+        ((RAMP * (2**31 - 1)).astype(np.int32), "TIFF", RAMP * 255, ("thirty_two_bit",)),
+        (RAMP.astype(np.float32), "TIFF", RAMP * 255, ("float",)),
+        (np.zeros((8, 8), np.float32), "TIFF", np.zeros((8, 8)), ("float",)),
+    ],
+    ids=["16 bits", "12 bits", "12-bit TIFF", "12 of 32 bits", "16 of 32 bits", "20 bits", "31 bits", "float", "black"],
+)
+def test_values_of_more_than_8_bits_are_scaled(
+    values: np.ndarray, kind: str, expected: np.ndarray, remark: tuple[str, ...]
+) -> None:
+    decoded = image_file.decode_with_remarks(encoded(Image.fromarray(values), kind))
+    assert np.abs(decoded.image - expected[..., None]).max() <= 0.6
+    assert decoded.remarks == remark
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (RAMP.astype(np.float32) * 255, "holds floats from 0 to 255; jaxft reads floats from 0 to 1"),
+        (RAMP.astype(np.float32) - 0.5, "holds floats from -0.5 to 0.5"),
+        (np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32), "holds floats from nan"),
+        ((RAMP * 100).astype(np.int32) - 50, "holds whole numbers from -50 to 50"),
+    ],
+)
+def test_values_of_unknown_meaning_are_refused(values: np.ndarray, part: str) -> None:
+    image = Image.fromarray(values)
+    with pytest.raises(ImageError, match=f"depth.tiff {part}"):
+        decode(encoded(image, "TIFF"), "depth.tiff")
+    with pytest.raises(ImageError, match=f"the image {part}"):
+        image_file.to_rgb(image)
+
+
+@pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "RGBX", "YCbCr", "LAB", "HSV"])
+def test_every_mode_of_pillow_is_converted(mode: str) -> None:
+    rgb = Image.new("RGB", (4, 4), COLOUR)
+    if mode == "LAB":
+        image = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (138, 163, 174)])
+    else:
+        image = rgb.convert("LA" if mode == "La" else "RGBA" if mode == "RGBa" else mode).convert(mode)
+    expected = np.asarray(rgb.convert("L").convert("RGB") if mode == "La" else rgb).astype(int)
+    assert np.abs(image_file.to_rgb(image) - expected).max() <= 6
+
+
+def test_files_of_several_frames_are_noticed() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "TIFF", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert image_file.decode_with_remarks(data).remarks == ("animated",), kind
+        assert image_file.decode_with_remarks(encoded(frames[0], kind)).remarks == (), kind
+    preview = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])  # as a camera stores
+    assert image_file.decode_with_remarks(preview).remarks == ()
+
+
+def test_damaged_exif_data_are_ignored() -> None:
+    data = encoded(Image.new("RGB", (8, 8), COLOUR), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    assert decode(data).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (30_000, 20), (3, 4_001), (17, 1)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_thin_images_are_not_resized_as_a_whole(
+    size: tuple[int, int], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(Image.new(mode, size, 7), "PNG")
+    monkeypatch.setattr(Image.Image, "resize", None)
+    expected = np.asarray(Image.new(mode, (64, 64), 7).convert("RGB"))
+    np.testing.assert_array_equal(decode(data, side=64), expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 8), st.integers(200, 900), st.integers(1, 40), st.booleans(), st.integers(0, 2**32 - 1))
+def test_thin_images_are_shrunk_like_others(shorter: int, longer: int, size: int, upright: bool, seed: int) -> None:
+    """Only the central part is resized; the result is the same as of resizing everything, as torchvision does."""
+    shape = (longer, shorter, 3) if upright else (shorter, longer, 3)
+    image = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    transforms = torchvision.transforms
+    transform = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+    np.testing.assert_array_equal(shrink(image, size), np.asarray(transform(Image.fromarray(image))))
+
+
+def test_grey_images_are_shrunk_as_if_they_were_rgb() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (90, 70), np.uint8)
+    expected = shrink(np.repeat(grey[..., None], 3, 2), 20)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(grey), "PNG"), side=20), expected)
+    wide = grey.astype(np.uint16) << 8
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(wide), "PNG"), side=20), expected)
+
+
+def test_bands_of_large_images_make_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_file, "_BAND_BYTES", 4 * 16 * 3)  # three rows
+    values = np.random.default_rng(0).integers(0, 65536, (16, 16))
+    whole = decode(encoded(Image.fromarray(values.astype(np.uint16)), "PNG"))
+    np.testing.assert_array_equal(whole[..., 0], values >> 8)
+    rgba = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 4), np.uint8))
+    expected = Image.alpha_composite(Image.new("RGBA", (16, 16), "white"), rgba).convert("RGB")
+    np.testing.assert_array_equal(image_file.to_rgb(rgba), np.asarray(expected))
+
+
+def test_at_most_shrinks_only_larger_images() -> None:
+    image = Image.effect_noise((40, 30), 50).convert("RGB")
+    data = encoded(image, "PNG")
+    np.testing.assert_array_equal(decode(data, at_most=30), np.asarray(image))
+    np.testing.assert_array_equal(decode(data, at_most=20), shrink(np.asarray(image), 20))
+
+
+def test_threads_decode_a_bounded_number_of_pixels_at_once() -> None:
+    budget = image_file._PixelBudget()
+    budget._limit = 100
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def decode_one(pixels: int) -> None:
+        nonlocal running, most
+        with budget.reserve(pixels):
+            with lock:
+                running += pixels
+                most = max(most, running)
+            time.sleep(0.001)
+            with lock:
+                running -= pixels
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode_one, [30, 40, 50] * 10))
+        assert most <= 100
+        list(pool.map(decode_one, [500]))  # a larger one is decoded alone
+    assert most == 500
+
+
+def test_a_large_image_within_an_icon_is_not_decoded() -> None:
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 20_000, 20_000)
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+    with pytest.raises(ImageError, match="icon has 20000 x 20000 pixels"):
+        decode(icon, "icon")
+
+
+@pytest.mark.parametrize(
+    ("create", "part"),
+    [
+        (os.mkfifo, "it is a FIFO, not a file"),
+        (Path.mkdir, "it is a folder, not a file"),
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    ],
+)
+def test_something_else_in_place_of_an_image_is_refused(
+    tmp_path: Path, create: Callable[[Path], object], part: str
+) -> None:
+    create(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=rf"a\.png cannot be read as an image \({part}"):
+        decode(tmp_path / "a.png")

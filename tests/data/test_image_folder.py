@@ -1,5 +1,8 @@
 """Folders of images: splits, classes, the holdout, and errors for wrong folders."""
 
+import os
+import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from PIL import Image
 
 from jaxft.data import datasets
 from jaxft.data.dataset import DataOptions
+from jaxft.data.identity import differences
 from jaxft.errors import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -70,7 +74,7 @@ def test_large_images_of_one_size_become_squares_too(root: Path) -> None:
 def test_the_cache_is_rebuilt_when_files_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(root, "train")
     with monkeypatch.context() as patch:
-        patch.setattr("jaxft.data.image_folder.decode", None)
+        patch.setattr("jaxft.data.image_folder.decode_with_remarks", None)
         load(root, "train")  # from the cache
     save(root / "train" / "röd" / "0.png", BLUE)
     np.testing.assert_array_equal(load(root, "train").image[2, 0, 0], BLUE)
@@ -152,3 +156,151 @@ def test_wrong_folders_are_explained(tmp_path: Path, build: Callable[[Path], Non
     with pytest.raises(UserError) as error:
         load(tmp_path / "root", split, class_names=None if split == "train" else ("a", "b"))
     assert part in str(error.value)
+
+
+def names_of_bytes(root: Path) -> None:
+    """Renames an image and a class to names that are not UTF-8."""
+    (root / "train" / "röd" / "1.png").rename(root / "train" / "röd" / os.fsdecode(b"caf\xe9.png"))
+    for split in ("train", "val"):
+        (root / split / "blå").rename(root / split / os.fsdecode(b"bl\xe5"))
+
+
+def test_names_that_are_not_utf8_are_read(root: Path) -> None:
+    before = load(root, "train")
+    names_of_bytes(root)
+    train = load(root, "train")
+    assert train.class_names == ("bl\udce5", "röd")
+    np.testing.assert_array_equal(train.image, before.image)
+    assert load(root, "val", train.class_names).label.tolist() == [0]
+    assert load(root, "train", cache="never").label.tolist() == train.label.tolist()
+    assert load(root, "train").class_names == train.class_names  # from the cache
+    flat = load(root / "train", "train")
+    assert flat.class_names == train.class_names
+
+
+def test_classes_that_differ_only_in_normalisation_are_the_same(root: Path) -> None:
+    for name in ("blå", "röd"):
+        if (root / "val" / name).exists():
+            (root / "val" / name).rename(root / "val" / unicodedata.normalize("NFD", name))
+    train = load(root, "train")
+    assert load(root, "val", train.class_names).label.tolist() == [0]
+    save(root / "train" / unicodedata.normalize("NFD", "röd") / "0.png", RED)
+    with pytest.raises(UserError, match="2 folders 'röd' whose names differ only in Unicode normalisation; merge them"):
+        load(root, "train")
+
+
+def test_a_class_of_other_case_is_named_with_its_sibling(root: Path) -> None:
+    (root / "val" / "blå").rename(root / "val" / "Blå")
+    with pytest.raises(UserError, match=r"training images lack: 'Blå' \(training has 'blå'\)"):
+        load(root, "val", ("blå", "röd"))
+
+
+def test_a_class_folder_without_a_readable_image_is_refused_or_reported(root: Path) -> None:
+    for name in ("1.HEIC", "2.HEIC", "info.txt"):
+        path = root / "train" / "iphone" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with pytest.raises(UserError, match=r"iphone \(2 \.heic \(no reader: pip install pillow-heif\), 1 \.txt\)"):
+        load(root, "train")
+    train = load(root, "train", unreadable="skip")
+    assert train.class_names == ("blå", "röd")
+    line = next(datasets.describe_origin(train, load(root, "val", train.class_names)))
+    assert line.startswith("skipped: 2 .heic (no reader: pip install pillow-heif), 2 .txt, ")
+    assert "class `iphone` has no images" in line
+
+
+def test_a_class_of_which_no_image_can_be_decoded_is_refused(root: Path) -> None:
+    for path in (root / "train" / "röd").glob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(UserError, match="4 of 6 files cannot be used"):
+        load(root, "train")
+    with pytest.raises(UserError, match="no file of these classes can be read as an image: röd"):
+        load(root, "train", unreadable="skip")
+
+
+def test_unusual_images_are_counted(root: Path) -> None:
+    noise = np.random.default_rng(0).random((6, 8))
+    Image.fromarray((noise * 4000).astype(np.uint16)).save(root / "train" / "röd" / "12bit.png")
+    Image.fromarray(noise.astype(np.float32)).save(root / "train" / "röd" / "float.tif")
+    frames = [Image.fromarray((noise * scale).astype(np.uint8)) for scale in (100, 200)]
+    frames[0].save(root / "train" / "röd" / "moving.gif", save_all=True, append_images=frames[1:])
+    (root / "train" / "röd" / "broken.jpg").touch()
+    for _ in range(2):  # decoded, then from the cache
+        train = load(root, "train", unreadable="skip")
+        assert list(datasets.describe_origin(train, load(root, "val", train.class_names))) == [
+            "skipped: 1 .txt, 1 unreadable, folder .DS_Store",
+            "scaled to 8 bits: 1 image (16-bit with values up to 4,095), 1 image (floats from 0 to 1)",
+            "the first frame or page is used of 1 file with several",
+            "7 images have a single colour; check whether that is right",
+        ]
+
+
+def test_images_of_a_single_colour_are_not_said_to_be_trained_on_too(root: Path) -> None:
+    train = load(root, "train")
+    assert "also in the training set" not in datasets.describe(train, load(root, "val", train.class_names))
+
+
+def test_the_skipped_files_of_a_folder_without_splits_are_counted_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for i in range(5):
+            save(tmp_path / "flat" / name / f"{i}.png", (i, 0, 0))
+    (tmp_path / "flat" / "a" / "notes.txt").touch()
+    train, test = (load(tmp_path / "flat", split) for split in ("train", "test"))
+    assert next(datasets.describe_origin(train, test)) == "skipped: 1 .txt"
+
+
+def test_thin_images_of_one_size_become_squares(root: Path) -> None:
+    for path in (root / "train").rglob("*.*"):
+        if path.suffix.lower() in (".png", ".bmp"):
+            save(path, RED, (400, 1))
+    assert load(root, "train", side=4).image.shape == (6, 4, 4, 3)
+
+
+def test_a_cached_class_that_was_removed_is_forgotten(root: Path) -> None:
+    assert load(root, "val", ("blå", "grön", "röd")).class_names == ("blå", "grön", "röd")
+    assert load(root, "val", ("blå", "röd")).class_names == ("blå", "röd")
+
+
+def test_an_image_replaced_by_one_of_the_same_size_and_time_is_read_again(root: Path) -> None:
+    path = root / "train" / "blå" / "1.bmp"
+    stat = path.stat()
+    first = load(root, "train")
+    save(path, RED)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    again = load(root, "train")
+    np.testing.assert_array_equal(again.image[0, 0, 0], RED)
+    assert differences(first.identity(), again) == "blå has other images"
+
+
+def test_the_identity_is_that_of_the_content(root: Path) -> None:
+    first = load(root, "train").identity()
+    moved = root.with_name("moved")
+    shutil.copytree(root, moved)
+    for options in ({}, {"cache": "never"}, {"side": 3}):
+        assert load(moved, "train", **options).identity() == first
+    (moved / "train" / "röd" / "0.png").rename(moved / "train" / "blå" / "9.png")
+    assert differences(first, load(moved, "train")) == "blå has 3 images instead of 2, röd has 3 images instead of 4"
+
+
+def test_a_linked_class_whose_disk_is_missing_is_refused(root: Path) -> None:
+    (root / "train" / "grön").symlink_to("/nowhere/grön")
+    with pytest.raises(UserError, match=r"train has links that lead nowhere: grön; mount their disk, or remove them"):
+        load(root, "train")
+    train = load(root, "train", unreadable="skip")
+    assert train.class_names == ("blå", "röd")
+    assert train.origin.skipped["linked to nothing"] == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop", "~nobody-of-this-name/x"])
+def test_paths_that_no_folder_can_have_are_reported(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    path = name if name.startswith("~") else f"{tmp_path}/{name}"
+    with pytest.raises(UserError, match=r"cannot be read|there is no folder|has no home"):
+        datasets.load(f"folder:{path}", "train")
+
+
+@pytest.mark.parametrize("split", ["", ".", "x" * 300, "a\0b"])
+def test_names_that_no_split_can_have_are_reported(root: Path, split: str) -> None:
+    with pytest.raises(UserError, match=r"is no name of a split|has no split"):
+        load(root, split, eval_split=split)

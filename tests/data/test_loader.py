@@ -195,7 +195,7 @@ def test_unreadable_files_are_found_before_training(
     shutil.copytree(folder, mine)
     broken = sorted((mine / "test" / "cat").iterdir())[3]
     broken.write_bytes(broken.read_bytes()[:300])  # the header is whole
-    with pytest.raises(UserError, match=rf"1 of 1000 files cannot be used: {broken}.*data.unreadable=skip"):
+    with pytest.raises(UserError, match=rf"1 of 1,000 files cannot be used: {broken}.*data.unreadable=skip"):
         datasets.load(f"folder:{mine}", "test", DataOptions(cache="never"))
     for _ in range(2):  # the second time from the first one's result
         data = datasets.load(f"folder:{mine}", "test", DataOptions(cache="never", unreadable="skip"))

@@ -81,6 +81,27 @@ def test_parts_are_unfrozen_at_their_epochs() -> None:
     assert partition.make_policy(config, MODEL, 4).frozen == set()
 
 
+def test_the_first_epoch_of_each_parameter() -> None:
+    config = optimizer_config(freeze="backbone", unfreeze="2: layer4/.*kernel, 4: backbone")
+    paths = {"fc/bias": 1, "layer4/0/conv1/kernel": 2, "layer4/0/bn1/scale": 4, "conv1/kernel": 4}
+    assert {path: partition.first_epoch(config, path) for path in paths} == paths
+    assert partition.first_epoch(optimizer_config(freeze="stem"), "bn1/bias") == np.inf
+    for epoch in range(1, 6):  # as the policies of the epochs say
+        frozen = partition.make_policy(config_with(**config), MODEL, epoch).frozen
+        assert frozen == {path for path in PATHS if partition.first_epoch(config, path) > epoch}
+
+
+def test_parts_that_join_later_are_announced() -> None:
+    config = config_with(freeze="backbone", unfreeze="4: backbone, 2: stage4")
+    config.num_epochs = 3
+    assert partition.unfreezing(config, 1) == [
+        "stage4 trains from epoch 2 on",
+        "backbone trains from epoch 4 on, which is after the last (3)",
+    ]
+    assert len(partition.unfreezing(config, 2)) == 1
+    assert partition.unfreezing(config, 4) == []
+
+
 def train(policy: Policy, config: Any, state: TrainState, steps: int, devices: int = 2) -> TrainState:
     sample = datasets.load("sample:cifar10", "train")
     tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)

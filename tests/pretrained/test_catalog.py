@@ -10,7 +10,7 @@ import pytest
 from jaxft.files import cache_dir
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.pretrained import download
-from jaxft.pretrained.catalog import WEIGHTS, NamedWeights, find, similar_names, table, weights_file
+from jaxft.pretrained.catalog import PARAMETERS, WEIGHTS, NamedWeights, find, similar_names, table, weights_file
 from tests.helpers.reference import torchvision
 
 MODELS = torchvision.models
@@ -33,6 +33,8 @@ def test_torchvision_rows_match_torchvisions_metadata(name: str, enum: Any) -> N
     assert weights.interpolation == transforms.interpolation.value
     assert list(weights.mean) == transforms.mean
     assert list(weights.std) == transforms.std
+    assert PARAMETERS[weights.arch] == enum.meta["num_params"]
+    assert enum.meta["_file_size"] * 2**20 < weights.max_bytes
 
 
 def test_exactly_torchvisions_weights_are_listed() -> None:
@@ -59,7 +61,7 @@ def test_names_urls_and_checksums_are_unique() -> None:
 
 def test_the_table_lists_all_weights_within_100_columns() -> None:
     head, *lines = table().splitlines()
-    assert head.startswith("name")
+    assert head.split()[:5] == ["name", "top-1", "%", "data.resize", "image_size"]
     assert [line.split()[0] for line in lines] == [weights.name for weights in WEIGHTS]
     assert [float(line.split()[1]) for line in lines] == [weights.top1 for weights in WEIGHTS]
     assert max(map(len, (head, *lines))) <= 100
@@ -75,7 +77,7 @@ def test_a_misspelt_name_gets_the_nearest_names() -> None:
 
 def test_a_cached_file_is_used_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(download, "urlopen", None)  # any download would fail
+    monkeypatch.setattr(download, "_open", None)  # any download would fail
     data = b"weights"
     weights = WEIGHTS[0]._replace(sha256_prefix=hashlib.sha256(data).hexdigest()[:8])
     path = tmp_path / "weights" / "resnet18-f37072fd.pth"

@@ -18,12 +18,15 @@ from jaxft.errors import UserError
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.pretrained import catalog
 from jaxft.pretrained.convert import to_torch
-from jaxft.pretrained.load import infer_arch, load_pretrained, read_weights
+from jaxft.pretrained.load import load_pretrained, read_weights
+from jaxft.pretrained.recognise import infer_arch
 from jaxft.pretrained.torch_files import read_tensors, write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.targets.classification import replace_head
 from tests.helpers.reference import torch, torchvision
 from tests.helpers.runs import ROOT, Run
+
+TINY_WEIGHTS = ROOT / "jaxft" / "samples" / "resnet18_tiny_in200.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +135,9 @@ def test_the_command_reports_errors_in_one_line(fails: Any, tmp_path: Path, sour
     assert "no weights file" in fails("-m", "jaxft.convert", tmp_path / "none.pth", out)
     assert "not a resnet50" in fails("-m", "jaxft.convert", source, out, "--arch", "resnet50")
     assert "must end in .safetensors" in fails("-m", "jaxft.convert", source, tmp_path / "out.npz")
-    assert "cannot be written" in fails("-m", "jaxft.convert", source, tmp_path / "none" / "out.safetensors")
-    assert "is it complete?" in fails("-m", "jaxft.convert", ROOT / "README.md", out)
+    assert "there is no folder" in fails("-m", "jaxft.convert", source, tmp_path / "none" / "out.safetensors")
+    assert "it is a text file" in fails("-m", "jaxft.convert", ROOT / "README.md", out)
+    assert "is SOURCE" in fails("-m", "jaxft.convert", TINY_WEIGHTS, TINY_WEIGHTS)
     source.write_bytes(source.read_bytes()[:-1000])
     assert "is it complete?" in fails("-m", "jaxft.convert", source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
@@ -269,6 +273,9 @@ def test_named_weights_are_fetched_and_converted_once(
         monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
         first = load_pretrained("resnet18.test", "resnet18")
         server.shutdown()
+    converted = tmp_path / "cache" / "weights" / "resnet18.test.safetensors"
+    converted.write_bytes(converted.read_bytes()[:-8] + b"damaged.")
+    assert same(load_pretrained("resnet18.test").variables, first.variables)  # from the downloaded file
     (tmp_path / "cache" / "weights" / source.name).unlink()
     again = load_pretrained("resnet18.test")
     assert same(first.variables, read_weights(source).variables)

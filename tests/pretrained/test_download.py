@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import random
 import re
@@ -16,8 +17,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import Request
 
 import pytest
 from hypothesis import given, settings
@@ -53,6 +56,12 @@ class Answer:
     stall: bool = False  # ... after a hang
     delay: float = 0  # seconds before the body
     redirect: bool = False
+    location: str = ""  # where to redirect
+    encoding: str = ""  # a Content-Encoding
+    endless: bool = False  # sends zeros without end
+    trickle: bool = False  # sends the body byte by byte
+    trickled_headers: bool = False
+    forged_range: int = 0  # sends bytes from this one on with status 206, whatever was asked
 
 
 OK = Answer()
@@ -95,16 +104,25 @@ class Handler(BaseHTTPRequestHandler):
         else:
             answer = server.answers.pop(0) if server.answers else server.then
             server.starts.append(start)
-        if answer.redirect:
+        if answer.trickled_headers:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while not server.release.wait(0.02):
+                self.wfile.write(b"X: x\r\n" if server.starts.count(0) % 2 else b"x")
+            return
+        if answer.redirect or answer.location:
             self.send_response(302)
-            self.send_header("Location", f"/moved/{NAME}")
+            self.send_header("Location", answer.location or f"/moved/{NAME}")
             self.end_headers()
             return
         if answer.status:
             return self.send_error(answer.status)
-        if answer.ranges and start >= len(server.data):
+        if answer.ranges and start >= len(server.data) and not answer.endless:
             return self.send_error(416)
-        if answer.ranges and start:
+        if answer.forged_range:
+            start = answer.forged_range
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(server.data) - 1}/{len(server.data)}")
+        elif answer.ranges and start:
             start += answer.shift
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(server.data) - 1}/{len(server.data)}")
@@ -112,10 +130,20 @@ class Handler(BaseHTTPRequestHandler):
             start = 0
             self.send_response(200)
         body = server.data[start:]
+        if answer.encoding:
+            self.send_header("Content-Encoding", answer.encoding)
         if answer.sized:
             self.send_header("Content-Length", str(len(body) + answer.longer))
         self.end_headers()
         time.sleep(answer.delay)
+        while answer.endless and not server.release.is_set():
+            self.wfile.write(bytes(100_000))
+            server.sent += 100_000
+        if answer.trickle:
+            for i in range(len(body)):
+                if server.release.wait(0.02):
+                    return
+                self.wfile.write(body[i : i + 1])
         body = body[: answer.cut]
         server.sent += len(body)
         self.wfile.write(body)
@@ -289,6 +317,115 @@ def test_a_server_that_never_recovers_is_given_up(then: Answer, requests: int, t
     with serving(then=then) as server:
         failure(server.url, tmp_path)
         assert len(server.starts) == requests
+
+
+@pytest.mark.parametrize("then", [Answer(endless=True, sized=False), Answer(endless=True, longer=10**12)], ids=str)
+def test_a_download_ends_at_the_known_size(then: Answer, tmp_path: Path) -> None:
+    with serving(then=then) as server:
+        with pytest.raises(UserError, match="more than 2 MB"):
+            fetch(server.url, PREFIX, tmp_path, max_bytes=2_000_000)
+        assert server.sent < 20_000_000  # the rest is in the buffers of the sockets
+    assert [file.name for file in tmp_path.iterdir()] == [f"{NAME}.lock"]
+    (tmp_path / f"{NAME}.partial").write_bytes(DATA[:1000])
+    with serving(then=then) as server, pytest.raises(UserError, match="more than 2 MB"):
+        fetch(server.url, PREFIX, tmp_path, max_bytes=2_000_000)
+    with serving() as server:
+        assert_fetched(server, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "then", [Answer(trickle=True), Answer(trickle=True, sized=False), Answer(cut=1, delay=0.01)], ids=str
+)
+def test_a_download_that_is_too_slow_is_given_up_and_can_be_resumed(
+    then: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "RATE_SECONDS", 0.3)
+    with serving(then=then) as server:
+        assert re.search(r"only \d+ bytes in \d+ s \(the next try resumes\)", failure(server.url, tmp_path))
+    part = (tmp_path / f"{NAME}.partial").read_bytes()
+    assert part and DATA.startswith(part)
+    monkeypatch.undo()
+    with serving() as server:
+        assert_fetched(server, tmp_path)
+        assert server.starts == [len(part)]
+
+
+def test_headers_that_never_end_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
+    with serving(then=Answer(trickled_headers=True)) as server:
+        message = failure(server.url, tmp_path)
+    assert "no answer within" in message
+
+
+@pytest.mark.parametrize(
+    ("location", "part"),
+    [
+        ("ftp://127.0.0.1/file", "redirects from http to ftp:"),
+        ("file:///etc/passwd", "redirects from http to file:"),
+        ("data:,x", "redirects from http to data:"),
+        (f"/models/{NAME}", "redirects in a loop"),
+        (f"/models/{NAME}?", "redirects in a loop"),
+        ("", "HTTP status 302"),
+    ],
+)
+def test_redirects_elsewhere_are_not_followed(location: str, part: str, tmp_path: Path) -> None:
+    then = Answer(location=location) if location else Answer(status=302)
+    with serving(then=then) as server:
+        assert part in failure(server.url, tmp_path)
+        assert len(server.starts) <= 6
+    assert [file.name for file in tmp_path.iterdir()] == [f"{NAME}.lock"]
+
+
+def test_a_redirect_from_https_to_http_is_not_followed() -> None:
+    headers = Message()
+    headers["location"] = "http://example.org/file"
+    with pytest.raises(download._FailedError, match="redirects from https to http:"):
+        download._Redirects().http_error_302(Request("https://example.org/file"), io.BytesIO(), 302, "", headers)
+
+
+@pytest.mark.parametrize("url", [f"ftp://127.0.0.1/{NAME}", f"file:///etc/{NAME}", f"data:,{NAME}"])
+def test_only_http_is_fetched(url: str, tmp_path: Path) -> None:
+    assert "unknown url type" in failure(url, tmp_path)
+
+
+def test_an_answer_that_was_not_asked_for_is_refused(tmp_path: Path) -> None:
+    with serving(then=Answer(encoding="gzip")) as server:
+        assert "compresses the file" in failure(server.url, tmp_path)
+    with serving(then=Answer(forged_range=500)) as server:
+        assert "another part of the file" in failure(server.url, tmp_path)
+    with serving(then=Answer(status=204)) as server:
+        assert "HTTP status 204 No Content" in failure(server.url, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [f"{NAME}.lock"]
+
+
+def test_a_server_that_does_not_speak_http_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for _ in range(download.TRIES):
+                client, _ = listener.accept()
+                with client:
+                    client.recv(1000)
+                    client.sendall(b"\x1b[2J nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        message = failure(f"http://127.0.0.1:{listener.getsockname()[1]}/{NAME}", tmp_path)
+        thread.join()
+    assert "nonsense" in message
+    assert message.isprintable()
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    for suffix in ("", ".partial"):
+        os.mkfifo(tmp_path / f"{NAME}{suffix}")
+        with pytest.raises(UserError, match="it is a FIFO, not a file"):
+            fetch(f"http://127.0.0.1:1/{NAME}", PREFIX, tmp_path)
+        (tmp_path / f"{NAME}{suffix}").unlink()
+        (tmp_path / f"{NAME}{suffix}").mkdir()
+        with pytest.raises(UserError, match="it is a folder, not a file"):
+            fetch(f"http://127.0.0.1:1/{NAME}", PREFIX, tmp_path)
+        (tmp_path / f"{NAME}{suffix}").rmdir()
 
 
 def test_offline_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

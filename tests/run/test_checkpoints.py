@@ -1,6 +1,10 @@
 """Checkpoints: the ones kept, that a save captures the state at its call, and that damaged ones are refused."""
 
+import errno
+import json
+import os
 import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.config import default_config
 from jaxft.data.batches import replicate
 from jaxft.errors import UserError
+from jaxft.run import checkpoints as module
 from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError, NotFiniteError, checksums
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.workdir import Workdir
@@ -34,6 +40,22 @@ def writer(workdir: Path, accuracy: dict[int, float] | None = None, **options: i
     metrics = MetricsFile(workdir / "metrics.jsonl")
     metrics.accuracy.update(accuracy or {})
     return Checkpoints(Workdir(workdir), metrics, **options)
+
+
+def saved(workdir: Path, *steps: int, seed: int = 0) -> Checkpoints:
+    """Saves checkpoints of a run with config.json, and returns its writer."""
+    config = default_config()
+    config.seed = seed
+    Workdir(workdir).write_config(config)
+    checkpoints = writer(workdir, keep_latest=len(steps))
+    for step in steps:
+        checkpoints.save(make_state(step), {"config": config.to_dict()})
+    checkpoints.close()
+    return writer(workdir)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -67,9 +89,31 @@ def test_only_evaluated_checkpoints_can_be_the_best(tmp_path: Path) -> None:
     assert checkpoints.steps() == [10, 15]
     assert checkpoints.resolve("best") == 10
     checkpoints.close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "split": "eval", "accuracy": 0.3}\n')
     (tmp_path / "checkpoints" / "10").rename(tmp_path / "10")
-    with pytest.raises(UserError, match="no checkpoint 'best'"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint 'best' .* none of them is evaluated yet; .* latest or .*\[15\]"
+    ):
         Checkpoints(Workdir(tmp_path)).resolve("best")
+
+
+def test_a_missing_best_checkpoint_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = saved(tmp_path, 5, 6)
+    rows = [f'{{"step": {step}, "split": "eval", "accuracy": {value}}}\n' for step, value in ((5, 0.9), (6, 0.3))]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    reader = Checkpoints(Workdir(tmp_path))
+    assert reader.resolve("best") == 5
+    assert not capsys.readouterr().err
+    (tmp_path / "checkpoints" / "5").rename(tmp_path / "checkpoints" / "4")
+    assert reader.resolve("best") == 6
+    assert "lacks checkpoint 5, the best one; checkpoint 6 is used" in capsys.readouterr().err
+    checkpoints.close()
+
+
+def test_the_latest_is_the_best_without_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 5, 6)
+    assert Checkpoints(Workdir(tmp_path)).resolve("best") == 6
+    assert "has no metrics.jsonl, so its latest checkpoint, 6, is used" in capsys.readouterr().err
 
 
 def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path) -> None:
@@ -198,3 +242,181 @@ def test_an_unwritable_folder_is_reported(tmp_path: Path, capsys: pytest.Capture
     checkpoints.finish(make_state(3), {})
     assert checkpoints.steps() == [3]
     checkpoints.close()
+
+
+@pytest.mark.parametrize("name", [module.COMMIT, module.INFO, module.TREE])
+def test_a_json_file_of_another_type_is_damage(tmp_path: Path, name: str) -> None:
+    checkpoints = saved(tmp_path, 5, 6)
+    for content in ("[]", '"text"', "3", "", '{"', "[" * 10**5, "null"):
+        (tmp_path / "checkpoints" / "6" / name).write_text(content)
+        with pytest.raises(DamagedCheckpointError, match=r"checkpoint 6 .* is damaged .*use --checkpoint 5"):
+            checkpoints.info(6)
+    _, state = checkpoints.restore_latest(abstract_state(), "newest_good")
+    assert (int(state.step), names(tmp_path / "damaged_checkpoints")) == (5, {"6"})
+    checkpoints.save(make_state(6), {})
+    checkpoints.close()
+    assert checkpoints.steps()[-1] == 6
+
+
+def test_damaged_metadata_of_an_earlier_checkpoint_does_not_stop_a_run(tmp_path: Path) -> None:
+    """Orbax's manager reads those of all checkpoints."""
+    checkpoints = saved(tmp_path, 5, 6)
+    (tmp_path / "checkpoints" / "5" / module.COMMIT).write_text('{"init_timestamp_nsecs": "soon"}')
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint 5 .* is damaged"):
+        checkpoints.restore_latest(abstract_state(), "refuse")
+    assert int(checkpoints.restore_latest(abstract_state(), "newest_good")[1].step) == 6
+    assert names(tmp_path / "damaged_checkpoints") == {"5"}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("name", [module.INFO, "state/manifest.ocdbt", module.COMMIT])
+def test_something_else_than_a_file_is_damage(tmp_path: Path, name: str) -> None:
+    checkpoints = saved(tmp_path, 5, 6)
+    path = tmp_path / "checkpoints" / "6" / name
+    path.unlink()
+    if name == module.COMMIT:  # not needed once a checkpoint is complete
+        assert int(checkpoints.restore(6, abstract_state()).step) == 6
+    path.symlink_to(path)
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint 6 .* is damaged \(Too many levels of symbolic links"):
+        checkpoints.restore(6, abstract_state())
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint 6 .* is damaged"):
+        checkpoints.restore(6, abstract_state())
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint 6 .* is damaged \(it is a FIFO"):
+        checkpoints.restore(6, abstract_state())
+    assert int(checkpoints.restore_latest(abstract_state(), "newest_good")[1].step) == 5
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("by_orbax", [False, True])
+def test_a_file_that_may_not_be_read_is_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, by_orbax: bool
+) -> None:
+    """Nothing is moved, because the checkpoint may be whole."""
+    checkpoints = saved(tmp_path, 5, 6)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number)) if not by_orbax else ValueError(f"INTERNAL: [OS error {number}: E]")
+
+    owner, name = (module.ocp.Checkpointer, "restore") if by_orbax else (module, "open_regular")
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(UserError, match=rf"checkpoint 6 .* cannot be read \({os.strerror(number)}") as caught:
+        checkpoints.restore_latest(abstract_state(), "newest_good")
+    assert not isinstance(caught.value, DamagedCheckpointError)
+    assert names(tmp_path / "checkpoints") == {"5", "6"}
+
+
+def test_a_fault_that_passes_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, 5)
+    restore, calls = module.ocp.Checkpointer.restore, []
+
+    def fail_once(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise ValueError("UNAVAILABLE")
+        return restore(*arguments, **options)
+
+    monkeypatch.setattr(module.ocp.Checkpointer, "restore", fail_once)
+    assert int(checkpoints.restore(5, abstract_state()).step) == 5
+
+
+def test_no_checkpoint_is_moved_if_none_is_good(tmp_path: Path) -> None:
+    """The cause may be outside them, as after an upgrade."""
+    checkpoints = saved(tmp_path, 5, 6)
+    for step in ("5", "6"):
+        flip_bytes(tmp_path / "checkpoints" / step)
+    with pytest.raises(UserError, match=r"there is no good checkpoint in .*, and none was moved: checkpoint 6 .*"):
+        checkpoints.restore_latest(abstract_state(), "newest_good")
+    assert names(tmp_path / "checkpoints") == {"5", "6"}
+
+
+def rewrite_info(folder: Path, **changes: object) -> None:
+    """Changes the info of a checkpoint, with a new checksum."""
+    path = folder / module.INFO
+    path.write_text(json.dumps(module._seal(json.loads(path.read_text()) | changes)))
+
+
+def test_other_versions_are_not_damage(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 5)
+    folder = tmp_path / "checkpoints" / "5"
+    info = json.loads((folder / module.INFO).read_text())
+    with pytest.raises(UserError, match=r"other arrays than this version makes \(params/w: float32\[4\] instead of fl"):
+        checkpoints.restore_latest(abstract_state(size=5), "newest_good")
+    rewrite_info(folder, format=2)
+    with pytest.raises(
+        UserError, match=r"checkpoint 5 .* has format 2, and this jaxft reads 1; install the newest jaxft"
+    ):
+        checkpoints.restore_latest(abstract_state(), "newest_good")
+    of_version_0_1 = {key: value for key, value in info.items() if key not in ("format", "step")}
+    (folder / module.INFO).write_text(json.dumps(module._seal(of_version_0_1)))
+    assert int(checkpoints.restore(5, abstract_state()).step) == 5
+
+
+@pytest.mark.parametrize("stores_step", [True, False])
+def test_exchanged_checkpoints_are_noticed(tmp_path: Path, stores_step: bool) -> None:
+    checkpoints = saved(tmp_path, 4, 5, 6)
+    folder = tmp_path / "checkpoints"
+    if not stores_step:
+        for step in (5, 6):
+            info = json.loads((folder / str(step) / module.INFO).read_text())
+            (folder / str(step) / module.INFO).write_text(json.dumps(module._seal({"arrays": info["arrays"]})))
+    (folder / "5").rename(folder / "x")
+    (folder / "6").rename(folder / "5")
+    (folder / "x").rename(folder / "6")
+    for step, other in ((5, 6), (6, 5)):
+        with pytest.raises(DamagedCheckpointError, match=rf"checkpoints/{step} is not checkpoint {step} but {other}"):
+            checkpoints.restore(step, abstract_state())
+    assert int(checkpoints.restore_latest(abstract_state(), "newest_good")[1].step) == 4
+    assert names(folder) == {"4"}
+
+
+def test_a_checkpoint_of_another_run_is_noticed(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path / "run", 5, 6)
+    saved(tmp_path / "other", 6, seed=1)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "6", tmp_path / "run" / "checkpoints" / "6")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"checkpoint 6 .* is of another run \(seed is 1 there and 0 in conf"
+    ):
+        checkpoints.restore(6, abstract_state())
+    assert int(checkpoints.restore_latest(abstract_state(), "newest_good")[1].step) == 5
+    (tmp_path / "run" / "config.json").unlink()  # predicting needs only the checkpoint
+    assert int(Checkpoints(Workdir(tmp_path / "run")).restore(5, abstract_state()).step) == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["99999999999999999999", "007", "-7", "\N{FULLWIDTH DIGIT SEVEN}", "7 (copy)", "7.orbax-checkpoint-tmp"]
+)
+def test_a_folder_with_another_name_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+    checkpoints = saved(tmp_path, 5)
+    (tmp_path / "checkpoints" / name).mkdir()
+    assert checkpoints.steps() == [5]
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        checkpoints.resolve(name)
+    if len(name) == 20:  # the latest for Orbax, which would then save no other
+        with pytest.raises(UserError, match=f"{name} is not a checkpoint of a run; move it away"):
+            checkpoints.restore_latest(abstract_state(), "refuse")
+    else:
+        checkpoints.restore_latest(abstract_state(), "refuse")
+        checkpoints.save(make_state(6), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [6]
+        checkpoints.close()
+
+
+def test_a_folder_that_cannot_be_used_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints cannot be read: Not a directory"):
+        Checkpoints(Workdir(tmp_path)).steps()
+    with pytest.raises(UserError, match="checkpoints cannot be written: File exists"):
+        writer(tmp_path)
+    (tmp_path / "run").mkdir()
+    checkpoints = saved(tmp_path / "run", 5, 6)
+    flip_bytes(tmp_path / "run" / "checkpoints" / "6")
+    (tmp_path / "run" / "damaged_checkpoints").touch()
+    with pytest.raises(UserError, match=r"checkpoints/6 cannot be moved to .*: File exists"):
+        checkpoints.restore_latest(abstract_state(), "newest_good")

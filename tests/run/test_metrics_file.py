@@ -1,6 +1,7 @@
 """metrics.jsonl after interruptions, damage and failed writes."""
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.run.metrics_file import MetricsFile
+from jaxft.run.metrics_file import ALL_KEYS, MetricsFile, read_accuracy, read_lines
 
 
 def write_metrics(path: Path, last_step: int, every: int = 3) -> None:
@@ -75,3 +76,108 @@ def test_lines_are_buffered_until_they_can_be_written(tmp_path: Path, capsys: py
     metrics.write({"step": 11, "split": "train", "accuracy": 0.0})
     metrics.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 12))
+
+
+def test_no_flipped_bit_changes_an_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In metrics.jsonl, accuracy.json decides; in accuracy.json, its checksum reports the damage."""
+    path, seal = tmp_path / "metrics.jsonl", tmp_path / "accuracy.json"
+    write_metrics(path, 4, every=2)
+    expected = {2: 0.02, 4: 0.04}
+    for file in (path, seal):
+        content = file.read_bytes()
+        for bit in range(0, len(content) * 8, 3):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(flipped)
+            assert read_accuracy(path) == expected, bit
+        file.write_bytes(content)
+    assert "accuracy.json is damaged (" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes().replace(b"0.02", b"0.92"))
+    with pytest.raises(UserError, match=r"damaged in line 3 \(accuracy 0.92 of step 2, but accuracy.json has 0.02\)"):
+        MetricsFile(path)
+    path.unlink()
+    assert read_accuracy(path) == expected
+    seal.unlink()
+    assert read_accuracy(path) is None
+
+
+def test_a_lost_evaluation_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, 7)
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "0.03" not in line))
+    with pytest.raises(UserError, match="lacks the evaluation after step 3"):
+        MetricsFile(path).open(7)
+
+
+def test_runs_without_accuracy_json_still_work(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, 6)
+    (tmp_path / "accuracy.json").unlink()
+    assert read_accuracy(path) == {3: 0.03, 6: 0.06}
+    metrics = MetricsFile(path)
+    metrics.open(6)
+    for row in ({"step": 7, "split": "train", "accuracy": 0.0}, {"step": 7, "split": "eval", "accuracy": 0.5}):
+        metrics.write(row)
+    metrics.close()
+    assert json.loads((tmp_path / "accuracy.json").read_text())["accuracy"] == {"3": 0.03, "6": 0.06, "7": 0.5}
+    metrics = MetricsFile(path)
+    metrics.open(6)  # the checkpoint of step 7 was lost
+    assert read_accuracy(path) == {3: 0.03, 6: 0.06}
+    metrics.close()
+
+
+GOOD = {"step": 1, "epoch": 1, "split": "train", "loss": 0.5, "accuracy": 0.5, "images_per_second": 9.0, "seconds": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (GOOD | {"accuracy": 2.0}, "accuracy is not between 0 and 1"),
+        (GOOD | {"accuracy": float("nan")}, "accuracy is not a number"),
+        (GOOD | {"accuracy": None}, "accuracy is not a number"),
+        (GOOD | {"accuracy": "0.5"}, "accuracy is not a number"),
+        (GOOD | {"accuracy": True}, "accuracy is not a number"),
+        (GOOD | {"accuracy": 10**400}, "accuracy is not a number"),
+        (GOOD | {"loss": float("inf")}, "loss is not a number"),
+        (GOOD | {"seconds": [1]}, "seconds is not a number"),
+        (GOOD | {"step": 10**30}, "step is not a positive whole number"),
+        (GOOD | {"step": 1.5}, "step is not a positive whole number"),
+        (GOOD | {"step": 0}, "step is not a positive whole number"),
+        (GOOD | {"epoch": "1"}, "epoch is not a positive whole number"),
+        (GOOD | {"split": "test"}, "split is neither train nor eval"),
+        ({"step": 1, "split": "train", "accuracy": 0.5}, "it lacks epoch"),
+        ([GOOD], "it is not a JSON object"),
+        (None, "it is not a JSON object"),
+    ],
+)
+def test_rows_of_wrong_type_or_range_are_reported(tmp_path: Path, row: object, reason: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"damaged in line 1 \({reason}\); put it back, or name another --workdir"):
+        read_lines(path, ALL_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (GOOD, "step 1 follows step 1"),
+        (GOOD | {"step": 2, "split": "eval"}, "the evaluation of step 2 follows step 1"),
+        (b"\xff\xfe\x00", "it is not a JSON object"),
+        (b"[" * 100_000, "it is not a JSON object"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "it is not a JSON object"),
+        (b'{"step": 2', "it is not a JSON object"),
+    ],
+)
+def test_a_damaged_second_line_is_reported(tmp_path: Path, second: object, reason: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = second if isinstance(second, bytes) else json.dumps(second).encode()
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + content + b"\n")
+    with pytest.raises(UserError, match=rf"damaged in line 2 \({reason}"):
+        read_lines(path, ALL_KEYS)
+
+
+def test_something_else_than_a_file_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="cannot be read: it is a FIFO, not a file"):
+        MetricsFile(path)

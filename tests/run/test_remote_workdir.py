@@ -1,5 +1,6 @@
 """A workdir that is a URL: here a file:// folder, which fsspec treats like a bucket."""
 
+import os
 import shutil
 import signal
 import time
@@ -141,6 +142,43 @@ def test_nothing_is_lost_if_the_bucket_cannot_be_written(tmp_path: Path, capsys:
     with synced(url, folder):
         pass
     assert contents(there / "run") == contents(folder) != {}
+
+
+def test_a_run_that_replaces_its_checkpoints_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, there = f"file://{tmp_path}/run", tmp_path / "run"
+    write_checkpoint(there, 1, "a")
+    pull = remote_workdir._Mirror._pull
+
+    def replace_first(mirror: remote_workdir._Mirror) -> None:
+        if (there / "checkpoints" / "1").exists():
+            shutil.rmtree(there / "checkpoints" / "1")
+            write_checkpoint(there, 2, "b")
+        pull(mirror)
+
+    monkeypatch.setattr(remote_workdir._Mirror, "_pull", replace_first)
+    assert set(contents(reading_folder(url))) == {"checkpoints/2/state/array", f"checkpoints/2/{COMMITTED}"}
+
+
+@pytest.mark.parametrize("where", ["checkpoints/1/state/fifo", "metrics.jsonl", f"checkpoints/1/{COMMITTED}"])
+def test_a_fifo_does_not_stop_a_reader_or_an_upload(tmp_path: Path, where: str) -> None:
+    url, there = f"file://{tmp_path}/run", tmp_path / "run"
+    with synced(url, folder := training_folder(url)):
+        write_checkpoint(folder, 1, "a")
+    (there / where).unlink(missing_ok=True)
+    os.mkfifo(there / where)
+    with pytest.raises(UserError, match=r"cannot be read: .* is not a file"):
+        reading_folder(url)
+    (there / where).unlink()
+    (folder / where).unlink(missing_ok=True)
+    os.mkfifo(folder / where)
+    shutil.rmtree(there)
+    mirror = remote_workdir._Mirror(url, folder)
+    if where.endswith("fifo"):
+        with pytest.raises(OSError, match="it is a FIFO, not a file"):
+            mirror.push()
+    else:
+        mirror.push()
+    assert not (there / where).exists()
 
 
 @pytest.mark.parametrize(

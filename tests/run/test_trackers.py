@@ -1,7 +1,8 @@
 """TensorBoard's event files, read as TensorBoard reads them and compared with metrics.jsonl."""
 
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_tensorboard_has_the_values_of_the_restarted_run(tmp_path: Path) -> None
     found = scalars(tmp_path / "tensorboard")
     assert [found["train/loss", step] for step in range(1, 5)] == [0.5, 1, 1.5, 2]
     assert [found["train/accuracy", step] for step in range(1, 5)] == [1 / 8, 1 / 8, 3 / 8, 3 / 8]
+
+
+@pytest.mark.parametrize("damage", [Path.touch, os.mkfifo, lambda path: path.symlink_to(path.name)])
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    config = default_config()
+    config.log.tensorboard = True
+    damage(tmp_path / "tensorboard")
+    with pytest.raises(UserError, match=f"{tmp_path}/tensorboard cannot be written: .*log.tensorboard=False"):
+        Trackers(config, Workdir(tmp_path), [])
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import signal
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,11 +15,14 @@ from hypothesis import strategies as st
 
 from jaxft.config import default_config
 from jaxft.data.batches import Batch
+from jaxft.errors import MESSAGE_LENGTH, UserError
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.ops.formulation import Formulation
+from jaxft.run.checkpoints import Checkpoints, NotFiniteError
 from jaxft.run.signals import StopSignals
+from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import Counts
-from jaxft.training.loop import run_steps, steps_between_checkpoints
+from jaxft.training.loop import report_divergence, run_steps, steps_between_checkpoints
 from jaxft.training.state import TrainState
 from jaxft.training.steps import scan_prefix, train_steps
 from jaxft.training.steps_per_call import STEPS_AHEAD, StepsPerCall, choose_steps_per_call, stack_batches
@@ -98,6 +102,27 @@ def test_a_loop_of_traced_length_traces_its_body_once() -> None:
     total, each = first(np.int32(2))
     assert total == 8 and traced == 1
     np.testing.assert_array_equal(each, [300, 500, 0])
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "step", "parts"),
+    [
+        (0.0, 1_000_000, ["at step 1000000, where the learning rate is 0.00171", "optimizer.clip_norm=1 or a lower"]),
+        (0.5, 7, ["where the learning rate is", "optimizer.clip_norm below 0.5 or a lower optimizer.learning_rate"]),
+        (0.0, 1, ["before any update", "model.pretrained"]),
+    ],
+)
+def test_divergence_names_the_step_and_what_helps(
+    clip_norm: float, step: int, parts: list[str], tmp_path: Path
+) -> None:
+    config = default_config().optimizer
+    config.clip_norm = clip_norm
+    checkpoints = Checkpoints(Workdir(tmp_path / "run"))
+    what = "params/layer4/2/downsample/0/kernel is not finite" if step > 1 else "the train loss is nan"
+    with pytest.raises(UserError) as error, report_divergence(checkpoints, lambda _: jnp.float32(0.00171), config):
+        raise NotFiniteError(what, step, made_by=step - 1)
+    assert all(part in str(error.value) for part in [what, *parts])
+    assert len(f"error: {error.value}") <= MESSAGE_LENGTH
 
 
 def test_signals_are_handled_while_a_cpu_computes() -> None:

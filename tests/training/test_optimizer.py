@@ -145,3 +145,55 @@ def test_linear_falls_to_zero() -> None:
     config.update(learning_rate=0.1, schedule="linear")
     schedule = learning_rate_schedule(config, steps_per_epoch=5, num_epochs=2)
     np.testing.assert_allclose([schedule(step) for step in (0, 5, 10)], [0.1, 0.05, 0.0], atol=1e-9)
+
+
+def test_an_unfrozen_part_warms_up_while_the_rest_continues() -> None:
+    config = default_config().optimizer
+    config.update(learning_rate=1.0, momentum=0.0, freeze="backbone", unfreeze="2: stage4, 3: backbone")
+    config.unfreeze_warmup = 0.5
+    tx = make_optimizer(config, steps_per_epoch=4, num_epochs=4)
+    ones = {name: {"kernel": jax.numpy.ones(2)} for name in ("conv1", "layer4", "fc")}
+    state, sizes = tx.init(ones), []
+    for _ in range(12):
+        updates, state = tx.update(ones, state, ones)
+        sizes.append([-float(updates[name]["kernel"][0]) for name in ones])
+    conv1, layer4, fc = np.transpose(sizes)
+    assert fc.tolist() == [1] * 12
+    assert layer4[4:].tolist() == [0, 0.5, 1, 1, 1, 1, 1, 1]
+    assert conv1[8:].tolist() == [0, 0.5, 1, 1]
+
+
+def test_the_warm_up_counts_updates_of_several_batches() -> None:
+    config = default_config().optimizer
+    config.update(learning_rate=1.0, momentum=0.0, freeze="backbone", unfreeze="2: backbone", accumulate_steps=2)
+    config.unfreeze_warmup = 1.0
+    tx = make_optimizer(config, steps_per_epoch=4, num_epochs=3)
+    ones = {"conv1": {"kernel": jax.numpy.ones(2)}}
+    state, sizes = tx.init(ones), []
+    for _ in range(12):
+        updates, state = tx.update(ones, state, ones)
+        sizes.append(-float(updates["conv1"]["kernel"][0]))
+    assert sizes[4:] == [0, 0, 0, 0.5, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_adaptive_clipping_bounds_updates_relative_to_the_weights(scale: float) -> None:
+    """A network with its kernels multiplied has gradients divided by the same factor."""
+    config = default_config().optimizer
+    config.update(learning_rate=1.0, momentum=0.0, adaptive_clip=0.25)
+    rng = np.random.default_rng(0)
+    kernel = jax.numpy.asarray(scale * rng.normal(size=(3, 3, 8, 4)), "float32")
+    params, gradient = ({"conv1": {"kernel": array}} for array in (kernel, 100 * kernel))
+    tx = make_optimizer(config, 10, 1)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    norm, weights = (np.sqrt(np.square(a).sum((0, 1, 2))) for a in (updates["conv1"]["kernel"], kernel))
+    np.testing.assert_allclose(norm, 0.25 * weights, rtol=1e-5)
+
+
+def test_without_the_new_keys_the_optimizer_has_the_same_state() -> None:
+    config = default_config().optimizer
+    config.update(freeze="backbone", unfreeze="2: backbone", clip_norm=1.0)
+    before = make_optimizer(config, 10, 2).init({"fc": {"kernel": jax.numpy.ones(2)}})
+    config.unfreeze_warmup = 1.0
+    after = make_optimizer(config, 10, 2).init({"fc": {"kernel": jax.numpy.ones(2)}})
+    assert len(jax.tree.leaves(after)) == len(jax.tree.leaves(before)) + 1

@@ -1,6 +1,10 @@
 """Augmentation: compared with Pillow, and a function of only the seed, the step and the image."""
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +160,40 @@ def test_mixup_and_cutmix_are_chosen_equally_often() -> None:
     mixed, _ = mix(ones, zeros, keys, Augmentation(mixup=1.0, cutmix=1.0))
     cut = np.isin(mixed, (0, 1)).all((1, 2, 3))
     assert 150 < cut.sum() < 250
+
+
+@pytest.mark.parametrize("crop_area", [1.0, 0.999])
+def test_without_random_crops_training_sees_what_evaluation_crops(crop_area: float) -> None:
+    """An augmentation that changes almost nothing; with random crops it shows the whole image."""
+    image = np.asarray(Image.effect_noise((40, 50), 90).convert("RGB").resize((60, 48)))[None]
+    preprocessing = Preprocessing(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize=40)
+    keys = image_keys(0, 0, np.arange(1))
+    found = np.asarray(augment(image, keys, Augmentation(shift=1e-6, crop_area=crop_area), preprocessing))
+    cropped, whole = (preprocess(image, p) for p in (preprocessing, preprocessing._replace(resize=0)))
+    near, far = (cropped, whole) if crop_area == 1 else (whole, cropped)
+    assert np.abs(found - near).mean() < 0.01 < 0.05 < np.abs(found - far).mean()
+
+
+def test_the_crop_keeps_its_share_at_another_size() -> None:
+    preprocessing = PREPROCESSING._replace(image_size=224, resize=256)
+    assert preprocessing.at_size(112) == preprocessing._replace(image_size=112, resize=128)
+    assert PREPROCESSING.at_size(16) == PREPROCESSING._replace(image_size=16)
+
+
+def test_a_sheet_that_cannot_be_written_leaves_no_file(
+    fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["-m", "jaxft.sheet", "--config=quickstart", "--config.image_size=32", "--out"]
+    assert "must end in .png, .jpg" in fails(*command, tmp_path / "sheet.txt")
+    assert "cannot write mode RGB as XBM" in fails(*command, tmp_path / "sheet.xbm")
+
+    def save(image: Image.Image, file: IO[bytes], kind: str) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert fails(*command, tmp_path / "sheet.png").endswith("sheet.png cannot be written: No space left on device")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sheet_shows_images_as_evaluated_and_as_augmented(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""Ctrl-C and SIGTERM: the first signal sets a flag that loops check, a second one ends the process at once.
+
+A handler that raises would interrupt whatever code is running, and imports and callbacks from C++ swallow what it
+raises. Commands install these handlers before they import anything else, so this module imports little.
+"""
+
+import atexit
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SECONDS = 0.7  # for code that checks the flag; then a command that has nothing to save ends anyway
+
+received: signal.Signals | None = None  # the flag
+partials: set[str] = set()  # files and folders being written; removed if the process ends at once
+_watching = False  # whether this process is a command, which a thread may end
+_has_results = False  # whether results would be lost if the process ended at once
+
+
+def check() -> None:
+    """Raises Interrupted if a signal has arrived. Loops over batches and files call it."""
+    if received:
+        from jaxft.errors import Interrupted
+
+        raise Interrupted(received)
+
+
+def protect_results() -> None:
+    """From now on, the first signal never ends the process at once: checkpoints have to be written."""
+    global _has_results
+    _has_results = True
+
+
+def forget() -> None:
+    """Clears the flag, for a program that continues after its run was stopped."""
+    global received, _has_results
+    received, _has_results = None, False
+
+
+def end_at_once_on_signals() -> None:
+    """Lets a signal end the process at once, with exit code 128 plus its number: while a command is imported."""
+    with suppress(ValueError):  # not in the main thread
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: end(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `hold_signals` before a re-exec
+
+
+def hold_signals() -> None:
+    """Blocks the signals until `end_at_once_on_signals`, also across an exec: nothing could handle them meanwhile."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def set_flag_on_signals() -> None:
+    """Lets the first signal set the flag while a command runs.
+
+    Code that does not come to check it, such as a compilation, is ended after GRACE_SECONDS unless there are results.
+    """
+    import threading
+
+    global _watching
+    if _watching or threading.current_thread() is not threading.main_thread():
+        return
+    _watching = True
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # works even while the main thread is in C++
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+
+
+def is_watching() -> bool:
+    """Returns whether this process is a command, whose handlers stay until it ends."""
+    return _watching
+
+
+def on_signal(number: int, frame: FrameType | None) -> None:
+    """Sets the flag. In a program that is not a command, a second signal raises Interrupted."""
+    global received
+    if received:
+        if not _watching:
+            check()
+        return
+    received = signal.Signals(number)
+    if _has_results:
+        _write(f"{received.name}: stopping after the current steps")
+
+
+def end(number: int) -> NoReturn:
+    """Ends the process without unwinding, as kill -9 would, but with its message and exit code."""
+    resumes = "; the same command resumes from the last checkpoint" if _has_results else ""
+    _write(f"stopped by {signal.Signals(number).name}{resumes}")
+    for path in [*partials]:
+        _remove(path)
+    os._exit(128 + number)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process after its command, without freeing its memory: that takes half a second, without our handlers.
+
+    After a signal, other threads may still be at work, which nothing waits for.
+    """
+    if not received:
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _watch(signals: int) -> None:
+    """Ends the process at a second signal, or after a first one that the main thread does not notice."""
+    import select
+
+    first: int | None = None
+    while True:
+        waiting = GRACE_SECONDS if first and not _has_results else None
+        if not select.select([signals], [], [], waiting)[0]:
+            if first and not _has_results:
+                end(first)
+            continue
+        (number,) = os.read(signals, 1)
+        if signal.getsignal(number) is not on_signal:  # a web server handles it
+            continue
+        if first:
+            end(number)
+        first = number
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)  # noqa: PTH108, pathlib takes a while to import
+    except OSError:
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(text: str) -> None:
+    """Writes a line to stderr without Python's buffers, which may be locked by the code that was interrupted."""
+    clear = "\r\x1b[K" if os.isatty(2) else ""  # a terminal's progress bar, and its ^C
+    with suppress(OSError):
+        os.write(2, f"{clear}{text}\n".encode())

@@ -1,0 +1,103 @@
+"""Reads what a checkpoint says about its own network: networks that compute otherwise can have the same keys."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft.files import open_regular, read_json
+from jaxft.models.architectures import RESNETS
+from jaxft.pretrained.resnet import DILATED, HUGGING_FACE_CONFIG, LOOK_ALIKES, TIMM_ARGUMENTS
+from jaxft.pretrained.state_dict import printable
+from jaxft.pretrained.unpickle import Foreign
+
+_GROUPS = ("args", "hyper_parameters", "config", "cfg", "opt", "hparams", "meta")  # of a training script's settings
+_NAMES = ("arch", "architecture", "model_name", "model", "backbone", "backbone_name", "network")
+_MAX_CONFIG = 1_000_000  # bytes of a config.json
+# What precedes the architecture in names of timm and torch.hub, and of the data that the weights come from.
+_PREFIX = re.compile(r"^(timm/|hf[-_]hub:|torchvision[./]|microsoft/|tv_|gluon_|ssl_|swsl_|ig_|wsl_)+")
+
+
+class Declared(NamedTuple):
+    """What stands beside the weights about their network."""
+
+    names: dict[str, str]  # place -> name, such as {"arch": "resnet50"}
+    config: Mapping[str, Any]  # config.json beside the file, {} without one
+
+
+def read_declared(content: Any, path: Path) -> Declared:
+    """Reads the names in a checkpoint (arch, args.model, ...) and in the config.json beside it."""
+    names: dict[str, str] = {}
+    top = content if type(content) is dict else {}
+    for group, entries in (("", top), *((group, _attributes(top.get(group))) for group in _GROUPS)):
+        for key in _NAMES:
+            value = entries.get(key)
+            if type(value) is str and 0 < len(value) <= 100:
+                names[f"{group}.{key}" if group else key] = printable(value)
+    config = _config_beside(path)
+    if type(config.get("architecture")) is str:
+        names["config.json"] = printable(config["architecture"])
+    return Declared(names, config)
+
+
+def _attributes(value: Any) -> Mapping[Any, Any]:
+    if isinstance(value, Foreign):  # argparse.Namespace has attributes, AttributeDict of Lightning has items
+        return value.items or value.attributes or {}
+    return value if type(value) is dict else {}
+
+
+def _config_beside(path: Path) -> Mapping[str, Any]:
+    """Returns the config.json of Hugging Face or timm beside a file, or {}."""
+    beside = path.with_name("config.json")
+    try:
+        with open_regular(beside) as file:
+            if len(file.read(_MAX_CONFIG + 1)) > _MAX_CONFIG:
+                return {}
+        config = read_json(beside)
+    except (OSError, ValueError):
+        return {}
+    return config if "model_type" in config or "architecture" in config else {}
+
+
+def look_alike(declared: Declared, arch: str) -> str | None:
+    """Returns why the network is not the `arch` whose keys and shapes it has, or None."""
+    for place, name in declared.names.items():
+        for pattern, meaning in LOOK_ALIKES.items():
+            if re.search(pattern, name.lower()):
+                return f"{place} calls it {name}: {meaning}"
+    for key, (plain, meaning) in _options(declared.config, arch).items():
+        value = _settings(declared.config).get(key, plain)
+        if value != plain:
+            return f"config.json says {key}={printable(value, 20)}: {meaning}"
+    return None
+
+
+def _options(config: Mapping[str, Any], arch: str) -> dict[str, tuple[Any, str]]:
+    """Returns the keys of config.json that change what a network with these keys and shapes computes."""
+    if "architecture" in config:
+        return TIMM_ARGUMENTS
+    if config.get("model_type") != "resnet":
+        return {}
+    basic = RESNETS[arch].block == "basic"  # has no first 1x1
+    return {key: option for key, option in HUGGING_FACE_CONFIG.items() if not (basic and key.endswith("in_bottleneck"))}
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = config.get("model_args", {}) if "architecture" in config else config
+    return settings if isinstance(settings, dict) else {}
+
+
+def doubts(declared: Declared, arch: str) -> list[str]:
+    """Returns sentences about names that are not `arch`: keys and shapes cannot show every difference."""
+    found = []
+    for place, name in declared.names.items():
+        plain = _PREFIX.sub("", name.lower()).split(".")[0]
+        plain = re.sub(r"_(v1b|ssl|swsl|wsl|in1k|imagenet)$", "", plain)
+        if re.search(DILATED, plain):
+            found.append(f"{place} calls it {name}, whose last stages are dilated; jaxft's are not")
+        elif re.search(r"resne(t|xt)\d+", plain) and plain != arch:
+            found.append(f"{place} calls it {name}, but it is taken as a {arch}, as its keys and shapes say")
+    kind = declared.config.get("model_type", "resnet")
+    if kind not in ("resnet", "timm_wrapper"):
+        found.append(f"config.json beside it is of a {printable(kind, 30)}, not of a resnet")
+    return found

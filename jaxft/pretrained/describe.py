@@ -1,0 +1,152 @@
+"""Describes a weights file without converting it, also one that would be refused: `jaxft convert FILE --info`."""
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import UserError, shortened
+from jaxft.pretrained import catalog, formats
+from jaxft.pretrained.declared import read_declared
+from jaxft.pretrained.load import locate, read_numbers
+from jaxft.pretrained.recognise import FAMILIES, infer_arch, recognise, without_unusable_head
+from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED
+from jaxft.pretrained.state_dict import (
+    choose,
+    find_networks,
+    kind_of,
+    names_of,
+    printable,
+    shown_key,
+    summarised,
+    tables,
+)
+from jaxft.pretrained.torch_files import TensorFile, open_tensors, open_weights
+from jaxft.pretrained.unpickle import Tensor, children
+from jaxft.pretrained.weights_file import read_jaxft_file, read_metadata
+
+SHOWN = 8  # names in a line
+MOST_ENTRIES = 100  # of a checkpoint
+
+
+def describe(source: str, arch: str | None = None) -> dict[str, Any]:
+    """Returns what a weights file is: format, network, names, architecture, head, dtype, what else it holds.
+
+    Keys that cannot be known are missing. `usable` says whether jaxft reads it, and `reason` why not.
+    """
+    found: dict[str, Any] = {"usable": False, "reason": None}
+    try:
+        path, name = _file_of(source)
+        found |= {"file": str(path), "bytes": path.stat().st_size if path.is_file() else None}
+        with open_weights(path) as opened:
+            found["format"] = formats.identify(opened, path.name).name
+        with open_tensors(path) as file:
+            _describe(found, path, file, name, arch)
+        found["usable"] = True
+    except (UserError, OSError) as error:
+        found["reason"] = str(error)
+    return found
+
+
+def _file_of(source: str) -> tuple[Path, str]:
+    """Returns the file of a source, which may also be a name, and the network that is asked for."""
+    if path := catalog.shipped(source):
+        return path, ""
+    named = catalog.find(source)
+    return (catalog.weights_file(named), "") if named else locate(source)
+
+
+def _describe(found: dict[str, Any], path: Path, file: TensorFile, name: str, arch: str | None) -> None:
+    """Adds to `found` step by step, until a UserError says why the file is refused."""
+    provenance = read_metadata(path, file.metadata)
+    if provenance is not None:
+        found |= {"format": "jaxft", "family": FAMILIES[0].name}
+        found |= {key: provenance.get(key) for key in ("arch", "width", "stem", "num_classes", "source")}
+        found["head"] = "fc" if provenance.get("num_classes") else None
+        found |= _sizes(file.content)
+        read_jaxft_file(path, file, provenance, arch)
+        return
+    found["entries"] = _entries(file.content)
+    found["declared"] = read_declared(file.content, path).names
+    networks = find_networks(file.content, FAMILIES)
+    found["networks"] = [printable(name) for name in names_of(networks)]
+    if networks:
+        network, notes = without_unusable_head(choose(networks, path, name))
+        found |= {
+            "wrapper": ".".join(network.wrappers),
+            "prefix": printable(network.prefix),
+            "names": network.naming.library,
+            "family": network.family.name,
+            "left_out": network.left_out,
+            "notes": notes,
+        }
+        found |= _sizes(network.tensors)
+        if known := infer_arch(network.tensors):
+            found["arch"] = known
+    recognised = recognise(file, path, name, arch)
+    model = recognised.model
+    found |= {"width": model.width, "stem": model.stem}
+    found |= {"head": "fc" if model.num_classes else None, "num_classes": model.num_classes, "notes": recognised.notes}
+    read_numbers(file, recognised)
+
+
+def _entries(content: Any) -> dict[str, str]:
+    """Returns a checkpoint's outer entries with their kinds; {} for a bare state_dict."""
+    if any(isinstance(value, Tensor) for value in children(content).values()):
+        return {}
+    found = {shown_key(key): kind_of(value) for key, value in islice(children(content).items(), MOST_ENTRIES)}
+    counts: Counter[str] = Counter()
+    for wrappers, table in tables(content):
+        counts[wrappers[0]] += sum(isinstance(value, Tensor) for value in table.values())
+    return found | {key: f"{counts[key]:,} tensor{'s' * (counts[key] > 1)}" for key in found if counts[key]}
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Counts the parameters and statistics of a network in torch's or jaxft's names."""
+    counted = {key: tensor for key, tensor in tensors.items() if not key.endswith(NUM_BATCHES_TRACKED)}
+    sizes = {key: _size(tensor) for key, tensor in counted.items()}
+    statistics = sum(size for key, size in sizes.items() if "running_" in key or key.startswith("batch_stats/"))
+    return {
+        "parameters": sum(sizes.values()) - statistics,
+        "statistics": statistics,
+        "dtypes": sorted({str(tensor.dtype) for tensor in counted.values()}),
+    }
+
+
+def _size(tensor: Tensor) -> int:
+    size = 1
+    for length in tensor.shape:
+        size *= length
+    return size
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns the description as aligned lines."""
+    rows: dict[str, str] = {"file": f"{found['file']}, {found['bytes']:,} bytes" if found.get("bytes") else ""}
+    rows["format"] = found.get("format", "")
+    if found.get("entries"):
+        entries = [f"{key} ({kind})" for key, kind in found["entries"].items()]
+        rows["holds"] = shortened(entries, SHOWN)
+    if len(found.get("networks", ())) > 1:
+        rows["networks"] = shortened(found["networks"], SHOWN)
+    if "names" in found:
+        place = [found["wrapper"] and f"in {found['wrapper']}", found["prefix"] and f"prefix {found['prefix']}"]
+        rows["network"] = ", ".join(filter(None, [*place, f"keys as in {found['names']}"]))
+    if "arch" in found:
+        rows["arch"] = f"{found['arch']} ({found['family']})"
+    if "width" in found:
+        rows["arch"] += f", width {found['width']}, stem {found['stem']}"
+        rows["head"] = f"{found['head']}, {found['num_classes']:,} classes" if found["head"] else "none"
+    if found.get("declared"):
+        rows["declared"] = ", ".join(f"{place}: {name}" for place, name in found["declared"].items())
+    if "dtypes" in found:
+        sizes = f"{found['parameters']:,} parameters, {found['statistics']:,} statistics"
+        rows["tensors"] = f"{sizes}, {' and '.join(found['dtypes'])}"
+    if found.get("left_out"):
+        rows["left out"] = summarised(found["left_out"], SHOWN)
+    notes = [note for note in found.get("notes", ()) if not note.startswith("left out")]
+    rows["note"] = "; ".join(notes)
+    reason = str(found["reason"]).removeprefix(f"{found['file']} ")
+    rows["usable"] = "yes" if found["usable"] else f"no: {reason}"
+    return [f"{name:10}{text}" for name, text in rows.items() if text]

@@ -1,0 +1,244 @@
+"""DIR/evaluation.npz: the latest epoch's predictions, with the images to look at, from which a report is drawn."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from jaxft.config import resolve
+from jaxft.data.dataset import Dataset
+from jaxft.errors import UserError
+from jaxft.files import atomic_write, open_regular, reason
+from jaxft.run import remote_workdir
+from jaxft.run.metrics_file import ALL_KEYS, read_lines
+from jaxft.run.workdir import Workdir, config_differences
+from jaxft.targets.classification import Predictions
+
+MISTAKES = 24  # shown
+SHARED = 100  # test images that are also trained on: shown
+THUMBNAIL = 128  # pixels of the longer side, at most
+_INFO = {"config": dict, "class_names": list, "train_size": int, "weights": dict, "versions": dict}
+
+
+class Run(NamedTuple):
+    """A run as it was after its latest epoch."""
+
+    workdir: Workdir
+    info: dict[str, Any]  # the info of its checkpoints
+    rows: list[dict[str, Any]]  # of metrics.jsonl, with at least one evaluation
+    predictions: Predictions  # of the test split
+    mistakes: np.ndarray  # int (K,), positions in the test split, the most confident first
+    thumbnails: list[np.ndarray]  # images of the K mistakes
+    files: list[str]  # names of the K mistakes
+    shared: list[tuple[str, str]]  # test images that are also trained on: their names in both splits, at most SHARED
+    num_shared: int  # how many there are
+    features_seconds: float  # time spent on computing a frozen backbone's features, in the latest process
+    diverged: int  # the step at which the training diverged, or 0
+
+    @property
+    def display_name(self) -> str:
+        return printable(remote_workdir.display_name(self.workdir.path))
+
+    @property
+    def name(self) -> str:
+        return PurePath(self.display_name).name
+
+    @property
+    def config(self) -> ConfigDict:
+        return resolve(self.info["config"])
+
+    @property
+    def class_names(self) -> list[str]:
+        return [printable(name) for name in self.info["class_names"]]
+
+    @property
+    def epoch(self) -> int:
+        """The latest epoch that has been evaluated."""
+        return self.split("eval")[-1]["epoch"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        only_fit = self.config.optimizer.fit_head == "only"
+        return 1 if only_fit else math.ceil(self.info["train_size"] / self.config.batch_size)
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["split"] == name]
+
+
+def printable(name: str) -> str:
+    """Returns a name as HTML and SVG can hold it: bytes that are not UTF-8 and control characters as escapes."""
+    text = name.encode(errors="backslashreplace" if _has_foreign_surrogates(name) else "surrogateescape")
+    decoded = text.decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
+
+
+def _has_foreign_surrogates(name: str) -> bool:
+    """Returns whether a text has surrogates that do not stand for a byte of a file's name."""
+    return any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for c in name)
+
+
+def image_path(data: Dataset, index: int, split: str) -> str:
+    """Returns the path of an image, or a name like test[12] if it does not come from a file."""
+    return os.fspath(data.origin.files[index]) if data.origin.files else f"{split}[{index}]"
+
+
+def image_name(data: Dataset, index: int, split: str) -> str:
+    """Returns the same as `image_path`, but relative to the dataset's folder and printable."""
+    return printable(image_path(data, index, split).removeprefix(f"{data.origin.folder}/"))
+
+
+def ranked_mistakes(predictions: Predictions) -> np.ndarray:
+    """Returns the positions of all wrong predictions, int (K,), the most confident first."""
+    wrong = np.flatnonzero(predictions.rank)
+    return wrong[np.argsort(-predictions.confidence[wrong], kind="stable")]
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    small = Image.fromarray(image)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(small)
+
+
+# More than six parameters: everything that a report shows and that is not in another file.
+def write_evaluation(
+    workdir: Workdir,
+    info: dict[str, Any],
+    test_data: Dataset,
+    predictions: Predictions,
+    shared: Sequence[tuple[str, str]] = (),
+    features_seconds: float = 0.0,
+) -> None:
+    """Writes the file. shared: `image_name` of test images that are also trained on, in both splits. Raises OSError."""
+    split = resolve(info["config"]).data.eval_split
+    mistakes = ranked_mistakes(predictions)[:MISTAKES]
+    files = [image_name(test_data, index, split) for index in mistakes.tolist()]
+    arrays = dataclasses.asdict(predictions) | {
+        "mistakes": mistakes,
+        "info": np.array(json.dumps(info)),
+        "files": np.array(files, np.str_),
+        "shared": np.array(shared[:SHARED], np.str_).reshape(-1, 2),
+        "num_shared": np.array(len(shared)),
+        "features_seconds": np.array(features_seconds),
+        **{f"picture_{i}": thumbnail(test_data.image[index]) for i, index in enumerate(mistakes)},
+    }
+    _write(workdir.evaluation, arrays)
+
+
+def write_divergence(run: Run, step: int) -> Run:
+    """Adds the step at which the training diverged to the file, and returns the run with it. Raises OSError."""
+    with open_regular(run.workdir.evaluation) as file, np.load(file) as arrays:
+        _write(run.workdir.evaluation, dict(arrays) | {"diverged": np.array(step)})
+    return run._replace(diverged=step)
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_run(workdir: Workdir) -> Run:
+    """Loads the files that training wrote. Raises UserError if no epoch is finished or a file is damaged."""
+    path = workdir.evaluation
+    remedy = "the next epoch writes it again, or train in another workdir"
+    try:
+        with open_regular(path) as file, np.load(file) as arrays:
+            run = _parse(workdir, dict(arrays))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{workdir.path} has no finished epoch to report; name another --workdir") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}; {remedy}") from None
+    except Exception as error:  # NumPy and zipfile raise exceptions of any type for damaged files
+        raise UserError(f"{path} is damaged ({error or type(error).__name__}); {remedy}") from None
+    _check_run(run, remedy)
+    run = run._replace(rows=read_lines(workdir.metrics, ALL_KEYS))
+    if not run.split("eval"):
+        raise UserError(f"{workdir.metrics} has no evaluation to report; put it back, or name another --workdir")
+    return run
+
+
+def _check_run(run: Run, remedy: str) -> None:
+    """Raises UserError if the predictions are those of another run than DIR/config.json's."""
+    try:
+        stored = run.workdir.read_config()
+    except UserError:  # the report does not need it
+        return
+    if stored is None:
+        return
+    saved = run.config
+    saved.num_epochs = stored.num_epochs  # may be raised
+    if differences := config_differences(stored, saved):
+        key, there, here = differences[0]
+        raise UserError(
+            f"{run.workdir.evaluation} is of another run ({key} is {here!r} there and {there!r} in "
+            f"{run.workdir.config.name}); {remedy}"
+        )
+
+
+def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
+    """Returns a run without rows. Raises any exception if the arrays do not fit together.
+
+    Files of version 0.1 have only the predictions, the info and the mistakes.
+    """
+    info = json.loads(str(_array(arrays, "info", "U", ())))
+    _check(isinstance(info, dict), "info is not an object")
+    for key, kind in _INFO.items():
+        _check(isinstance(info.get(key), kind), f"{key} in info is not a {kind.__name__}")
+    _check(all(isinstance(name, str) for name in info["class_names"]), "class_names in info are not texts")
+    config, num_classes = resolve(info["config"]), len(info["class_names"])
+    _check(config.batch_size > 0 and info["train_size"] > 0 and num_classes > 1, "info has a number that is too small")
+
+    size = arrays["label"].size
+    _check(size > 0, "there are no predictions")
+    kinds = {field.name: "iu" for field in dataclasses.fields(Predictions)} | {"confidence": "f", "loss": "f"}
+    predictions = Predictions(**{name: _array(arrays, name, kind, (size,)) for name, kind in kinds.items()})
+    for name in ("label", "predicted", "rank"):
+        _check_range(name, getattr(predictions, name), num_classes)
+    _check(bool((predictions.confidence >= 0).all() and (predictions.confidence <= 1).all()), "confidence is wrong")
+    _check(bool(np.isfinite(predictions.loss).all()), "loss is not finite")
+
+    mistakes = _array(arrays, "mistakes", "iu", (arrays["mistakes"].size,))
+    _check_range("mistakes", mistakes, size)
+    thumbnails = [arrays[f"picture_{i}"] for i in range(len(mistakes))]
+    for image in thumbnails:
+        _check(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0, "wrong image")
+    unnamed = np.array([f"{config.data.eval_split}[{index}]" for index in mistakes.tolist()], np.str_)
+    files = _array({"files": unnamed} | arrays, "files", "U", mistakes.shape)
+    shared = arrays.get("shared", np.zeros((0, 2), np.str_))
+    pairs = _array({"shared": shared}, "shared", "U", (shared.shape[0], 2))
+    numbers = {"num_shared": np.array(0), "features_seconds": np.array(0.0), "diverged": np.array(0)} | arrays
+    return Run(
+        workdir,
+        info,
+        [],
+        predictions,
+        mistakes,
+        thumbnails,
+        [str(name) for name in files],
+        [(str(test), str(train)) for test, train in pairs],
+        int(_array(numbers, "num_shared", "iu", ())),
+        float(_array(numbers, "features_seconds", "f", ())),
+        int(_array(numbers, "diverged", "iu", ())),
+    )
+
+
+def _array(arrays: dict[str, np.ndarray], name: str, kinds: str, shape: Iterable[int]) -> np.ndarray:
+    """Returns an array, whose dtype is one of NumPy's `kinds`. Raises ValueError."""
+    array = arrays[name]
+    _check(array.dtype.kind in kinds and array.shape == tuple(shape), f"{name} is {array.dtype} {array.shape}")
+    return array
+
+
+def _check_range(name: str, array: np.ndarray, size: int) -> None:
+    _check(bool((array >= 0).all() and (array < size).all()), f"{name} is out of range")
+
+
+def _check(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)

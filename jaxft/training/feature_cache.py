@@ -1,0 +1,89 @@
+"""Keeps a frozen backbone's features on disk, so that the next run on the same weights and images has them at once.
+
+A file is named by a hash of everything that the features depend on, images and weights included. An .npz file has a
+CRC-32 of its content, which is checked when it is read.
+"""
+
+import hashlib
+import io
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.data.lazy_images import LazyImages
+from jaxft.data.loader import Loader, ResidentLoader
+from jaxft.files import atomic_write, cache_dir, open_regular
+from jaxft.training.state import TrainState
+from jaxft.training.steps import EvalConfig
+
+CHUNK = 256  # images that are hashed at once
+
+
+def load_or_compute(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns the features in a file. If it is missing or damaged, they are computed and written."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return np.load(io.BytesIO(archive.read("features.npy")))  # whole, because its end has the CRC-32
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # zipfile and NumPy raise exceptions of any type for damaged files
+        print(f"{path} is damaged ({' '.join(str(error).split())[:60]}) and is written again", file=sys.stderr)
+    features = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez(file, features=features)
+    except OSError as error:  # a full disk costs the next run some time, and this one nothing
+        print(f"the features are not kept on disk: {error}", file=sys.stderr, flush=True)
+    return features
+
+
+def features_path(config: EvalConfig, state: TrainState, loader: Loader, batch_size: int) -> Path | None:
+    """Returns the path of a split's features; None if they are not kept.
+
+    They are kept in runs of one process, and of images that are in arrays: reading image files takes long too. The key
+    includes what only changes the rounding, so that a run has the same bits with and without the file.
+    """
+    images = _images(loader)
+    if jax.process_count() > 1 or images is None:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    model = config.model
+    settings = {
+        name: getattr(model, name)
+        for name in ("block", "stage_depths", "width", "stem", "formulation", "dtype", "precision")
+    }
+    settings["block"], settings["dtype"] = repr(model.block), np.dtype(model.dtype).name
+    rounding = (batch_size, jax.device_count(), jax.local_devices()[0].device_kind, os.uname().machine, jax.__version__)
+    digest.update(repr((settings, tuple(config.preprocessing), config.policy.test_flip, rounding)).encode())
+    variables = state.variables()
+    backbone = {name: part for name, part in variables["params"].items() if name != "fc"}
+    for path, array in jax.tree_util.tree_leaves_with_path((backbone, variables["batch_stats"])):
+        _update(digest, np.asarray(array.addressable_shards[0].data), jax.tree_util.keystr(path))
+    for chunk in images:
+        _update(digest, chunk)
+    return cache_dir() / "features" / f"{digest.hexdigest()}.npz"
+
+
+def _update(digest: Any, array: np.ndarray, name: str = "") -> None:
+    digest.update(f"{name}{array.dtype}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data.cast("B"))
+
+
+def _images(loader: Loader) -> Iterator[np.ndarray] | None:
+    """Yields a split's images in chunks; None if they are not in an array."""
+    if isinstance(loader, ResidentLoader):
+        array = loader.examples.image
+        array = np.asarray(array.addressable_shards[0].data if isinstance(array, jax.Array) else array)
+        return (array[i : i + CHUNK] for i in range(0, len(array), CHUNK))
+    image = loader.data.image
+    if isinstance(image, LazyImages):
+        return None
+    number = np.arange(len(loader.label))
+    return (image[number[i : i + CHUNK]] for i in range(0, len(number), CHUNK))

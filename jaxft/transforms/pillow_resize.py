@@ -1,0 +1,70 @@
+"""Pillow's bilinear resizing with a central crop, in NumPy: its coefficients, and thin images without Pillow."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL
+
+PRECISION_BITS = 22  # in Pillow's fixed-point coefficients (Resample.c: 32 - 8 - 2)
+TALL_BY_HEIGHT = int(PIL.__version__.split(".")[0]) >= 13  # it shrinks images of over twice their width by height first
+
+
+def resize_coefficients(size_in: int, size_out: int, rows: range | None = None) -> tuple[int, np.ndarray]:
+    """Returns Pillow's bilinear filter along one side: int32 (size_out, size_in), rows summing to about 2^22.
+
+    The filter is a triangle that widens with the scale when shrinking (antialiasing) and spans two neighbours when
+    growing. rows: computes only these, (len(rows), span) for the pixels that they depend on; the first result is the
+    first of these pixels.
+    Source: precompute_coeffs and normalize_coeffs_8bpc in Pillow's Resample.c.
+    """
+    scale = size_in / size_out
+    support = max(scale, 1.0)
+    centre = (np.array(range(size_out) if rows is None else rows) + 0.5) * scale
+    first = np.maximum((centre - support + 0.5).astype(int), 0)
+    last = np.minimum((centre + support + 0.5).astype(int), size_in)
+    start = int(first[0])
+    pixel = np.arange(start, last[-1])
+    weights = np.maximum(0, 1 - np.abs((pixel - centre[:, None] + 0.5) * (1 / support)))
+    weights *= (pixel >= first[:, None]) & (pixel < last[:, None])
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed in Pillow's order
+    return start, np.floor(0.5 + weights * 2**PRECISION_BITS).astype(np.int32)
+
+
+def crop_start(side: Any, resize: int, size: int, round: Callable[[Any], Any] = round) -> Any:
+    """Returns where the crop of `size` pixels begins along a side of at least `resize` pixels.
+
+    It is the centre of the central square of `resize` pixels, because stored images are such squares.
+    """
+    return round((side - resize) / 2) + round((resize - size) / 2)
+
+
+def resize_and_crop_thin(
+    crop: Callable[[tuple[int, int, int, int]], np.ndarray], sides: tuple[int, int], size: int
+) -> np.ndarray:
+    """Resizes an image's shorter side to `size` and crops the centre: uint8 (size, size, 3).
+
+    Equals Pillow's result, but computes only what the crop keeps. crop: returns the pixels of (left, top, right,
+    bottom), uint8 (h, w, 3), of an image whose height and width are `sides`.
+    """
+    passes, bounds = [], []
+    for axis, equation in ((1, "hwc,vw->hvc"), (0, "hwc,uh->uwc")):
+        new = int(size * sides[axis] / min(sides))
+        first = crop_start(new, size, size)
+        start, coefficients = resize_coefficients(sides[axis], new, range(first, first + size))
+        passes.append((coefficients.astype(float), equation))
+        bounds.append((start, start + coefficients.shape[1]))
+    (left, right), (top, bottom) = bounds
+    pixels = crop((left, top, right, bottom))
+    if TALL_BY_HEIGHT and sides[0] > 2 * sides[1] and sides[1] > size:
+        passes.reverse()
+    for coefficients, equation in passes:
+        total = np.einsum(equation, pixels.astype(float), coefficients, optimize=True)  # exact in float64
+        pixels = np.clip(np.floor(total / 2**PRECISION_BITS + 0.5), 0, 255)
+    return pixels.astype(np.uint8)
+
+
+def central_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Crops the centre of an image (H, W, C) to (size, size, C)."""
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
