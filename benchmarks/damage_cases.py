@@ -116,7 +116,7 @@ TARGETS = {
     "cache/datasets/ARRAYS/image.bin": Target((*BYTES, *KINDS), ("train", "evaluate", "sheet")),
     "cache/datasets/ARRAYS/label.npy": Target((*BYTES, *KINDS), ("train", "evaluate", "sheet")),
     "cache/compiled/*": Target(("flip a bit", "truncate", "empty", "a folder", "a FIFO", "remove"), ("process",)),
-    "weights.safetensors": Target((*BYTES, *KINDS, "of another run"), WEIGHTS),
+    "weights.safetensors": Target((*BYTES, *KINDS), WEIGHTS),
     "data/train/cat/*": Target((*BYTES, *KINDS, "of another class"), ("train", "evaluate", "sheet")),
     "data/test/cat/*": Target((*BYTES, *KINDS), ("train", "evaluate")),
     "data/train/cat": Target(tuple(FOLDERS), ("train", "evaluate", "sheet")),
@@ -484,6 +484,8 @@ def apply(world: World, case: Case) -> tuple[list[Path], bool] | None:
 
     Returns None if the damage has no meaning for this target, or changed nothing.
     """
+    if case.target == "run" and case.command in TRAIN and case.damage in ("remove", "a folder", "a full folder"):
+        return None  # a new run begins there
     rng = random.Random(case.seed)
     path = _resolve(world, case.target, case.command, rng)
     if case.command == "train_good" and case.target == "run/damaged_checkpoints":
@@ -535,9 +537,7 @@ def _exchange(world: World, path: Path, damage: str, rng: random.Random) -> tupl
     """Puts another run's, another checkpoint's or another file in the place of `path`, or swaps them."""
     relative = path.relative_to(world.case)
     others: list[Path]
-    if damage == "of another run" and path == world.case / "weights.safetensors":
-        others = [world.pristine("other.safetensors")]
-    elif damage == "of another run":
+    if damage == "of another run":
         parts = relative.parts[1:]
         if "checkpoints" in parts:
             steps = _steps(world.other)
@@ -672,7 +672,9 @@ def judge(world: World, case: Case, damaged: list[Path], is_plausible: bool, got
 
 def _names(world: World, damaged: list[Path]) -> list[str]:
     """Returns the names of which a message must hold one: the file's, its folder's, or the checkpoint's."""
-    names = {str(world.run)} if damaged[0].parent in (world.case, world.run / "checkpoints") else set()
+    of_run = (world.run, world.run / "config.json", world.run / "checkpoints")
+    is_of_run = damaged[0] in of_run or damaged[0].parent == world.run / "checkpoints"
+    names = {str(world.run)} if is_of_run else set()
     for path in damaged:
         inside = path.relative_to(world.case).parts
         names |= {path.name, str(path)}

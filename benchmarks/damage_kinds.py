@@ -295,9 +295,10 @@ def _arrays(change: Callable[[dict[str, Any], random.Random], Any]) -> Damage:
     return damage
 
 
-def _in_array(make: Callable[[np.ndarray], Any]) -> Damage:
+def _in_array(make: Callable[[np.ndarray], Any], images: bool = True) -> Damage:
     def change(arrays: dict[str, Any], rng: random.Random) -> None:
-        name = rng.choice(sorted(name for name in arrays if name != "info"))
+        names = [name for name in sorted(arrays) if name != "info" and (images or not name.startswith("picture_"))]
+        name = rng.choice(names)
         arrays[name] = make(arrays[name])
 
     return _arrays(change)
@@ -331,8 +332,8 @@ ARRAYS: dict[str, Damage] = {
     "array: missing": _arrays(_drop_array),
     "array: text": _in_array(lambda array: array.astype(str)),
     "array: NaN": _in_array(lambda array: np.full(array.shape, np.nan)),
-    "array: shorter": _in_array(lambda array: array[:-1]),
-    "array: longer": _in_array(lambda array: np.concatenate([array, array[:1]])),
+    "array: shorter": _in_array(lambda array: array[:-1], images=False),
+    "array: longer": _in_array(lambda array: np.concatenate([array, array[:1]]), images=False),
     "array: empty": _in_array(lambda array: array[:0]),
     "array: scalar": _in_array(lambda array: array.flat[0] if array.size else 0),
     "array: more axes": _in_array(lambda array: array[None]),

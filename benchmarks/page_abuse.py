@@ -160,7 +160,7 @@ def form(*parts: bytes) -> bytes:
     return b"\r\n".join([*lines, b"--x--\r\n"])
 
 
-# Abuses. Each returns the answer that its clients got.
+# Abuses. Each is a function that returns a summary of the answers to its clients.
 
 
 def posts(content: bytes, headers: dict[str, str] | None = None, times: int = 1) -> Callable[[Server], str]:
@@ -297,8 +297,8 @@ FILE = b'; filename="a.png"\r\n\r\n' + HONEST
 
 
 def abuses() -> Iterator[tuple[str, Callable[[Server], str], str]]:
-    """Yields (name, what it does, pattern of the answer)."""
-    # One line for each: longer than 60 lines because it is a table.
+    """Yields (name, function, pattern of the summary that it returns)."""
+    # More than 60 lines: a table with one line for each abuse.
     yield "nothing", posts(b""), "422 the file is empty"
     yield "text", posts(b"<script>alert(1)</script>"), "422 .*cannot be read as an image"
     yield "half a PNG", posts(HONEST[: len(HONEST) // 2]), "422 .*cannot be read as an image"

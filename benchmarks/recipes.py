@@ -10,9 +10,9 @@ also has a smaller batch, because 256 is large for 2,000 images; image_folder tr
     python -m benchmarks.recipes --safety --workdir DIR [--weights resnet50.pth] [--image_size 64]
 
 Trains configs/image_folder.py on 250 images, as it is and as in version 0.1, from backbones that it was not tuned for:
-the shipped ResNet-18 (or other weights) computes the same function with its residual stream or its kernels scaled, and
-other functions with all norms multiplied, or from random weights. Prints the test accuracy on 1,000 images in percent:
-of a linear probe, in the last epoch and in the best one, or the error.
+variants of the shipped ResNet-18 (or of other weights) with the residual stream or all kernels scaled, which compute
+the same function, with the scales of all norms multiplied, which do not, and random weights. Prints the test accuracy
+on 1,000 images in percent, of a linear probe, of the last epoch and of the best one, or the error.
 """
 
 import argparse
@@ -84,7 +84,7 @@ Flat = dict[str, np.ndarray]  # variables by path: params/layer1/0/conv1/kernel
 
 
 def scale_stream(variables: Flat, factor: float) -> Flat:
-    """Multiplies what the blocks add up, and so the features; the norms inside the blocks undo it."""
+    """Multiplies the residual stream, and so the features; the norms inside the blocks undo it."""
     inside = r"batch_stats/layer\d/\d+/(bn1|downsample/1)/"
     last = "bn3" if any("/bn3/" in path for path in variables) else "bn2"
     scaled = rf"params/(bn1|layer\d/\d+/({last}|downsample/1))/(scale|bias)"
@@ -98,7 +98,7 @@ def scale_kernels(variables: Flat, factor: float) -> Flat:
 
 
 def scale_norms(variables: Flat, factor: float) -> Flat:
-    """Multiplies every norm's output but for its bias, which nothing undoes."""
+    """Multiplies the scale of every norm, which nothing undoes."""
     return scale_by_pattern(variables, factor, {".*/scale": 1})
 
 
@@ -130,8 +130,8 @@ PROBE = {
 }
 
 
-def test_safety(source: str, workdir: Path, image_size: int, backbones: list[str]) -> None:
-    """Prints a JSON object per backbone."""
+def measure_safety(source: str, workdir: Path, image_size: int, backbones: list[str]) -> None:
+    """Trains from each of BACKBONES and prints a JSON object per backbone."""
     weights = load_pretrained(source)
     variables = flatten_dict(weights.variables, sep="/")
     write_few(workdir / "few", FEW // 2)
@@ -174,7 +174,7 @@ def main() -> None:
     args.only = args.only or list(BACKBONES if args.safety else RECIPES)
     args.image_size = args.image_size or (64 if args.safety else 96)
     if args.safety:
-        test_safety(args.weights, args.workdir, args.image_size, args.only)
+        measure_safety(args.weights, args.workdir, args.image_size, args.only)
         return
     if args.weights == SHIPPED:
         parser.error("name an ImageNet ResNet-50 with --weights")

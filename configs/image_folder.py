@@ -9,10 +9,10 @@ bounded relative to the weights that it changes, so that backbones of any scale 
 are refused; --config.data.unreadable=skip skips them.
 
 On two CPU cores, 250 images of CIFAR-10 at 64 pixels and the small ResNet-18 that ships with jaxft give 54 % on 1,000
-test images, as does a linear probe, also with features scaled by 0.1 or 10 or kernels by 0.1 (python -m
-benchmarks.recipes --safety). Version 0.1, which had neither fit_head nor adaptive_clip nor unfreeze_warmup: 500 images
-at 96 pixels and ImageNet weights of 72.2 % top-1 gave 69.4 % in 559 s. The new keys were not measured with a ResNet-50
-or on a GPU.
+test images, as much as a linear probe. It is the same if the backbone's features are scaled by 0.1 or 10, or its
+kernels by 0.1 (python -m benchmarks.recipes --safety). Version 0.1 had neither fit_head nor adaptive_clip nor
+unfreeze_warmup; 500 images at 96 pixels and ImageNet weights of 72.2 % top-1 gave 69.4 % in 559 s. The new keys were
+not measured with a ResNet-50 or on a GPU.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Runs what `python -m jaxft.export --to stablehlo` wrote, without jaxft: run_exported.py MODEL.zip IMAGE ...
 
-It needs pip install jax flatbuffers pillow; info.json in MODEL.zip names the version of JAX. Other than `predict`, it
-drops transparency instead of putting the image on white, and clips images of 16 bits instead of scaling them.
+It needs pip install jax flatbuffers pillow; info.json in MODEL.zip names the version of JAX. Unlike `predict`, it drops
+transparency instead of putting the image on white, and clips 16-bit images instead of scaling them.
 """
 
 import json

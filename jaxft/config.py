@@ -49,7 +49,7 @@ def default_config() -> ConfigDict:
                 "eval_split": "test",  # split to evaluate on after each epoch
                 "stored_size": 0,  # images of several sizes are stored as squares of this side; 0: resize or image_size
                 "resize": 0,  # in evaluation: the shorter side before the central crop to image_size; 0: image_size
-                "layout": "auto",  # of a folder: splits (PATH/SPLIT/CLASS), classes (PATH/CLASS), or auto
+                "layout": "auto",  # arrangement of a folder: splits (PATH/SPLIT/CLASS), classes (PATH/CLASS), or auto
                 "holdout": 0.2,  # fraction of a folder's images to evaluate on, if it has no folder for each split
                 "unreadable": "refuse",  # files of a folder that are not images: refuse or skip
                 "cache": "auto",  # keep decoded images on disk: always, never, or auto (up to half of the free space)
@@ -74,7 +74,7 @@ def default_config() -> ConfigDict:
                 "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; comma-separated
                 "unfreeze": "",  # epochs from which frozen parts train again: '3: stage4, 5: stage3'
                 "unfreeze_warmup": 0.0,  # epochs of linear warm-up from 0 for each part after it is unfrozen
-                "fit_head": "no",  # fit the head to frozen features before training ('first'), or do nothing else ('only')
+                "fit_head": "no",  # fit the head to the backbone's features: no, first (before training) or only (instead)
                 "head_factor": 1.0,  # multiplies the learning rate of the head
                 "layer_decay": 1.0,  # each part's learning rate relative to the next; 0.7: stage4 has 0.7, stage3 0.49
             },

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, stops by a signal, messages, and the exit codes of all of them."""
+"""Errors that the user can fix, stops by a signal, their messages and exit codes, and the parsing of arguments."""
 
 import argparse
 import difflib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MESSAGE_LENGTH = 240  # characters of an error's line, "error: " included
-_NOT_WRITTEN = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_FAILED_WRITES = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class UserError(Exception):
@@ -29,6 +29,11 @@ def shortened(names: Sequence[str], shown: int = 3) -> str:
 def counted(number: int, noun: str) -> str:
     """Returns '1 image' or '2,000 images'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """Replaces characters that would end a line or control the terminal, as a file's name may hold."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 class Interrupted(BaseException):
@@ -71,7 +76,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Returns the options and the other arguments, of which only config keys and their values begin with '-'."""
+        """Returns the options and the other arguments. Raises UserError for an option other than --config.KEY."""
         found, rest = super().parse_known_args(args, namespace)
         for before, argument in zip(["", *rest], rest, strict=False):
             is_value = before.startswith("--config.") and "=" not in before
@@ -99,7 +104,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a command and returns its exit code.
 
-    0: done; 2: UserError, reported in one line, as when stdout cannot be written; 130: Ctrl-C; 143: SIGTERM; 141: the
+    0: done; 2: a UserError, or stdout cannot be written, reported in one line; 130: Ctrl-C; 143: SIGTERM; 141: the
     reader of stdout has gone, as with `| head`. Any other exception is a bug in jaxft and propagates (exit code 1).
     """
     try:
@@ -108,7 +113,7 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> int:
             sys.stdout.flush()
     except OSError as error:
         failure = _stdout_failure() or error
-        if failure.filename is not None or failure.errno not in _NOT_WRITTEN:
+        if failure.filename is not None or failure.errno not in _FAILED_WRITES:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would fail as well
         if isinstance(failure, BrokenPipeError):
@@ -147,8 +152,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 def _one_line(text: str, length: int) -> str:
-    """Joins the lines and cuts the middle out of a text that is too long: the remedy is at its end."""
-    line = " ".join(text.split())
+    """Joins the lines of a text and cuts out its middle if it is too long, since the remedy is at its end."""
+    line = printable(" ".join(text.split()))
     if len(line) <= length:
         return line
     end = length // 3

@@ -8,7 +8,7 @@ torchvision: load it by torchvision.models.resnet50(num_classes=10).load_state_d
 flax: start another run from it with --config.model.pretrained=cifar10.safetensors.
 stablehlo: the network with its preprocessing, for CPU, GPU and TPU. It takes uint8 images (N, height, width, 3) of any
 number and size and returns the probabilities (N, classes) that predict returns. examples/run_exported.py runs it with
-JAX only (pip install jax flatbuffers pillow). JAX reads such a file for six months: keep the workdir and export again.
+only JAX (pip install jax flatbuffers pillow). JAX reads such a file for six months: keep the workdir, to export again.
 A file for one --platform runs only there, and faster: on a CPU several times as fast for small images.
 """
 
@@ -56,7 +56,7 @@ DTYPES = {
     "stablehlo": ("float32", "bfloat16", "float16", "int8"),
 }
 
-TORCHVISIONS = (64, "imagenet")  # model.width and model.stem of torchvision's networks
+TORCHVISION_VARIANT = (64, "imagenet")  # model.width and model.stem of torchvision's networks
 READABLE = "JAX guarantees to read it for six months"  # docs.jax.dev/en/latest/export/export.html
 
 FORMULATIONS: dict[str, Formulation] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # by jax.export's platforms
@@ -80,10 +80,11 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
         f"{', '.join(steps)}, ToTensor() and Normalize({preprocessing.mean}, {preprocessing.std})",
         flush=True,
     )
-    if (checkpoint.model.width, checkpoint.model.stem) != TORCHVISIONS:
+    if (checkpoint.model.width, checkpoint.model.stem) != TORCHVISION_VARIANT:
+        width, stem = TORCHVISION_VARIANT
         write_message(
-            f"warning: torchvision's {arch} cannot load {out}: it has model.width {TORCHVISIONS[0]} and model.stem "
-            f"{TORCHVISIONS[1]}, this run {checkpoint.model.width} and {checkpoint.model.stem}"
+            f"warning: torchvision's {arch} cannot load {out}: it has model.width {width} and model.stem {stem}, this "
+            f"run {checkpoint.model.width} and {checkpoint.model.stem}"
         )
 
 
@@ -165,7 +166,7 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str, platfo
             archive.writestr("model.stablehlo", exported.serialize())
             archive.writestr("info.json", json.dumps(info, indent=2))
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {reason(error)}") from None
+        raise UserError(f"--out {out} cannot be written: {reason(error)}; name another file") from None
     print(
         f"{out}: {checkpoint.info['config']['model']['arch']}, {checkpoint.model.num_classes} classes, of checkpoint "
         f"{checkpoint.step}, {dtype}, {out.stat().st_size / 1e6:.2f} MB, for {', '.join(platforms)}; needs jax "
@@ -214,7 +215,7 @@ def main(argv: list[str]) -> None:
         choices=list(FORMULATIONS),
         help="stablehlo: export only for this platform, in the formulation that is fastest there",
     )
-    parser.add_argument("--data_dir", help="where the test images are now, if they have moved since training")
+    parser.add_argument("--data_dir", help="folder of the images, or of prepared TFDS datasets, if it has moved")
     args = parser.parse_args(argv)
     if args.out.suffix not in SUFFIXES[args.to]:
         raise UserError(f"--out must end in {' or '.join(SUFFIXES[args.to])}, not {args.out}")

@@ -1,4 +1,4 @@
-"""The folders where jaxft keeps files, reading of regular files, and atomic writes."""
+"""The folders where jaxft keeps files, reading of regular files, checksums of JSON, and atomic writes."""
 
 import errno
 import glob
@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import time
+import zlib
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ def cache_dir() -> Path:
 
 
 def expand_user(path: Path) -> Path:
-    """Replaces a leading ~ by the home folder, unless there is none; ~name stays if there is no such user."""
+    """Replaces a leading ~ or ~NAME by the home folder; leaves it if there is no such folder or user."""
     with suppress(RuntimeError):
         return path.expanduser()
     return path
@@ -77,7 +78,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def is_folder(path: Path) -> bool:
-    """Returns whether a path is a folder; False, too, for a name that is too long for any file."""
+    """Returns whether a path leads to a folder; False also for a path that no file can have or that may not be read."""
     try:
         return path.is_dir()
     except OSError:
@@ -101,9 +102,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def reason(error: OSError) -> str:
-    """Returns what went wrong, without the error's number and path: 'Permission denied'."""
-    return error.strerror or str(error)
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns `content` after a round trip through JSON, with a CRC-32 of everything else as "crc32"."""
+    text = json.dumps({key: value for key, value in content.items() if key != "crc32"}, sort_keys=True)
+    return json.loads(text) | {"crc32": zlib.crc32(text.encode())}
+
+
+def matches_checksum(content: dict[str, Any]) -> bool:
+    """Returns whether the content of a JSON file has the checksum that `with_checksum` gave it."""
+    return content == with_checksum(content)
+
+
+def reason(error: Exception) -> str:
+    """Returns what went wrong; of an OSError without its number and path: 'Permission denied'."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 @contextmanager
@@ -164,7 +176,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def partial_path(path: Path) -> Path:
     """Returns the hidden path beside `path` under which this process writes it."""
-    name = os.fsencode(path.name)[: 255 - len(f"..partial-{os.getpid()}")]  # of which a file system takes 255 bytes
+    name = os.fsencode(path.name)[: 255 - len(f"..partial-{os.getpid()}")]  # file systems limit names to 255 bytes
     return path.with_name(f".{os.fsdecode(name)}.partial-{os.getpid()}")
 
 

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: the first signal sets a flag that loops check, a second one ends the process at once.
 
-A handler that raises would interrupt whatever code is running, and imports and callbacks from C++ swallow what it
-raises. Commands install these handlers before they import anything else, so this module imports little.
+A handler that raises could interrupt any code, and imports and callbacks from C++ swallow exceptions. Commands install
+these handlers before they import anything else, so this module imports little.
 """
 
 import atexit
@@ -30,7 +30,7 @@ def check() -> None:
 
 
 def protect_results() -> None:
-    """From now on, the first signal never ends the process at once: checkpoints have to be written."""
+    """Keeps the first signal from ending the process at once, from now on: a checkpoint has to be written first."""
     global _has_results
     _has_results = True
 
@@ -42,7 +42,7 @@ def forget() -> None:
 
 
 def end_at_once_on_signals() -> None:
-    """Lets a signal end the process at once, with exit code 128 plus its number: while a command is imported."""
+    """Lets a signal end the process at once, with exit code 128 plus its number, while a command is being imported."""
     with suppress(ValueError):  # not in the main thread
         for number in SIGNALS:
             signal.signal(number, lambda number, _: end(number))
@@ -50,14 +50,15 @@ def end_at_once_on_signals() -> None:
 
 
 def hold_signals() -> None:
-    """Blocks the signals until `end_at_once_on_signals`, also across an exec: nothing could handle them meanwhile."""
+    """Blocks the signals until `end_at_once_on_signals`, also across an exec, while nothing could handle them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def set_flag_on_signals() -> None:
     """Lets the first signal set the flag while a command runs.
 
-    Code that does not come to check it, such as a compilation, is ended after GRACE_SECONDS unless there are results.
+    If nothing checks the flag within GRACE_SECONDS, as during a compilation, the process is ended, unless
+    `protect_results` has been called.
     """
     import threading
 
@@ -91,7 +92,7 @@ def on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def end(number: int) -> NoReturn:
-    """Ends the process without unwinding, as kill -9 would, but with its message and exit code."""
+    """Ends the process without unwinding the stack, but with a message, an exit code and no partial files."""
     resumes = "; the same command resumes from the last checkpoint" if _has_results else ""
     _write(f"stopped by {signal.Signals(number).name}{resumes}")
     for path in [*partials]:
@@ -100,9 +101,10 @@ def end(number: int) -> NoReturn:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends the process after its command, without freeing its memory: that takes half a second, without our handlers.
+    """Ends the process after its command without freeing its memory, which would take half a second.
 
-    After a signal, other threads may still be at work, which nothing waits for.
+    Python would have restored the signals' default handlers by then. After a signal, functions registered with atexit
+    are not called, since they may wait for threads that are still at work.
     """
     if not received:
         atexit._run_exitfuncs()

@@ -30,7 +30,7 @@ from rich.text import Text
 from jaxft import interrupts
 from jaxft.classifier import load
 from jaxft.data import image_folder
-from jaxft.errors import ArgumentParser, UserError, shortened
+from jaxft.errors import ArgumentParser, UserError, counted, printable, shortened
 from jaxft.files import is_folder
 from jaxft.progress import Progress
 from jaxft.targets.classification import Prediction, rank
@@ -84,9 +84,8 @@ class Table:
 
 def _printable(text: object) -> str:
     """Replaces characters that would move a terminal's cursor or that stdout cannot encode."""
-    printable = "".join(c if c.isprintable() else "\ufffd" for c in str(text))
     encoding = sys.stdout.encoding or "utf-8"
-    return printable.encode(encoding, "replace").decode(encoding)
+    return printable(str(text)).encode(encoding, "replace").decode(encoding)
 
 
 def _fit(text: str, width: int) -> str:
@@ -109,7 +108,7 @@ def show_page(args: Namespace) -> None:
         from jaxft.reporting.serve import allowed_names, listen, serve
     except ImportError:
         raise UserError("--serve needs a web server: pip install 'jaxft[serve]'") from None
-    allowed_names(args.host, args.allow_host)
+    allowed_names(args.host, args.allow_host)  # raises UserError for a malformed name, before the network is loaded
     with listen(args.host, args.port) as listener:
         serve(load(args.workdir, args.checkpoint), listener, args.host, args.top_k, args.allow_host)
 
@@ -161,5 +160,5 @@ def main(argv: list[str]) -> None:
     if unreadable:
         (_, error), *others = unreadable
         also = f"; also {shortened([file.name for file, _ in others], 5)}" if others else ""
-        count = f"{len(unreadable):,} of {len(files):,} file{'s' if len(files) > 1 else ''}"
+        count = f"{len(unreadable):,} of {counted(len(files), 'file')}"
         raise UserError(_printable(f"{count} could not be classified: {error}{also}"))

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,7 +78,7 @@ def set_up() -> None:
 
 
 def _check_xla_flags() -> None:
-    """Raises UserError if XLA cannot parse XLA_FLAGS, for which it would end the process without an exception."""
+    """Raises UserError if XLA cannot parse XLA_FLAGS. Otherwise it would abort the process without an exception."""
     if "XLA_FLAGS" not in os.environ or not is_command():
         return
     from jaxlib import xla_client
@@ -98,7 +99,7 @@ def _check_xla_flags() -> None:
 
 @contextmanager
 def explained_failures() -> Iterator[None]:
-    """Turns any error into a UserError if its reason is that JAX finds no device of the platform asked for."""
+    """Turns an error into a UserError if JAX finds no device of the requested platform."""
     try:
         yield
     except UserError:
@@ -134,9 +135,13 @@ def end_with_parent() -> None:
 
 
 def allow_large_images() -> None:
-    """Lifts Pillow's limit on pixels, and its warning at half of it; image_file.decode checks the size itself."""
+    """Lifts Pillow's limit on pixels, and its warning at half of it; image_file.decode checks the size itself.
+
+    Also silences Pillow's warnings of damaged metadata, which name a line of its code instead of the file.
+    """
     from PIL import Image
 
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.MAX_IMAGE_PIXELS = None
 
 
@@ -209,7 +214,7 @@ def disable_compilation_cache() -> None:
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """Removes programs without their access-time file, as after a full disk: with one of them JAX stores no others."""
+    """Removes programs that lack their access-time file, as after a full disk: JAX would store no others."""
     for program in folder.glob("*-cache"):
         time = program.with_name(f"{program.name.removesuffix('-cache')}-atime")
         if not (program.is_file() and time.is_file()):
@@ -217,9 +222,9 @@ def _remove_incomplete(folder: Path) -> None:
 
 
 def _remove_unreadable(folder: Path) -> None:
-    """Deletes compiled programs that JAX warns it cannot read: JAX would try again each time and never replace them.
+    """Deletes each compiled program for which JAX warns that it cannot be read; JAX itself would never replace it.
 
-    Reports once that the folder cannot be read or written.
+    If the folder cannot be read or written, that is reported once instead of JAX's warnings.
     """
     import warnings
 

@@ -33,6 +33,6 @@ def main(argv: list[str]) -> None:
     try:
         write_page(path, html)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {reason(error)}") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}; make room, or correct its permissions") from None
     remote_workdir.upload(args.workdir, path)
     print(path)

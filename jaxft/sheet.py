@@ -22,7 +22,7 @@ from jaxft.reporting.sheet_image import draw_sheet
 
 
 def image_format(path: Path) -> str:
-    """Returns the name of the format that a file's suffix stands for. Raises UserError if Pillow cannot write it."""
+    """Returns Pillow's name for the format of a file's suffix. Raises UserError if Pillow cannot write it."""
     kind = Image.registered_extensions().get(path.suffix.lower(), "")
     if kind not in Image.SAVE:
         raise UserError(f"--out {path} must end in .png, .jpg, .webp or another image format's suffix")
@@ -46,5 +46,5 @@ def main(argv: list[str]) -> None:
         with atomic_write(args.out) as file:
             sheet.save(file, kind)
     except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {reason(error)}") from None
+        raise UserError(f"--out {args.out} cannot be written: {reason(error)}; name another file") from None
     print(f"{args.out}: each row shows an image as in evaluation, then as training sees it")

@@ -232,6 +232,8 @@ def test_messages_need_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
             "a.png cannot be written: Not a directory;",
         ),
         (("jaxft.convert", "resnet18_in1k", "/tmp"), "argument OUT: /tmp is a folder; name a file in it"),
+        (("jaxft.convert", "x" * 300, "a.safetensors"), "cannot be read: File name too long"),
+        (("jaxft.sheet", "--config", "x" * 300), "cannot be read: File name too long"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -253,3 +255,11 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert output_argument("~/a.png") == tmp_path / "a.png"
     assert cache_dir() == tmp_path / "cache"
     assert expand_user(Path("~no_such_user/run")) == Path("~no_such_user/run")
+
+
+def test_an_error_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> None:
+        raise UserError("a\x1b[31m\nb\udce9")
+
+    assert run_command(main, []) == 2
+    assert capsys.readouterr().err == "error: a\ufffd[31m b\ufffd\n"

@@ -1,6 +1,7 @@
 """Config files and overrides: the values accepted, and one-line errors for all others."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,12 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_others(
     assert message("configs/quickstart.py", {}).endswith("did you mean quickstart?")
     (tmp_path / "my_photos.py").touch()
     assert "did you mean my_photos.py?" in message("my_photos", {})
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.py")
+    assert message(tmp_path / "config.py", {}).endswith("config.py cannot be read: it is a FIFO, not a file")
+    assert message(tmp_path, {}) == f"--config {tmp_path} cannot be read: it is a folder, not a file"
 
 
 def test_the_architectures_are_those_that_can_be_built() -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,17 @@ import numpy as np
 
 from jaxft.data.dataset import Dataset
 from jaxft.data.image_file import shrink
-from jaxft.errors import UserError
-from jaxft.files import atomic_directory, atomic_write, cache_dir, open_regular, read_json, read_regular
+from jaxft.errors import UserError, write_message
+from jaxft.files import (
+    atomic_directory,
+    atomic_write,
+    cache_dir,
+    matches_checksum,
+    open_regular,
+    read_json,
+    read_regular,
+    with_checksum,
+)
 
 CHUNK = 1 << 24  # bytes with a checksum of their own, so that several threads share the work
 # NOTES: Checksums of cached images (docs/notes/input-and-startup.md)
@@ -47,8 +55,10 @@ def open_arrays(arrays_dir: Path) -> tuple[Dataset, dict[str, Any]] | None:
             return None
         if "crc32" not in info:
             info = _add_checksums(arrays_dir, info, labels)
-        elif not (is_sealed(info) and info["label_crc32"] == zlib.crc32(labels) and _is_intact(image_file, info)):
-            print(f"the cached images in {arrays_dir} are damaged and are read again", file=sys.stderr, flush=True)
+        elif not (
+            matches_checksum(info) and info["label_crc32"] == zlib.crc32(labels) and _is_intact(image_file, info)
+        ):
+            write_message(f"the cached images in {arrays_dir} are damaged and are read again")
             return None
         image = np.memmap(image_file, np.uint8, "r", shape=shape)
         return Dataset(image, label, tuple(info["class_names"])), info
@@ -100,21 +110,11 @@ def open_written(arrays_dir: Path) -> Dataset:
 def _add_checksums(arrays_dir: Path, info: dict[str, Any], labels: bytes) -> dict[str, Any]:
     """Writes info.json with checksums of the images, the labels and of itself."""
     image_file = arrays_dir / "image.bin"
-    info = seal(info | {"image_crc32": _checksums(image_file), "label_crc32": zlib.crc32(labels)})
+    info = with_checksum(info | {"image_crc32": _checksums(image_file), "label_crc32": zlib.crc32(labels)})
     with suppress(PermissionError), atomic_write(arrays_dir / "info.json", "w") as file:  # a cache shared read-only
         json.dump(info, file)
     _remember_check(image_file)
     return info
-
-
-def seal(info: dict[str, Any]) -> dict[str, Any]:
-    """Returns `info` as JSON keeps it, with a CRC-32 of everything else."""
-    text = json.dumps({key: value for key, value in info.items() if key != "crc32"}, sort_keys=True)
-    return json.loads(text) | {"crc32": zlib.crc32(text.encode())}
-
-
-def is_sealed(info: dict[str, Any]) -> bool:
-    return info == seal(info)
 
 
 def _checksums(path: Path) -> list[int]:

@@ -8,14 +8,14 @@ import numpy as np
 
 
 class Origin(NamedTuple):
-    """The folder that a dataset was read from, with what the start of a run says about it."""
+    """The folder that a dataset was read from, and facts about its files that the start of a run reports."""
 
     folder: str = ""  # absolute path; "" if the dataset is not a folder's
     layout: str = ""  # "splits" (FOLDER/SPLIT/CLASS) or "classes" (FOLDER/CLASS)
     checksums: tuple[str, ...] = ()  # CRC-32 of the files of each class, in order
-    skipped: dict[str, int] = {}  # numbers of skipped files and folders by their description, such as ".txt"  # noqa: RUF012
+    skipped: dict[str, int] = {}  # counts of skipped files and folders by description, such as ".txt"  # noqa: RUF012
     files: tuple[Path, ...] = ()  # of each image, below the folder
-    remarks: dict[str, int] = {}  # numbers of images by what is unusual about them, such as "float"  # noqa: RUF012
+    remarks: dict[str, int] = {}  # counts of unusual images by kind, such as "float"  # noqa: RUF012
 
 
 class Dataset(NamedTuple):
@@ -25,7 +25,7 @@ class Dataset(NamedTuple):
     origin: Origin = Origin()
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint stores to recognise the dataset: number and checksums of its labels and files."""
+        """Returns what a checkpoint stores to recognise the dataset: class sizes, checksums of labels and files."""
         counts = np.bincount(self.label, minlength=len(self.class_names)).tolist()
         label_crc32 = f"{zlib.crc32(np.ascontiguousarray(self.label, np.int32).data):08x}"
         return {"counts": counts, "label_crc32": label_crc32, "files_crc32": list(self.origin.checksums)}
@@ -40,5 +40,5 @@ class DataOptions(NamedTuple):
     unreadable: str = "refuse"  # "refuse" or "skip" files that are not images
     cache: str = "auto"  # "auto", "always" or "never" keep decoded images on disk
     layout: str = "auto"  # "auto", "splits" or "classes": how a folder is arranged
-    train_split: str = "train"  # of a folder without splits, any other split is the held-out part
-    eval_split: str = "test"  # for messages
+    train_split: str = "train"  # in a folder without splits, any other name means the held-out part
+    eval_split: str = "test"  # name by which a folder of test images is recognised

@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from jaxft.data.budget import is_streamed
 from jaxft.data.dataset import DataOptions, Dataset
 from jaxft.data.folder_scan import describe_skipped, exists
-from jaxft.data.image_file import ANIMATED, FLOAT, THIRTY_TWO_BIT, TWELVE_BIT, is_single_colour
+from jaxft.data.image_file import (
+    ANIMATED,
+    DARK_COLOURS,
+    EIGHT_BIT,
+    FLOAT,
+    THIRTY_TWO_BIT,
+    TWELVE_BIT,
+    is_single_colour,
+)
 from jaxft.data.image_folder import SINGLE_COLOUR, UNREADABLE, load_folder
 from jaxft.data.lazy_images import LazyImages
 from jaxft.data.sample import load_sample
@@ -22,6 +30,7 @@ from jaxft.errors import UserError, counted
 COMPARED_BYTES = 1 << 30  # size of two splits up to which they are compared for common images, which takes seconds
 DEFAULT_OPTIONS = DataOptions()
 _SCALED = {
+    EIGHT_BIT: "16-bit with values up to 255",
     TWELVE_BIT: "16-bit with values up to 4,095",
     THIRTY_TWO_BIT: "32-bit, by the bits that they use",
     FLOAT: "floats from 0 to 1",
@@ -40,6 +49,9 @@ def load(
         return load_sample(name.removeprefix("sample:"), split)
     if name.startswith("folder:"):
         return load_folder(folder_path(name), split, options, class_names)
+    prefix, colon, path_text = name.partition(":")
+    if colon and exists(Path(path_text)):
+        raise UserError(f"data.name begins with '{prefix}:'; for a folder of images set {_folder_setting(path_text)}")
     path = Path(name)
     if len(path.parts) > 1 and exists(path):
         raise UserError(_hint_of_folder(name))
@@ -56,14 +68,22 @@ def folder_path(name: str) -> Path:
     path = name.removeprefix("folder:")
     if not path.strip():
         raise UserError("data.name lacks the folder's path; set --config.data.name=folder:PATH")
+    if "://" in path:
+        raise UserError(
+            f"data.name names {path}, but only local folders are read; copy it and name the copy: folder:PATH"
+        )
     try:
         return Path(path).expanduser().absolute()
-    except RuntimeError:  # ~NAME of nobody
-        raise UserError(f"the folder {path} has no home; set --config.data.name=folder:PATH") from None
+    except RuntimeError:
+        raise UserError(f"there is no home folder for {path}; set --config.data.name=folder:PATH") from None
 
 
 def _hint_of_folder(name: str) -> str:
-    return f"data.name {name} is a path; for a folder of images set --config.data.name={shlex.quote(f'folder:{name}')}"
+    return f"data.name {name} is a path; for a folder of images set {_folder_setting(name)}"
+
+
+def _folder_setting(path: str) -> str:
+    return f"--config.data.name={shlex.quote(f'folder:{path}')}"
 
 
 def load_config_data(
@@ -110,8 +130,10 @@ def describe_origin(train: Dataset, test: Dataset) -> Iterator[str]:
         yield f"skipped: {text}"
     if texts := [f"{counted(remarks[key], 'image')} ({text})" for key, text in _SCALED.items() if remarks[key]]:
         yield f"scaled to 8 bits: {', '.join(texts)}"
+    if count := remarks[DARK_COLOURS]:
+        yield f"nearly black: {counted(count, 'image')} (16-bit colours with values up to 4,095); save them with 8 bits"
     if count := remarks[ANIMATED]:
-        yield f"the first frame or page is used of {counted(count, 'file')} with several"
+        yield f"{counted(count, 'file')} with several frames or pages: only the first is used"
     if count := remarks[SINGLE_COLOUR]:
         have = "has" if count == 1 else "have"
         yield f"{counted(count, 'image')} {have} a single colour; check whether that is right"

@@ -1,4 +1,4 @@
-"""Tells splits from classes: whether a folder holds SPLIT/CLASS/** or CLASS/**."""
+"""Decides whether a folder holds SPLIT/CLASS/** or CLASS/**, and refuses classes that look like splits."""
 
 import re
 import shlex
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxft.data.dataset import DataOptions
-from jaxft.data.folder_scan import Scan, has_images, has_images_directly, is_folder, subfolders
+from jaxft.data.folder_scan import Scan, has_images, has_images_directly, subfolders
 from jaxft.errors import UserError, shortened
+from jaxft.files import is_folder
 
 _TRAINING = {"train", "training", "trainset", "trn"}
 _TESTING = {"test", "testing", "testset", "tst"}
@@ -23,7 +24,9 @@ def split_folder(root: Path, split: str, options: DataOptions) -> Path | None:
     split has a folder but this one has none, with the setting that names one.
     """
     if not split.strip("./ "):
-        raise UserError(f"'{split}' is no name of a split; set --config.data.train_split and --config.data.eval_split")
+        raise UserError(
+            f"'{split}' cannot be the name of a split; set --config.data.train_split and --config.data.eval_split"
+        )
     if options.layout == "classes":
         return None
     known = dict.fromkeys(("train", options.train_split, options.eval_split, split))
@@ -47,14 +50,24 @@ def _missing_split(root: Path, split: str, options: DataOptions) -> str:
     text = f"{root} has no split '{split}'; it has {shortened(existing, 10)}"
     if split == options.train_split:
         others = [name for name in existing if name != options.eval_split and _has_class_folders(root / name)]
-        if others := sorted(others, key=lambda name: not _words(name) & _TRAINING):
+        if others := _first_by_name(others, _TRAINING):
             return f"{text}; set {_setting('train', others[0])}"
         return f"{text}; put the images to train on into {root}/{split}/CLASS/, or set {_OVERRIDE}"
     others = [name for name in existing if name != options.train_split and _has_class_folders(root / name)]
-    if others := sorted(others, key=lambda name: not _words(name) & (_TESTING | _VALIDATION)):
+    if others := _first_by_name(others, *_test_names(split)):
         return f"{text}; set {_setting('eval', others[0])}"
     whole = shlex.quote(f"folder:{root / options.train_split}")
     return f"{text}; to hold out a part of '{options.train_split}', set --config.data.name={whole}"
+
+
+def _first_by_name(names: Iterable[str], *groups: set[str]) -> list[str]:
+    """Sorts names by the first group that holds one of their words."""
+    return sorted(names, key=lambda name: [not _words(name) & words for words in groups])
+
+
+def _test_names(eval_split: str) -> tuple[set[str], set[str]]:
+    """Returns the names of test and validation splits, those of the kind of `eval_split` first."""
+    return (_VALIDATION, _TESTING) if eval_split.lower() in _VALIDATION else (_TESTING, _VALIDATION)
 
 
 def check_classes(root: Path, found: Mapping[str, Scan], options: DataOptions) -> None:
@@ -81,6 +94,7 @@ def check_classes(root: Path, found: Mapping[str, Scan], options: DataOptions) -
             f"to {common[0]}/CLASS/ and so on, or use all with {_OVERRIDE}"
         )
     if common:
+        names.sort(key=lambda name: -len(found[name].images))  # a training set is the largest
         raise UserError(
             f"{shortened(names)} in {root} have the same subfolders ({shortened(common)}): if they are splits, set "
             f"{_setting('train', names[0])} {_setting('eval', names[1])}, if classes {_OVERRIDE}"
@@ -88,10 +102,10 @@ def check_classes(root: Path, found: Mapping[str, Scan], options: DataOptions) -
 
 
 def _roles(exact: Mapping[str, bool], eval_split: str) -> tuple[str, str]:
-    """Returns the folders named like a training and a test split, or ''.
+    """Returns the names of the folders that are named like a training and a test split, or ''.
 
-    exact: whether the whole name must be a split's, because the folder's images are directly inside; otherwise a word
-    of it suffices, as in seg_train.
+    exact: {name: whether the whole name must be a split's, because the folder's images are directly inside}. Otherwise
+    one word of the name suffices, as in seg_train.
     """
 
     def first(*groups: set[str]) -> str:
@@ -101,19 +115,18 @@ def _roles(exact: Mapping[str, bool], eval_split: str) -> tuple[str, str]:
                     return name
         return ""
 
-    others = (_VALIDATION, _TESTING) if eval_split.lower() in _VALIDATION else (_TESTING, _VALIDATION)
-    return first(_TRAINING), first(*others)
+    return first(_TRAINING), first(*_test_names(eval_split))
 
 
 def _words(name: str) -> set[str]:
-    """Returns the words of a name in lower case: {'seg', 'train'} for 'seg_train2'."""
-    return set(re.findall(r"[a-z]+", name.lower()))
+    """Returns the words of a name in lower case: {'seg', 'train'} for 'seg_train2' and 'segTrain'."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
 def _common_subfolders(scans: Iterable[Scan]) -> list[str]:
-    """Returns the subfolders that most scanned folders have in common and that hold most of their images.
+    """Returns the names of two or more subfolders that most scanned folders share and that hold most of their images.
 
-    One subfolder in common, such as CLASS/images, is not a sign of splits.
+    A single shared subfolder, such as CLASS/images, is not a sign of splits; then the result is empty.
     """
     scans = list(scans)
     counts = Counter(name for scan in scans for name in scan.per_subfolder if name)
@@ -122,18 +135,25 @@ def _common_subfolders(scans: Iterable[Scan]) -> list[str]:
     return common if len(common) > 1 and sum(inside) > len(scans) / 2 else []
 
 
-def deeper_hint(root: Path, name: str, split: str | None) -> str:
-    """Returns what to set if the only folder found does not hold a class, but the classes or splits; '' if it does not.
+def deeper_hint(root: Path, name: str, split: str | None, options: DataOptions) -> str:
+    """Returns a hint if the only folder found, `root`/`name`, holds the classes or splits instead of a class, or ''.
 
-    split: the split that `root` is the folder of, or None.
+    split: the name of the split whose folder is `root`, or None.
     """
-    inner = [other for other in subfolders(root / name) if has_images(root / name / other)]
+    folder = root / name
+    for _ in range(5):  # folders that hold a single one; links could go round for ever
+        inner = [other for other in subfolders(folder) if has_images(folder / other)]
+        if len(inner) != 1 or has_images_directly(folder):
+            break
+        folder /= inner[0]
     if len(inner) < 2:
         return ""
     if split is not None:
-        return f"; if it holds the classes ({shortened(inner)}), name it as the split: '{split}/{name}'"
-    deeper = shlex.quote(f"folder:{root / name}")
-    return f"; if it holds the classes or splits ({shortened(inner)}), set --config.data.name={deeper}"
+        setting = _setting("train" if split == options.train_split else "eval", f"{split}/{folder.relative_to(root)}")
+        return f"; if the classes are {shortened(inner)}, set {setting}"
+    return (
+        f"; if the classes or splits are {shortened(inner)}, set --config.data.name={shlex.quote(f'folder:{folder}')}"
+    )
 
 
 def _setting(kind: str, split: str) -> str:

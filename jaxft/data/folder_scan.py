@@ -36,7 +36,7 @@ class Scan:
 def scan(folder: Path) -> Scan:
     """Finds the images below a folder, at any depth, including dangling links with an image's suffix.
 
-    Follows links, but reads each folder once and not those that contain this one. Skips hidden folders and files.
+    Follows links, but reads each folder only once and never a parent of `folder`. Skips hidden folders and files.
     Raises UserError for a folder that cannot be read.
     """
     found = Scan()
@@ -57,15 +57,10 @@ def broken_links(folder: Path) -> list[str]:
 
 
 def exists(path: Path) -> bool:
-    """Like Path.exists, but also False for a path that no file can have or that must not be looked at."""
+    """Returns whether a path exists; False also for a path that no file can have or that may not be read."""
     with suppress(OSError, ValueError):
         return path.exists()
     return False
-
-
-def is_folder(path: Path) -> bool:
-    """Returns whether a path leads to a folder; see `exists`."""
-    return exists(path) and path.is_dir()
 
 
 def has_images(folder: Path) -> bool:
@@ -77,8 +72,8 @@ def has_images_directly(folder: Path) -> bool:
     return any(_is_image(name) for name in _file_names(folder))
 
 
-def beside(folder: Path) -> Counter[str]:
-    """Counts what lies beside the class folders in `folder`: hidden folders, images without a class, other files."""
+def count_strays(folder: Path) -> Counter[str]:
+    """Counts what a folder holds besides class folders: hidden folders, images without a class, other files."""
     found: Counter[str] = Counter()
     for entry in _entries(folder):
         if _is_folder(entry):
@@ -100,9 +95,9 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
     Files come before folders.
     """
     texts = []
-    is_folder = {name: name.startswith(("folder ", "class ")) for name in skipped}
-    for name, count in sorted(skipped.items(), key=lambda item: (is_folder[item[0]], -item[1])):
-        if is_folder[name]:
+    folders = {name for name in skipped if name.startswith(("folder ", "class "))}
+    for name, count in sorted(skipped.items(), key=lambda item: (item[0] in folders, -item[1])):
+        if name in folders:
             texts.append(name if count == 1 else f"{count:,} {name.replace('folder', 'folders', 1)}")
         else:
             plugin = _PLUGINS.get(name)
@@ -111,7 +106,10 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
 
 
 def _scan(folder: Path, top: str, found: Scan, seen: set[tuple[int, int]], *, linked: bool) -> None:
-    """Adds what a folder holds. top: its first parent below the scanned folder. linked: it was reached by a link."""
+    """Adds the images and skipped files below `folder` to `found`.
+
+    top: its first parent below the scanned folder. linked: whether it was reached by a link.
+    """
     entries = sorted(_entries(folder), key=lambda entry: entry.name)
     folders = []
     for entry in entries:
@@ -180,6 +178,7 @@ def _is_image(name: str) -> bool:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
+    """Returns a skipped file's suffix, or another description for `Scan.skipped`."""
     try:
         entry.stat()
     except OSError:

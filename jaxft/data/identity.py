@@ -1,4 +1,4 @@
-"""Recognises the images that a run began with, wherever they are now."""
+"""Compares the images of a run with those that it began with, wherever their folder is now."""
 
 from typing import Any
 

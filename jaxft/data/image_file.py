@@ -19,15 +19,29 @@ from jaxft.files import open_regular, reason
 from jaxft.transforms.pillow_resize import resize_and_crop_thin
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, of DecompressionBombError: 0.5 GB of RGB
-MAX_RATIO = 16  # resized sides up to which the whole image is resized; beyond that only its central part
-_NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # Pillow's formats without pixels
+MAX_RATIO = 16  # ratio of the sides up to which the whole image is resized; beyond it only the central part
+_NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # formats that Pillow cannot decode itself
 _SEVERAL_IMAGES = {"MPO", "PSD"}  # formats whose further frames are previews or layers
 _ICONS = {0x10000, 0x20000}  # first four bytes of .ico and .cur
 _BAND_BYTES = 1 << 22  # of an image that is converted at once
 _BYTES_PER_PIXEL = 8  # of a decoded image and its conversion to RGB
 
-# What `decode_with_remarks` may say of an image.
-TWELVE_BIT, THIRTY_TWO_BIT, FLOAT, ANIMATED = "twelve_bit", "thirty_two_bit", "float", "animated"
+_UNKNOWN = "Pillow does not know its format"
+_BEGINNINGS = {  # of files that Pillow does not read
+    b"version https://git-lfs": "it is a Git LFS pointer; run git lfs pull",
+    b"<": "it is HTML, XML or SVG",
+    b"\xff\xd8\xff": "it is a damaged JPEG",
+    b"\x89PNG": "it is a damaged PNG",
+    b"II": "it is a kind of TIFF that Pillow does not read",
+    b"MM": "it is a kind of TIFF that Pillow does not read",
+    b"\0\0\0\x0cJXL": "it is JPEG XL; pip install pillow-jxl-plugin",
+    b"\xff\x0a": "it is JPEG XL; pip install pillow-jxl-plugin",
+}
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+# The remarks of `decode_with_remarks`.
+EIGHT_BIT, TWELVE_BIT, THIRTY_TWO_BIT, FLOAT = "eight_bit", "twelve_bit", "thirty_two_bit", "float"
+DARK_COLOURS, ANIMATED = "dark_colours", "animated"
 
 
 class ImageError(UserError):
@@ -35,12 +49,12 @@ class ImageError(UserError):
 
 
 class _ValuesError(Exception):
-    """An image holds values outside of 8 and 16 bits whose meaning is unknown; the message lacks the image's name."""
+    """An image's values cannot be scaled to 8 bits, because their range is unknown; the message lacks the name."""
 
 
 class Decoded(NamedTuple):
     image: np.ndarray  # uint8 (H, W, 3)
-    remarks: tuple[str, ...]  # of TWELVE_BIT, THIRTY_TWO_BIT, FLOAT (rescaled values) and ANIMATED (first frame only)
+    remarks: tuple[str, ...]  # of the constants above: rescaled values, nearly black colours, first frame only
 
 
 @cache
@@ -62,7 +76,7 @@ def load_formats() -> None:
 def suffixes() -> frozenset[str]:
     """Returns the suffixes of the image files that Pillow reads, such as '.jpg'."""
     load_formats()
-    readable = Image.OPEN.keys() - _NOT_IMAGES
+    readable = {*Image.OPEN, "MPO"} - _NOT_IMAGES  # MPO is opened as JPEG
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in readable)
 
 
@@ -99,13 +113,16 @@ def decode_with_remarks(
         with ExitStack() as stack:
             file = stack.enter_context(open_regular(source) if isinstance(source, Path) else io.BytesIO(source))
             _check_pixels(name, _icon_size(file), max_pixels)
-            image = stack.enter_context(Image.open(file, formats=formats))
+            image = stack.enter_context(open_image(file, formats))
             width, height = image.size
             _check_pixels(name, image.size, max_pixels)
+            deep_colours = image.mode == "RGB" and any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
             side = at_most if at_most and min(width, height) > at_most else side
             with _decoding.reserve(width * height):
                 remarks = (ANIMATED,) if _is_animated(image) else ()
                 flat, remark = _flatten(_upright(image))
+                if deep_colours and max(high for _, high in flat.getextrema()) < 16:
+                    remark = (*remark, DARK_COLOURS)
                 array = np.asarray(_as_rgb(flat)) if side is None else _shrink(flat, side)
             return Decoded(array, (*remarks, *remark))
     except _ValuesError as error:
@@ -117,11 +134,16 @@ def decode_with_remarks(
     except FileNotFoundError:
         raise ImageError(f"there is no image {name}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} cannot be read as an image (Pillow does not know its format)") from None
+        raise ImageError(f"{name} cannot be read as an image ({_reason_unknown(source)})") from None
     except Exception as error:  # Pillow's plugins raise exceptions of any type for damaged files
-        text = reason(error) if isinstance(error, OSError) else str(error)
-        text = " ".join(text.split())[:120] or type(error).__name__
+        text = " ".join(reason(error).split())[:120] or type(error).__name__
         raise ImageError(f"{name} cannot be read as an image ({text})") from error
+
+
+def open_image(file: IO[bytes], formats: list[str] | None = None) -> Image.Image:
+    """Opens an image as Image.open does, which also decodes icons."""
+    with _decoding.reserve(math.prod(_icon_size(file))):
+        return Image.open(file, formats=formats)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -131,6 +153,23 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     except _ValuesError as error:
         raise ImageError(f"the image {error}") from None
     return np.asarray(_as_rgb(flat))
+
+
+def _reason_unknown(source: Path | bytes) -> str:
+    """Returns why Pillow does not know the format of a file, by its first bytes."""
+    if isinstance(source, bytes):
+        head = source[:64]
+    else:
+        try:
+            with open_regular(source) as file:
+                head = file.read(64)
+        except OSError:
+            head = b"?"
+    if not head:
+        return "it is empty"
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        return "it is HEIC; pip install pillow-heif"
+    return next((text for start, text in _BEGINNINGS.items() if head.startswith(start)), _UNKNOWN)
 
 
 def _check_pixels(name: str, size: tuple[int, int], max_pixels: int) -> None:
@@ -241,20 +280,22 @@ def _grey(image: Image.Image, scale: Callable[[np.ndarray], np.ndarray]) -> Imag
 
 def _from_floats(image: Image.Image) -> Image.Image:
     low, high = _extremes(image)
-    if not (low >= 0 and high <= 1):  # NaN too
+    if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN too; float32 rounds
         raise _ValuesError(
             f"holds floats from {low:g} to {high:g}; jaxft reads floats from 0 to 1, so save it with 8 or 16 bits"
         )
-    return _grey(image, lambda values: np.round(values * np.float32(255)))
+    return _grey(image, lambda values: np.round(np.clip(values, 0, 1) * np.float32(255)))
 
 
 def _from_integers(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """Converts 16-bit values, 12-bit values in 16 bits, and 32-bit values by the number of bits that they use."""
+    """Converts 16-bit values, 8- and 12-bit values in 16, and 32-bit values by the number of bits that they use."""
     low, high = _extremes(image)
     if low < 0:
         raise _ValuesError(f"holds whole numbers from {low:.0f} to {high:.0f}; save it with 8 or 16 bits, from 0 up")
     if 4096 <= high < 1 << 16:
         return _grey(image, lambda values: values >> 8), ()
+    if high < 256:
+        return _grey(image, np.asarray), (EIGHT_BIT,)
     remark, largest = (TWELVE_BIT, 4095) if high < 4096 else (THIRTY_TWO_BIT, (1 << int(high).bit_length()) - 1)
     return _grey(image, lambda values: np.round(values * (255 / largest))), (remark,)
 
@@ -280,14 +321,17 @@ def is_thin(width: int, height: int) -> bool:
 def shrink(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes uint8 (H, W, 3) to (size, size, 3): the shorter side to `size` by Pillow's BILINEAR, then a central crop.
 
-    Equals torchvision's Resize(size) and CenterCrop(size), and preprocessing.resize_and_crop on the device. Of thin
-    images only the part that the crop keeps is resized, with the same result.
+    Equals torchvision's Resize(size) and CenterCrop(size), and preprocessing.resize_and_crop on the device. If an image
+    is thin, only the part that the crop keeps is resized, with the same result.
     """
     return _shrink(Image.fromarray(image), size)
 
 
 def _shrink(image: Image.Image, size: int) -> np.ndarray:
-    """Does the same for an image of mode L or RGB; takes at most MAX_RATIO times the memory of it or of the result."""
+    """Resizes and crops an image of mode L or RGB as `shrink` does.
+
+    Takes at most MAX_RATIO times the memory of the image or of the result.
+    """
     width, height = image.size
     shorter = min(height, width)
     new_height, new_width = int(size * height / shorter), int(size * width / shorter)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 import unicodedata
 import zlib
 from collections import Counter
@@ -17,14 +16,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from jaxft import interrupts
-from jaxft.data.array_cache import cached_arrays_dir, is_sealed, open_arrays, open_written, seal, write_arrays
+from jaxft.data.array_cache import cached_arrays_dir, open_arrays, open_written, write_arrays
 from jaxft.data.budget import room_for_images
 from jaxft.data.dataset import DataOptions, Dataset, Origin
 from jaxft.data.folder_layout import check_classes, deeper_hint, split_folder
-from jaxft.data.folder_scan import Scan, beside, broken_links, describe_skipped, has_images_directly, scan, subfolders
+from jaxft.data.folder_scan import (
+    Scan,
+    broken_links,
+    count_strays,
+    describe_skipped,
+    has_images_directly,
+    scan,
+    subfolders,
+)
 from jaxft.data.image_file import (
     Decoded,
     ImageError,
@@ -33,10 +39,11 @@ from jaxft.data.image_file import (
     is_single_colour,
     is_thin,
     load_formats,
+    open_image,
 )
 from jaxft.data.lazy_images import LazyImages
-from jaxft.errors import UserError, counted, shortened
-from jaxft.files import atomic_write, cache_dir, open_regular, read_json, reason
+from jaxft.errors import UserError, counted, printable, shortened, write_message
+from jaxft.files import atomic_write, cache_dir, matches_checksum, open_regular, read_json, reason, with_checksum
 from jaxft.progress import Progress
 
 SHOWN = 10  # names in a message
@@ -46,7 +53,7 @@ Result = TypeVar("Result")
 
 
 class UnreadableError(UserError):
-    """Files that are not images, of one split or several."""
+    """Files of one or several splits are not images."""
 
     def __init__(self, problems: list[str], num_files: int) -> None:
         super().__init__(
@@ -83,7 +90,7 @@ class ReadImage(NamedTuple):
 
 @dataclasses.dataclass
 class Readings:
-    """What reading all images of a split finds out."""
+    """Checksums, counts and remarks that are collected while all images of a split are read."""
 
     checksums: list[int]  # CRC-32 of the files of each class, in order
     remarks: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -109,7 +116,7 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
     files = find_files(root, split, options, class_names)
     name = f"folder:{root}"
     arrays_dir = cached_arrays_dir(name, split)
-    source = {"fingerprint": files.fingerprint(), "unreadable": options.unreadable, "side": options.side, "version": 2}
+    source = {"fingerprint": files.fingerprint(), "unreadable": options.unreadable, "side": options.side, "version": 3}
     opened = open_arrays(arrays_dir)
     if opened and options.cache != "never" and _matches(opened[1], source):
         return _with_origin(*opened, root, files)
@@ -130,7 +137,7 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
         raise UserError(f"{name} {error}") from None
     except OSError as error:
         raise UserError(
-            f"the images cannot be kept in {cache_dir()} ({error.strerror or error}): make room there, name another "
+            f"the images cannot be kept in {cache_dir()} ({reason(error)}): make room there, name another "
             "folder with the environment variable JAXFT_CACHE, or set --config.data.cache=never"
         ) from error
     return _with_origin(open_written(arrays_dir), found, root, files)
@@ -167,7 +174,7 @@ def find_files(
     scans = {name: scan(top / name) for name in subfolders(top)}
     if own_folder is None:
         check_classes(root, scans, options)
-    skipped = sum((found.skipped for found in scans.values()), beside(top))
+    skipped = sum((found.skipped for found in scans.values()), count_strays(top))
     without = {name: found for name, found in scans.items() if not found.images}
     if options.unreadable == "refuse":
         if lost := broken_links(top):
@@ -189,13 +196,21 @@ def find_files(
         ]
         raise UserError(f"{top} has classes that the training images lack: {shortened(texts, SHOWN)}")
     if len(class_names) < 2:
-        hint = deeper_hint(top, class_names[0], None if own_folder is None else split)
+        hint = deeper_hint(top, class_names[0], None if own_folder is None else split, options)
         raise UserError(f"{top} has images of only one class, {class_names[0]}; there must be two or more{hint}")
     if own_folder is None:
-        is_training = split == options.train_split
+        is_training, largest = split == options.train_split, max(map(len, images.values()))
         images = {name: _part(root, paths, options.holdout, is_training) for name, paths in images.items()}
+        if empty := [name for name, part in images.items() if not part] if is_training else []:
+            raise UserError(
+                f"a data.holdout of {options.holdout} leaves no image of {shortened(empty)} to train on; add some, or "
+                "set a smaller --config.data.holdout"
+            )
         if not any(images.values()):
-            raise UserError(f"a data.holdout of {options.holdout} leaves no image of {root} for the split '{split}'")
+            raise UserError(
+                f"a data.holdout of {options.holdout} leaves no image of {root} for the split '{split}'; "
+                f"its largest class has {counted(largest, 'image')}: add some, or set --config.data.holdout=0.5"
+            )
     pairs = [(path, label) for label, name in enumerate(class_names) for path in images.get(name, [])]
     layout = "classes" if own_folder is None else "splits"
     return LabelledFiles([path for path, _ in pairs], [label for _, label in pairs], class_names, layout, skipped)
@@ -208,8 +223,7 @@ def _check_root(root: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no folder {shown}; data.name is folder:PATH, with PATH/train/CLASS/*.jpg") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL
-        cause = reason(error) if isinstance(error, OSError) else error
-        raise UserError(f"the folder {shown} cannot be read ({cause}); data.name is folder:PATH") from None
+        raise UserError(f"the folder {shown} cannot be read ({reason(error)}); data.name is folder:PATH") from None
     if not is_directory:
         raise UserError(f"{shown} is a file; unpack it and name the folder: --config.data.name=folder:PATH")
 
@@ -278,7 +292,7 @@ def stored_size(files: LabelledFiles, side: int) -> tuple[tuple[int, int], int |
 
 def _header_size(path: Path) -> tuple[int, int] | None:
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, open_image(file) as image:
             on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
             return image.size if on_its_side else image.size[::-1]
     except Exception:  # Pillow's plugins raise exceptions of any type; decoding reports them
@@ -290,8 +304,8 @@ def read_images(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields each image with the index of its file, shrunk to a square of `side` pixels unless that is None.
 
-    unreadable: "refuse" raises UserError with the files that are not images; "skip" lists them on stderr. readings:
-    is completed meanwhile. Raises UserError if all files of a class are skipped.
+    unreadable: "refuse" raises UserError with the files that are not images; "skip" lists them on stderr. readings: is
+    filled meanwhile. Raises UserError if all files of a class are skipped.
     """
     problems: list[str] = []
     with ThreadPoolExecutor() as pool, Progress("reading images", len(files.paths)) as progress:
@@ -308,9 +322,9 @@ def read_images(
         raise UnreadableError(problems, len(files.paths))
     readings.remarks[UNREADABLE] = len(problems)
     for problem in problems[:SHOWN]:
-        print(f"skipped: {problem}", file=sys.stderr)
+        write_message(printable(f"skipped: {problem}"))
     if len(problems) > SHOWN:
-        print(f"skipped: {len(problems) - SHOWN} more", file=sys.stderr, flush=True)
+        write_message(f"skipped: {len(problems) - SHOWN:,} more")
     lost = [files.class_names[label] for label in sorted(set(files.label)) if not readings.counts[label]]
     if lost and readings.counts:  # without any image, the caller says so
         raise UserError(
@@ -355,11 +369,11 @@ def _open_lazily(root: Path, files: LabelledFiles, source: dict[str, Any], check
         found = read_json(checked)
     except (OSError, ValueError):
         found = {}
-    if not (_matches(found, source) and is_sealed(found)):
+    if not (_matches(found, source) and matches_checksum(found)):
         size, side = stored_size(files, source["side"])
         readings = Readings([0] * len(files.class_names))
         numbers = [number for _, number in read_images(files, side, source["unreadable"], readings)]
-        found = seal(source | readings.to_json() | {"numbers": numbers, "size": size, "shrunk_to": side})
+        found = with_checksum(source | readings.to_json() | {"numbers": numbers, "size": size, "shrunk_to": side})
         checked.parent.mkdir(parents=True, exist_ok=True)
         if checked.is_dir() and not checked.is_symlink():
             shutil.rmtree(checked)
@@ -397,7 +411,7 @@ def image_paths(folder: Path) -> list[Path]:
     if not found.images:
         raise UserError(f"there are no images in {folder}" + (f"; skipped: {skipped}" if skipped else ""))
     if skipped:
-        print(f"skipped in {folder}: {skipped}", file=sys.stderr, flush=True)
+        write_message(printable(f"skipped in {folder}: {skipped}"))
     return found.images
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.array_cache import as_stored, is_sealed, open_arrays
+from jaxft.data.array_cache import as_stored, open_arrays
 from jaxft.data.budget import room_for_images
 from jaxft.data.dataset import DataOptions, Dataset
 from jaxft.data.lazy_images import LazyImages
 from jaxft.data.tfds_split import TfdsSplit
 from jaxft.errors import UserError
-from jaxft.files import read_json, read_regular
+from jaxft.files import matches_checksum, read_json, read_regular
 
 
 def load_tfds(name: str, split: str, options: DataOptions) -> Dataset:
@@ -57,7 +57,7 @@ def _open_records(path: Path) -> Dataset | None:
         found = read_json(path)
     except (OSError, ValueError):
         return None
-    if not is_sealed(found):
+    if not matches_checksum(found):
         return None
     directory = found["reader"]["directory"]
     if not _is_fresh(found) or not ("://" in directory or Path(directory).exists()):

@@ -21,11 +21,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from jaxft.data.array_cache import seal, write_arrays
+from jaxft.data.array_cache import write_arrays
 from jaxft.data.image_file import is_thin
 from jaxft.data.tfds_split import TfdsSplit
 from jaxft.errors import UserError, on_terminal
-from jaxft.files import atomic_write
+from jaxft.files import atomic_write, with_checksum
 from jaxft.process import allow_large_images, end_with_parent
 
 CONNECT_SECONDS = 5
@@ -160,7 +160,7 @@ def _write_records(
     }
     wanted.records_file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(wanted.records_file, "w") as file:
-        json.dump(seal(_fingerprint(builder) | found), file)
+        json.dump(with_checksum(_fingerprint(builder) | found), file)
 
 
 def _write_arrays(

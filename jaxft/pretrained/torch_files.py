@@ -128,6 +128,8 @@ def _open_zip(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, str], _Rea
     size = file.seek(0, io.SEEK_END)
     if sum(info.file_size for info in archive.infolist()) > MOST_GROWTH * size:
         raise RefusedError("it unpacks to far more than its own size")
+    if any(info.compress_size > size for info in archive.infolist()):  # zipfile would allocate as much
+        raise ValueError("a member is larger than the file")
     (pickle_name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if archive.getinfo(pickle_name).file_size > MAX_PICKLE:
         raise RefusedError(f"it holds more than {MAX_PICKLE:,} bytes besides its tensors")

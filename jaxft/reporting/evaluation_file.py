@@ -18,11 +18,11 @@ from jaxft.errors import UserError
 from jaxft.files import atomic_write, open_regular, reason
 from jaxft.run import remote_workdir
 from jaxft.run.metrics_file import ALL_KEYS, read_lines
-from jaxft.run.workdir import Workdir, config_differences
+from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import Predictions
 
-MISTAKES = 24  # shown
-SHARED = 100  # test images that are also trained on: shown
+MISTAKES = 24  # most confident mistakes that a report shows
+SHARED = 100  # test images that are also trained on, and that a report shows
 THUMBNAIL = 128  # pixels of the longer side, at most
 _INFO = {"config": dict, "class_names": list, "train_size": int, "weights": dict, "versions": dict}
 
@@ -80,7 +80,7 @@ def printable(name: str) -> str:
 
 
 def _has_foreign_surrogates(name: str) -> bool:
-    """Returns whether a text has surrogates that do not stand for a byte of a file's name."""
+    """Returns whether a text has surrogates that do not stand for a byte of a file name (PEP 383)."""
     return any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for c in name)
 
 
@@ -90,7 +90,7 @@ def image_path(data: Dataset, index: int, split: str) -> str:
 
 
 def image_name(data: Dataset, index: int, split: str) -> str:
-    """Returns the same as `image_path`, but relative to the dataset's folder and printable."""
+    """Returns an image's path relative to the dataset's folder, printable, or its `image_path` if it has no file."""
     return printable(image_path(data, index, split).removeprefix(f"{data.origin.folder}/"))
 
 
@@ -165,20 +165,8 @@ def load_run(workdir: Workdir) -> Run:
 
 def _check_run(run: Run, remedy: str) -> None:
     """Raises UserError if the predictions are those of another run than DIR/config.json's."""
-    try:
-        stored = run.workdir.read_config()
-    except UserError:  # the report does not need it
-        return
-    if stored is None:
-        return
-    saved = run.config
-    saved.num_epochs = stored.num_epochs  # may be raised
-    if differences := config_differences(stored, saved):
-        key, there, here = differences[0]
-        raise UserError(
-            f"{run.workdir.evaluation} is of another run ({key} is {here!r} there and {there!r} in "
-            f"{run.workdir.config.name}); {remedy}"
-        )
+    if difference := run.workdir.other_run(run.config):
+        raise UserError(f"{run.workdir.evaluation} is of another run ({difference}); {remedy}")
 
 
 def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
@@ -200,14 +188,20 @@ def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
     predictions = Predictions(**{name: _array(arrays, name, kind, (size,)) for name, kind in kinds.items()})
     for name in ("label", "predicted", "rank"):
         _check_range(name, getattr(predictions, name), num_classes)
-    _check(bool((predictions.confidence >= 0).all() and (predictions.confidence <= 1).all()), "confidence is wrong")
+    _check(
+        bool((predictions.confidence >= 0).all() and (predictions.confidence <= 1).all()),
+        "confidence is not between 0 and 1",
+    )
     _check(bool(np.isfinite(predictions.loss).all()), "loss is not finite")
 
     mistakes = _array(arrays, "mistakes", "iu", (arrays["mistakes"].size,))
     _check_range("mistakes", mistakes, size)
     thumbnails = [arrays[f"picture_{i}"] for i in range(len(mistakes))]
     for image in thumbnails:
-        _check(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0, "wrong image")
+        _check(
+            image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0,
+            "an image is not uint8 (H, W, 3)",
+        )
     unnamed = np.array([f"{config.data.eval_split}[{index}]" for index in mistakes.tolist()], np.str_)
     files = _array({"files": unnamed} | arrays, "files", "U", mistakes.shape)
     shared = arrays.get("shared", np.zeros((0, 2), np.str_))

@@ -28,12 +28,12 @@ from jaxft.errors import Interrupted
 HEADER_SECONDS = 10.0  # for a request's line and headers, and for a client to read its answer
 BODY_SECONDS = 10.0  # between two parts of a body, on top of what it takes at MIN_RATE
 MIN_RATE = 20_000  # bytes per second of a body
-BUSY_RATE = 1_000_000  # the same if others wait for the memory, after the first second
+BUSY_RATE = 1_000_000  # the same while others wait for memory, after the first second
 WAIT_SECONDS = 30.0  # for memory
 LINGER_SECONDS = 5.0  # to read on after an answer that came before the body's end; else the client may not see it
 STOP_SECONDS = 1.0  # for bodies that are arriving when the server stops
 GRACE_SECONDS = 10  # for requests that are being answered when the server stops
-SMALL_BYTES = 2_000_000  # of bodies that may use all of the memory
+SMALL_BYTES = 2_000_000  # larger bodies leave a part of the memory free for smaller ones
 MAX_CONNECTIONS = 500
 BACKLOG = 200  # asyncio accepts this many at once; with MAX_CONNECTIONS below the usual limit of 1,024 open files
 
@@ -80,8 +80,8 @@ class _Arrival:
 class Uploads:
     """The request bodies in memory: at most `max_bytes` each and `max_total` bytes in all.
 
-    A body's size is reserved before it is read, the smallest first; a part is for small ones only. While one waits for
-    memory, those that arrive slowly are dropped.
+    A body's size is reserved before it is read, the smallest first; a part of the memory is only for small ones. While
+    a body waits for memory, those that arrive slowly are dropped.
     """
 
     def __init__(self, max_bytes: int, max_total: int) -> None:
@@ -215,7 +215,8 @@ class Queue:
 class CloseUnread:
     """Middleware that closes the connection if a request was answered before the end of its body.
 
-    Otherwise the client could keep sending. Closing at once would discard the answer that the client has not read yet.
+    Otherwise the client could send for ever. It closes with a delay, because closing at once would discard an answer
+    that the client has not read yet.
     """
 
     def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
@@ -258,7 +259,7 @@ class CloseUnread:
 
 
 class _Protocol(H11Protocol):
-    """A connection with time limits; those without a request make room if there are too many."""
+    """A connection with time limits. If there are too many, the one that waits longest for a request is closed."""
 
     _timer: asyncio.TimerHandle | None = None  # of a request's headers
     _write_timer: asyncio.TimerHandle | None = None
@@ -291,10 +292,10 @@ class _Protocol(H11Protocol):
             self._write_timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is not HTTP, as uvicorn does, but in JSON and so that the client can read it."""
+        """Answers malformed HTTP as uvicorn does, but in JSON, and closes late enough for the client to read it."""
         self._refused = True
         self._stop_timer()
-        if self.cycle:  # its body is what is not HTTP
+        if self.cycle:  # the body of this request is malformed
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

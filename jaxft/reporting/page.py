@@ -85,7 +85,7 @@ class Reporter:
 
     @contextmanager
     def divergence(self) -> Iterator[None]:
-        """Draws the report once more if the loss becomes NaN or infinite, provided that an epoch was finished."""
+        """Draws the report once more if the loss becomes NaN or infinite, unless no epoch has finished."""
         try:
             yield
         except NotFiniteError as error:
@@ -132,13 +132,13 @@ class Reporter:
         try:
             yield
         except Exception as error:  # also a bug in drawing: it must not cost the run
-            cause = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+            cause = reason(error) or type(error).__name__
             text = " ".join(f"the report in {self.workdir.path} could not be written: {path.name}: {cause}".split())
             write_message(f"\n{text}")
 
 
 def _is_due(run: Run) -> bool:
-    """Returns whether the latest epoch is the last, or completed another minute of the run. Drawing takes 0.5 s."""
+    """Returns whether the latest epoch is the last or completed another DRAWN_EVERY seconds. Drawing takes 0.5 s."""
     before = sum(row["seconds"] for row in run.rows if row["epoch"] < run.epoch)
     after = sum(row["seconds"] for row in run.rows)
     return run.epoch == run.config.num_epochs or before // DRAWN_EVERY < after // DRAWN_EVERY
@@ -155,7 +155,7 @@ def _write_sheet(run: Run, train_data: Dataset) -> None:
 
 
 def read_sheet(workdir: Workdir) -> bytes:
-    """Returns the content of DIR/sheet.jpg, or nothing unless it is an image."""
+    """Returns the content of DIR/sheet.jpg, or b"" if it is not a JPEG image."""
     try:
         content = read_regular(workdir.sheet)
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
@@ -331,7 +331,7 @@ def _curves(runs: Sequence[Run]) -> list[dict[str, str]]:
         loss[test] = _curve(run, "eval", "loss")
         accuracy[test] = _curve(run, "eval", "accuracy")
         speed[name] = _curve(run, "train", "images_per_second")
-        if run.config.optimizer.fit_head != "only":  # which needs none
+        if run.config.optimizer.fit_head != "only":  # L-BFGS has no learning rate
             rate[name] = _learning_rate(run)
     rates = [charts.curves("Learning rate", rate, from_zero=True)] if rate else []
     return [

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxft.classifier import Classifier
 from jaxft.data.image_file import decode, load_formats
-from jaxft.errors import UserError
+from jaxft.errors import UserError, printable
 from jaxft.reporting.http_server import BACKLOG, Queue, RefusedError, Uploads, run
 from jaxft.targets.classification import rank
 
@@ -93,9 +93,9 @@ def make_app(classifier: Classifier, host: str, top_k: int, uploads: Uploads, al
 
 
 def allowed_names(host: str, allow_hosts: Collection[str]) -> frozenset[str]:
-    """Returns the names and addresses under which clients may ask, besides the address that they connect to.
+    """Returns the names and addresses that a request's Host may have, besides the address that it connects to.
 
-    A foreign page could reach the server under a name of its own (DNS rebinding), but never under an address.
+    A page of another host could reach the server under a name of its own (DNS rebinding), but never under an address.
     Raises UserError if one of `allow_hosts` is not a name.
     """
     names = {"localhost", "127.0.0.1", "::1", _normal(host)}
@@ -131,7 +131,7 @@ def _name_of(header: str) -> str:
 
 
 class _CheckHost:
-    """Middleware that refuses the requests that a page of another host has caused."""
+    """Middleware that refuses requests by pages of other hosts (DNS rebinding, cross-site requests)."""
 
     def __init__(self, app: ASGIApp, names: frozenset[str]) -> None:
         self._app = app
@@ -177,7 +177,7 @@ def _file_of_form(body: bytearray, boundary: str, command: str) -> bytes:
     """Returns the only file in a multipart/form-data body (RFC 7578). Raises RefusedError."""
     _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))
     if not boundary or not parts or not parts.pop().startswith(b"--"):
-        raise RefusedError(422, f"the form is incomplete; send the file alone: {command}")
+        raise RefusedError(422, f"the form is incomplete; send only the file: {command}")
     found = []
     for part in parts:
         head, _, content = part.partition(b"\r\n\r\n")
@@ -220,12 +220,12 @@ def _count_pixels(content: bytes) -> int:
         what = f"{image.format} images " if limit < MAX_PIXELS else ""
         raise UserError(f"the file has {width} x {height} pixels; the page reads {what}up to {limit:,} in all")
     if scans > MAX_SCANS:
-        raise UserError(f"the file is a JPEG of more than {MAX_SCANS} scans")
+        raise UserError(f"the file is a JPEG of more than {MAX_SCANS} scans; save it with fewer")
     return width * height
 
 
 def _count_scans(jpeg: bytes) -> int:
-    """Returns the number of scans before the end of the image, up to MAX_SCANS + 1; too many segments count too."""
+    """Returns the number of scans of a JPEG, up to MAX_SCANS + 1. Segments beyond 10,000 count as scans."""
     position, scans, segments = 2, 0, 0
     while (marker := _JPEG_MARKER.search(jpeg, position)) and marker[0] != b"\xff\xd9" and scans <= MAX_SCANS:
         segments += 1
@@ -258,7 +258,7 @@ async def _report_bug(request: Request, error: Exception) -> Response:
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\ufffd" for c in text[:100])
+    return printable(text[:100])
 
 
 def _inline_hash(page: str, element: str) -> str:

@@ -1,7 +1,6 @@
 """Saves and restores checkpoints with Orbax: a pytree and, as JSON, everything needed to use it."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -21,13 +20,13 @@ from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 from jaxft.config import resolve
 from jaxft.data.batches import replicate
 from jaxft.errors import UserError, write_message
-from jaxft.files import open_regular, read_json, reason
+from jaxft.files import matches_checksum, open_regular, read_json, reason, with_checksum
 from jaxft.main_process import is_main_process
 from jaxft.run.metrics_file import MetricsFile, read_accuracy
-from jaxft.run.workdir import Workdir, checkpoint_step, config_differences, local_folder
+from jaxft.run.workdir import COMMIT, Workdir, checkpoint_step, local_folder
 
 FORMAT = 1  # of a checkpoint's info; 0.1 stored none
-COMMIT, INFO, TREE = "_CHECKPOINT_METADATA", "info/metadata", "state/_METADATA"  # Orbax's JSON files
+INFO, TREE = "info/metadata", "state/_METADATA"  # Orbax's JSON files, like COMMIT
 NEWEST_GOOD = "--config.checkpoint.on_damage=newest_good"
 COMMIT_KEYS = {
     "item_handlers": dict | str,
@@ -37,7 +36,7 @@ COMMIT_KEYS = {
     "performance_metrics": dict,
     "custom_metadata": dict,
 }
-# A file that is missing, of another kind, or a link in a loop: damage, unlike a file that may not be read.
+# Errors of files that are missing, of another kind, or links in a loop: damage, unlike a missing permission.
 _NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ESTALE}
 
 
@@ -60,7 +59,7 @@ class NotFiniteError(Exception):
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint with files that are missing or wrong, or of another step or run than its name and folder say."""
+    """A checkpoint's files are missing or wrong, or it is not of the step or run that its path says."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}; {remedy}")
@@ -113,7 +112,7 @@ class Checkpoints:
                 self._open_manager()
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Returns Orbax's manager, which writes and deletes checkpoints. It reads the COMMIT file of all that exist."""
+        """Returns Orbax's manager, which writes and deletes checkpoints. It reads the COMMIT file of each of them."""
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
@@ -141,7 +140,9 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(host_state),
-            info=ocp.args.JsonSave(_seal(info | {"format": FORMAT, "step": step, "arrays": checksums(host_state)})),
+            info=ocp.args.JsonSave(
+                with_checksum(info | {"format": FORMAT, "step": step, "arrays": checksums(host_state)})
+            ),
         )
         self._saving = step
         manager = self._open_manager()
@@ -255,7 +256,7 @@ class Checkpoints:
         """
         self._check_files(step)
         info = self._read_json(step, INFO)
-        if info != _seal(info):
+        if not matches_checksum(info):
             raise self._damaged(step, "its info does not match its checksum")
         if info.get("format", FORMAT) > FORMAT:
             raise UserError(
@@ -270,7 +271,7 @@ class Checkpoints:
         return info
 
     def _check_commit(self, step: int) -> None:
-        """Raises DamagedCheckpointError if Orbax's manager would fail with a checkpoint's COMMIT, and so with all."""
+        """Raises DamagedCheckpointError if Orbax's manager could not read a checkpoint's COMMIT: then it opens none."""
         if (self.directory / str(step) / COMMIT).exists():
             content = self._read_json(step, COMMIT)
             for key, kind in COMMIT_KEYS.items():
@@ -278,10 +279,10 @@ class Checkpoints:
                     raise self._damaged(step, f"{COMMIT} has a {key} of another type")
 
     def _check_files(self, step: int, *, whole: bool = False) -> None:
-        """Opens a checkpoint's files, because Orbax would wait for a FIFO and reports no cause.
+        """Opens all files of a checkpoint: Orbax would wait for a FIFO for ever, and does not report causes.
 
         whole: reads them too. Raises DamagedCheckpointError if one is missing or not a file, or UserError if one cannot
-        be read, as without permission: then nothing is known about the checkpoint.
+        be read, as without permission: the checkpoint may be intact then.
         """
         folder = self.directory / str(step)
         try:
@@ -308,18 +309,12 @@ class Checkpoints:
     def _check_run(self, step: int, info: Mapping[str, Any]) -> None:
         """Raises DamagedCheckpointError if a checkpoint was saved by another run than that of DIR/config.json."""
         try:
-            stored = self._workdir.read_config()
             saved = resolve(info["config"]) if "config" in info else None
-        except UserError:  # the checkpoint has all that is needed to use it
+        except UserError:  # it has keys of another version
             return
-        if not stored or not saved:
-            return
-        saved.num_epochs = stored.num_epochs  # may be raised
-        if differences := config_differences(stored, saved):
-            key, there, here = differences[0]
+        if saved and (difference := self._workdir.other_run(saved)):
             raise DamagedCheckpointError(
-                f"checkpoint {step} in {self.directory} is of another run ({key} is {here!r} there and {there!r} in "
-                f"{self._workdir.config.name})",
+                f"checkpoint {step} in {self.directory} is of another run ({difference})",
                 f"move it away, or {self._remedy(step)}",
             )
 
@@ -347,9 +342,9 @@ class Checkpoints:
         return replicate(state)
 
     def _check_arrays(self, step: int, info: Mapping[str, Any], abstract_state: State) -> None:
-        """Raises UserError if a checkpoint was saved with arrays of other names, shapes or dtypes than those asked for.
+        """Raises UserError if a checkpoint was saved with arrays of other names, shapes or dtypes than expected.
 
-        Its info is intact, so this is the work of another version of jaxft or of its dependencies.
+        As its info is intact, another version of jaxft or of its dependencies has written it.
         """
         saved = {name: text.rpartition(" ")[0] for name, text in info.get("arrays", {}).items()}
         expected = {name: f"{array.dtype}{list(array.shape)}" for name, array in _named_leaves(abstract_state)}
@@ -366,11 +361,11 @@ class Checkpoints:
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=self._processes)
         folder = (self.directory / str(step) / "state").absolute()
         with ocp.Checkpointer(handler, multiprocessing_options=self._processes) as checkpointer:
-            for attempt in range(2):  # a disk may be away for a moment
+            for attempt in range(2):  # a network disk may be unavailable for a moment
                 try:
                     return checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
                 except MemoryError as error:
-                    raise UserError(f"checkpoint {step} in {self.directory} does not fit into the memory") from error
+                    raise UserError(f"checkpoint {step} in {self.directory} does not fit into memory") from error
                 except Exception as error:  # Orbax raises bare exceptions for damaged files
                     number = _os_error(error)
                     if number and number not in _NOT_A_FILE:
@@ -383,7 +378,7 @@ class Checkpoints:
     def restore_latest(self, abstract_state: StateT, on_damage: str) -> tuple[dict[str, Any], StateT]:
         """Returns (info, state) of the latest checkpoint.
 
-        on_damage: 'refuse' raises DamagedCheckpointError; 'newest_good' moves damaged checkpoints out of the way.
+        on_damage: 'refuse' raises DamagedCheckpointError; 'newest_good' moves damaged checkpoints aside.
         """
         if self._writes and on_damage == "newest_good":
             self._set_damaged_aside(abstract_state)
@@ -396,7 +391,7 @@ class Checkpoints:
         return result
 
     def _set_damaged_aside(self, abstract_state: State) -> None:
-        """Moves the checkpoints aside that are damaged and newer than the newest good one.
+        """Moves aside the checkpoints that are damaged and newer than the newest good one.
 
         Raises UserError, and moves nothing, if there is no good one or if one cannot be read: the cause may then be
         outside the checkpoints.
@@ -473,7 +468,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _os_error(error: BaseException | None) -> int | None:
-    """Returns the number of the OSError behind an exception of Orbax or TensorStore, which writes it into its text."""
+    """Returns the errno behind an exception of Orbax or TensorStore; TensorStore writes it into its messages."""
     while error:
         if isinstance(error, OSError) and error.errno:
             return error.errno
@@ -504,9 +499,3 @@ def not_finite(tree: Any) -> list[str]:
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _seal(info: dict[str, Any]) -> dict[str, Any]:
-    """Returns `info` after a round trip through JSON, with a CRC-32 of everything else."""
-    text = json.dumps({key: value for key, value in info.items() if key != "crc32"}, sort_keys=True)
-    return json.loads(text) | {"crc32": zlib.crc32(text.encode())}

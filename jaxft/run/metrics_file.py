@@ -1,8 +1,8 @@
 """Reads and writes metrics.jsonl, one JSON object per training step and per evaluation, and accuracy.json.
 
-The evaluations' accuracies decide which checkpoint is the best, so accuracy.json holds them once more, with a checksum.
-It is written before the row, so it has all rows but those that followed a failed write, as on a full disk. Runs of
-version 0.1 do not have it; their rows are used as they are.
+The evaluations' accuracies decide which checkpoint is the best, so accuracy.json repeats them with a checksum. It is
+written before the row of an evaluation. It may lack the latest evaluations if it could not be written, as on a full
+disk. Runs of version 0.1 do not have it; their rows are used as they are.
 """
 
 import json
@@ -31,8 +31,8 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._sealed = _read_sealed(path)
-        self.rows = _read_rows(path, REQUIRED, self._sealed)
+        self._recorded = _read_accuracy_file(path)
+        self.rows = _read_rows(path, REQUIRED, self._recorded)
         self.accuracy = {row["step"]: row["accuracy"] for row in self.rows if row["split"] == "eval"}
         self._file: int | None = None
         self._pending = b""
@@ -45,14 +45,13 @@ class MetricsFile:
         a step is missing or the file cannot be written.
         """
         kept = [row for row in self.rows if row["step"] <= last_step]
-        steps = [row["step"] for row in kept if row["split"] == "train"]
-        if steps != list(range(1, last_step + 1)):
-            wrong = min({*range(1, last_step + 1)} - {*steps}, default=last_step)
+        steps = sum(row["split"] == "train" for row in kept)  # their numbers are 1, 2, 3 ...
+        if steps < last_step:
             raise UserError(
-                f"{self.path} lacks step {wrong}, or has it twice, and the checkpoint is of step {last_step}; "
+                f"{self.path} lacks step {steps + 1}, and the checkpoint is of step {last_step}; "
                 "put the file back, or name another --workdir"
             )
-        lost = sorted(step for step in self._sealed or {} if step not in self.accuracy and step < last_step)
+        lost = sorted(step for step in self._recorded or {} if step not in self.accuracy and step < last_step)
         if lost:
             raise UserError(
                 f"{self.path} lacks the evaluation after step {lost[0]}; put the file back, or name another --workdir"
@@ -62,13 +61,13 @@ class MetricsFile:
         if not is_main_process():
             return kept
         try:
-            if self._sealed and max(self._sealed) > last_step:
-                self._seal()
+            if self._recorded and max(self._recorded) > last_step:
+                self._write_accuracy()
             with atomic_write(self.path, "w", fsync=True) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in kept))
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error}") from None
+            raise UserError(f"{self.path} cannot be written: {reason(error)}; name another --workdir") from None
         return kept
 
     def write(self, row: dict[str, Any]) -> None:
@@ -80,12 +79,12 @@ class MetricsFile:
         self._pending += (json.dumps(row) + "\n").encode()
         try:
             if row["split"] == "eval":
-                self._seal()
+                self._write_accuracy()
             self.flush()
         except OSError as error:
             if not self._failed:
                 write_message(
-                    f"{self.path} cannot be written ({error}); its lines are kept in memory and written later"
+                    f"{self.path} cannot be written ({reason(error)}); its lines are kept in memory and written later"
                 )
             self._failed = True
 
@@ -99,10 +98,10 @@ class MetricsFile:
         if self._file is not None:
             os.close(self._file)
 
-    def _seal(self) -> None:
+    def _write_accuracy(self) -> None:
         """Writes DIR/accuracy.json. Raises OSError."""
         with atomic_write(self.path.with_name(ACCURACY), "w") as file:
-            file.write(json.dumps(_sealed({str(step): value for step, value in self.accuracy.items()})))
+            file.write(json.dumps(_accuracy_content({str(step): value for step, value in self.accuracy.items()})))
 
 
 def read_accuracy(path: Path) -> dict[int, float] | None:
@@ -110,16 +109,16 @@ def read_accuracy(path: Path) -> dict[int, float] | None:
 
     path: metrics.jsonl, whose rows count if they are not in accuracy.json. Raises UserError if neither can be used.
     """
-    sealed = _read_sealed(path)
+    recorded = _read_accuracy_file(path)
     try:
-        rows = {row["step"]: row["accuracy"] for row in _read_rows(path, REQUIRED, sealed) if row["split"] == "eval"}
+        rows = {row["step"]: row["accuracy"] for row in _read_rows(path, REQUIRED, recorded) if row["split"] == "eval"}
     except UserError:
-        if sealed is None:
+        if recorded is None:
             raise
-        return sealed
-    if sealed is None and not rows and not path.exists():
+        return recorded
+    if recorded is None and not rows and not path.exists():
         return None
-    return rows | (sealed or {})
+    return rows | (recorded or {})
 
 
 def read_lines(path: Path, required: tuple[str, ...] = REQUIRED) -> list[dict[str, Any]]:
@@ -128,10 +127,10 @@ def read_lines(path: Path, required: tuple[str, ...] = REQUIRED) -> list[dict[st
     Raises UserError if another line is damaged: it is not a row with the required keys, a value has a wrong type or
     range, a step is out of order, or an accuracy differs from accuracy.json.
     """
-    return _read_rows(path, required, _read_sealed(path))
+    return _read_rows(path, required, _read_accuracy_file(path))
 
 
-def _read_rows(path: Path, required: tuple[str, ...], sealed: Mapping[int, float] | None) -> list[dict[str, Any]]:
+def _read_rows(path: Path, required: tuple[str, ...], recorded: Mapping[int, float] | None) -> list[dict[str, Any]]:
     try:
         texts = read_regular(path).split(b"\n")[:-1]
     except FileNotFoundError:
@@ -144,7 +143,7 @@ def _read_rows(path: Path, required: tuple[str, ...], sealed: Mapping[int, float
             row = json.loads(text)
         except (ValueError, RecursionError):
             row = None
-        problem = _problem(row, rows[-1] if rows else {}, required) or _unsealed(row, sealed or {})
+        problem = _problem(row, rows[-1] if rows else {}, required) or _difference(row, recorded or {})
         if problem:
             raise UserError(
                 f"{path} is damaged in line {number} ({problem}); put it back, or name another --workdir"
@@ -170,38 +169,43 @@ def _problem(row: Any, before: Mapping[str, Any], required: tuple[str, ...]) -> 
     if not 0 <= row["accuracy"] <= 1:
         return "accuracy is not between 0 and 1"
     evaluation = row["split"] == "eval"
-    if before and (row["step"], evaluation) <= (before["step"], before["split"] == "eval"):
-        return f"step {row['step']} follows step {before['step']}"
-    if evaluation and before.get("split") == "train" and row["step"] != before["step"]:
-        return f"the evaluation of step {row['step']} follows step {before['step']}"
+    last_step = before.get("step", 0)
+    if not evaluation and row["step"] != last_step + 1:
+        return f"step {row['step']} follows step {last_step}"
+    if evaluation and before.get("split") == "eval" and row["step"] <= last_step:
+        return f"the evaluation of step {row['step']} follows that of step {last_step}"
+    if evaluation and before.get("split") == "train" and row["step"] != last_step:
+        return f"the evaluation of step {row['step']} follows step {last_step}"
     return None
 
 
-def _unsealed(row: dict[str, Any], sealed: Mapping[int, float]) -> str | None:
+def _difference(row: dict[str, Any], recorded: Mapping[int, float]) -> str | None:
     """Returns how an evaluation's accuracy differs from accuracy.json, or None. Later evaluations may not be in it."""
     step = row["step"]
-    if row["split"] != "eval" or step > max(sealed, default=0) or sealed.get(step) == row["accuracy"]:
+    if row["split"] != "eval" or step > max(recorded, default=0) or recorded.get(step) == row["accuracy"]:
         return None
-    recorded = f"{ACCURACY} has {sealed[step]}" if step in sealed else f"{ACCURACY} has no such step"
-    return f"accuracy {row['accuracy']} of step {step}, but {recorded}"
+    expected = recorded.get(step, "no such step")
+    return f"accuracy {row['accuracy']} of step {step}, but {ACCURACY} has {expected}"
 
 
-def _read_sealed(path: Path) -> dict[int, float] | None:
-    """Returns {step: accuracy} of accuracy.json beside metrics.jsonl; None if it is missing, or damaged (reported)."""
+def _read_accuracy_file(path: Path) -> dict[int, float] | None:
+    """Returns {step: accuracy} of accuracy.json beside metrics.jsonl; None if it is missing or damaged.
+
+    Damage is reported on stderr.
+    """
     file = path.with_name(ACCURACY)
     try:
         content = read_json(file)
-        if content != _sealed(content.get("accuracy")):
+        if content != _accuracy_content(content.get("accuracy")):
             raise ValueError("it does not match its checksum")
         return {int(step): accuracy for step, accuracy in content["accuracy"].items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        cause = reason(error) if isinstance(error, OSError) else error
-        write_message(f"{file} is damaged ({cause}), so {path.name} decides which checkpoint is the best")
+        write_message(f"{file} is damaged ({reason(error)}), so {path.name} decides which checkpoint is the best")
         return None
 
 
-def _sealed(accuracy: Any) -> dict[str, Any]:
+def _accuracy_content(accuracy: Any) -> dict[str, Any]:
     """Returns the content of accuracy.json: {step: accuracy} with its CRC-32."""
     return {"accuracy": accuracy, "crc32": zlib.crc32(json.dumps(accuracy, sort_keys=True).encode())}

@@ -1,6 +1,6 @@
 """Remote workdirs such as gs://BUCKET/RUN: the run works in a local mirror that is synchronised with the URL.
 
-Any URL that fsspec opens will do. A checkpoint's commit marker, COMMITTED, is uploaded last and deleted first, so a
+Any URL that fsspec opens will do. A checkpoint's commit marker, COMMIT, is uploaded last and deleted first, so a
 checkpoint without one does not exist. The marker holds the times of the save: equal markers mean equal checkpoints.
 """
 
@@ -22,6 +22,7 @@ from jaxft.files import atomic_write, cache_dir, open_regular, read_regular
 from jaxft.main_process import is_main_process
 from jaxft.run.workdir import (
     CHECKPOINTS,
+    COMMIT,
     CONFIG,
     DAMAGED_CHECKPOINTS,
     METRICS,
@@ -30,7 +31,6 @@ from jaxft.run.workdir import (
     local_folder,
 )
 
-COMMITTED = "_CHECKPOINT_METADATA"  # Orbax's last file of a checkpoint
 PUSH_SECONDS = 5
 PULL_ATTEMPTS = 5  # to read a run whose machine replaces its checkpoints meanwhile
 PULL_SECONDS = 3600  # how long the others wait for process 0 to download
@@ -191,7 +191,7 @@ class _Mirror:
         self._checkpoints = folder / CHECKPOINTS
         self._fs, self._root = _open(url)
         self._names: set[str] = set()  # remote files
-        self._committed: dict[str, bytes] = {}  # {step: content of COMMITTED} of the remote checkpoints
+        self._committed: dict[str, bytes] = {}  # {step: content of COMMIT} of the remote checkpoints
         self._pushed: dict[str, tuple[int, int]] = {}  # size and mtime of a local file when it was last uploaded
         _call(self._list, f"--workdir {url} cannot be read")
 
@@ -203,7 +203,7 @@ class _Mirror:
             raise OSError(f"{name} is not a file")  # a FIFO, for example, which would never end
         self._names = {str(path).removeprefix(self._root).lstrip("/") for path in found}
         for name in self._names:
-            if (step := _step(name)) and name == f"{CHECKPOINTS}/{step}/{COMMITTED}":
+            if (step := _step(name)) and name == f"{CHECKPOINTS}/{step}/{COMMIT}":
                 self._committed[step] = self._fs.cat_file(f"{self._root}/{name}")
 
     def local_is_ahead(self) -> bool:
@@ -243,7 +243,7 @@ class _Mirror:
             committed = self._local_commit(path.name)
             if committed is None or committed != self._committed.get(path.name):  # including a partly pulled one
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for name in sorted(wanted, key=lambda name: (PurePosixPath(name).name == COMMITTED, name)):
+        for name in sorted(wanted, key=lambda name: (PurePosixPath(name).name == COMMIT, name)):
             target = self._folder / name
             if _step(name) and target.exists():
                 continue
@@ -274,7 +274,7 @@ class _Mirror:
 
     def _push_checkpoint(self, step: str, committed: bytes) -> None:
         folder = self._checkpoints / step
-        files = sorted(path for path in folder.rglob("*") if not path.is_dir() and path.name != COMMITTED)
+        files = sorted(path for path in folder.rglob("*") if not path.is_dir() and path.name != COMMIT)
         try:
             for path in files:
                 name = path.relative_to(self._folder).as_posix()
@@ -285,13 +285,13 @@ class _Mirror:
             if folder.exists():
                 raise
         if all(path.exists() for path in files) and folder.exists():  # a newer checkpoint may have replaced it
-            self._fs.pipe_file(f"{self._root}/{CHECKPOINTS}/{step}/{COMMITTED}", committed)
+            self._fs.pipe_file(f"{self._root}/{CHECKPOINTS}/{step}/{COMMIT}", committed)
             self._committed[step] = committed
 
     def _remove(self, step: str) -> None:
         folder = f"{self._root}/{CHECKPOINTS}/{step}"
         if self._committed.pop(step, None):
-            self._fs.rm_file(f"{folder}/{COMMITTED}")
+            self._fs.rm_file(f"{folder}/{COMMIT}")
         self._fs.invalidate_cache()
         if self._fs.exists(folder):
             self._fs.rm(folder, recursive=True)
@@ -301,7 +301,7 @@ class _Mirror:
 
     def _local_commit(self, step: str) -> bytes | None:
         try:
-            return read_regular(self._checkpoints / step / COMMITTED)
+            return read_regular(self._checkpoints / step / COMMIT)
         except OSError:
             return None
 

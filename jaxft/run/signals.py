@@ -14,10 +14,11 @@ from jaxft.errors import Interrupted
 
 
 class StopSignals:
-    """Signal handlers of a run, unless it is in another thread than the main one: Python allows none there.
+    """Installs a run's signal handlers; none outside the main thread, where Python does not allow them.
 
-    The first signal only sets a flag that `reached()` reports and `interrupts.check()` raises. With several processes,
-    JAX's coordinator receives SIGTERM and finds a step that none of them has begun; Ctrl-C is forwarded as SIGTERM.
+    The first signal only sets a flag, which `reached()` returns and for which `interrupts.check()` raises. With several
+    processes, JAX's coordinator receives SIGTERM and finds a step that none of them has begun; Ctrl-C is forwarded as
+    SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class StopSignals:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def protect_results(self) -> None:
-        """From now on, a stop waits for a checkpoint: steps have been done that it would lose."""
+        """Lets a stop wait for a checkpoint from now on, since it would lose steps that have been trained."""
         interrupts.protect_results()
 
     def reached(self, step: int) -> bool:

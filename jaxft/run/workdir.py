@@ -23,6 +23,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 ACCURACY = "accuracy.json"
 CHECKPOINTS = "checkpoints"  # CHECKPOINTS/STEP/
+COMMIT = "_CHECKPOINT_METADATA"  # Orbax's last file of a checkpoint; without it the checkpoint is incomplete
 DAMAGED_CHECKPOINTS = "damaged_checkpoints"
 WANDB = "wandb"  # wandb creates it in the folder that it is given
 LAST_STEP = 2**31 - 1  # a state's step is int32
@@ -48,8 +49,8 @@ def local_folder(workdir: str | Path) -> Path:
         name = shlex.quote(str(workdir).encode(errors="backslashreplace").decode())
         raise UserError(f"--workdir {name} has a name that is not UTF-8, which Orbax cannot open; rename it") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL
-        cause = reason(error) if isinstance(error, OSError) else error
-        raise UserError(f"--workdir {shlex.quote(str(workdir))} cannot be used ({cause}); name another") from None
+        text = f"--workdir {shlex.quote(str(workdir))} cannot be used ({reason(error)}); name another"
+        raise UserError(text) from None
     if not is_folder:
         raise UserError(f"--workdir {shlex.quote(str(workdir))} is not a folder; name another")
     return path
@@ -94,7 +95,7 @@ class Workdir:
 
     @property
     def to_check(self) -> Path:
-        """A list of the mistakes and of the test images that are also trained on."""
+        """The list of mistakes and of test images that are also trained on."""
         return self.path / "images_to_check.csv"
 
     @property
@@ -166,8 +167,26 @@ class Workdir:
                 raise UserError(f"{self.path} has checkpoints but no {CONFIG}; name another --workdir") from None
             return None
         except (OSError, ValueError, TypeError, RecursionError, UserError) as error:
-            cause = reason(error) if isinstance(error, OSError) else error
-            raise UserError(f"{self.config} cannot be read ({cause}); put it back, or name another --workdir") from None
+            text = f"{self.config} cannot be read ({reason(error)}); put it back, or name another --workdir"
+            raise UserError(text) from None
+
+    def other_run(self, saved: ConfigDict) -> str | None:
+        """Returns how a config saved in another file differs from DIR/config.json: then that file is of another run.
+
+        None if it does not differ, or if there is no DIR/config.json that can be read.
+        """
+        try:
+            stored = self.read_config()
+        except UserError:
+            return None
+        if stored is None:
+            return None
+        saved = ConfigDict(saved.to_dict() | {"num_epochs": stored.num_epochs})  # may have been raised
+        differences = config_differences(stored, saved)
+        if not differences:
+            return None
+        key, there, here = differences[0]
+        return f"{key} is {here!r} there and {there!r} in {self.config.name}"
 
     def write_config(self, config: ConfigDict) -> None:
         """Writes DIR/config.json from process 0. Raises UserError if it cannot be written."""
@@ -197,7 +216,7 @@ class Workdir:
     def without_newer_keys(self, config: ConfigDict) -> ConfigDict:
         """Returns the config with the defaults of keys that did not exist when the run began, and reports them.
 
-        So a run resumes as it began, although the recipe that it was started with has gained keys.
+        So a run resumes as it began, even if the recipe that it was started with has gained keys since then.
         """
         try:
             stored = flatten(ConfigDict(read_json(self.config)))
@@ -244,7 +263,7 @@ class Workdir:
         return config
 
     def _not_writable(self, error: OSError) -> UserError:
-        return UserError(f"--workdir {shlex.quote(str(self.path))} cannot be written: {error}")
+        return UserError(f"--workdir {shlex.quote(str(self.path))} cannot be written: {reason(error)}; name another")
 
 
 def config_differences(stored: ConfigDict, other: ConfigDict) -> list[tuple[str, Any, Any]]:
@@ -258,7 +277,7 @@ def config_differences(stored: ConfigDict, other: ConfigDict) -> list[tuple[str,
 
 
 def _obstacle_to_more_epochs(stored: ConfigDict, config: ConfigDict) -> str | None:
-    """Returns why a run cannot train on to a higher num_epochs as if it had begun with it, or None if it can."""
+    """Returns why a run that continues to a higher num_epochs would differ from one that began with it, or None."""
     if config.num_epochs < stored.num_epochs:
         return "it can only be raised"
     if config.optimizer.schedule not in ("constant", "step"):

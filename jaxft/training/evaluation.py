@@ -1,7 +1,6 @@
 """Evaluation: predictions, cached features and recalibrated statistics over a whole dataset."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,10 @@ from jaxft import interrupts
 from jaxft.config import resolve
 from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, replicate
-from jaxft.data.folder_scan import is_folder
 from jaxft.data.identity import differences
 from jaxft.data.loader import Loader, ResidentLoader, make_loader
-from jaxft.errors import UserError
+from jaxft.errors import UserError, write_message
+from jaxft.files import is_folder
 from jaxft.models.resnet import ResNet, multiply_adds
 from jaxft.ops import onednn
 from jaxft.ops.formulation import Formulation
@@ -58,7 +57,7 @@ def extract_features(
 ) -> Examples:
     """Computes a frozen backbone's pooled features, float32 (N, F), which replace the images; labels stay.
 
-    keep: write them to the disk cache, and read them from there if they have been computed before.
+    keep: reads the features from the disk cache, or computes and writes them there.
     """
 
     def compute() -> Any:
@@ -207,7 +206,7 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
     if text := "data" in info and differences(info["data"]["eval"], dataset):
-        print(f"the test images differ from those of the run: now {text}", file=sys.stderr, flush=True)
+        write_message(f"the test images differ from those of the run: now {text}")
     model = model.clone(formulation=choose_formulation(model, config, info["train_size"]))
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()

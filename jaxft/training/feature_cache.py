@@ -1,4 +1,4 @@
-"""Keeps a frozen backbone's features on disk, so that the next run on the same weights and images has them at once.
+"""Keeps a frozen backbone's features on disk for the next run on the same weights and images.
 
 A file is named by a hash of everything that the features depend on, images and weights included. An .npz file has a
 CRC-32 of its content, which is checked when it is read.
@@ -7,7 +7,6 @@ CRC-32 of its content, which is checked when it is read.
 import hashlib
 import io
 import os
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 
 from jaxft.data.lazy_images import LazyImages
 from jaxft.data.loader import Loader, ResidentLoader
-from jaxft.files import atomic_write, cache_dir, open_regular
+from jaxft.errors import write_message
+from jaxft.files import atomic_write, cache_dir, open_regular, reason
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
 
@@ -33,22 +33,23 @@ def load_or_compute(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray
     except FileNotFoundError:
         pass
     except Exception as error:  # zipfile and NumPy raise exceptions of any type for damaged files
-        print(f"{path} is damaged ({' '.join(str(error).split())[:60]}) and is written again", file=sys.stderr)
+        write_message(f"{path} is damaged ({' '.join(str(error).split())[:60]}) and is written again")
     features = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, features=features)
     except OSError as error:  # a full disk costs the next run some time, and this one nothing
-        print(f"the features are not kept on disk: {error}", file=sys.stderr, flush=True)
+        write_message(f"the backbone's features cannot be kept in {path.parent}: {reason(error)}; make room there")
     return features
 
 
 def features_path(config: EvalConfig, state: TrainState, loader: Loader, batch_size: int) -> Path | None:
     """Returns the path of a split's features; None if they are not kept.
 
-    They are kept in runs of one process, and of images that are in arrays: reading image files takes long too. The key
-    includes what only changes the rounding, so that a run has the same bits with and without the file.
+    They are kept only in runs of one process and if the images are in arrays, since hashing image files would take long
+    too. The hash includes settings that only affect rounding, so that a run has the same bits with and without the
+    file.
     """
     images = _images(loader)
     if jax.process_count() > 1 or images is None:

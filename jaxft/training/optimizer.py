@@ -47,11 +47,10 @@ def learning_rate_factor(config: ConfigDict, path: str) -> float:
 
 
 def unfreeze_warmup(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Multiplies the updates of a part that was unfrozen by a factor that grows linearly from 0 to 1.
+    """Multiplies the updates of a part by a factor that grows linearly from 0 to 1 after the part is unfrozen.
 
-    It takes optimizer.unfreeze_warmup epochs. The updates of parts that train from the beginning do not change. A
-    backbone's momentum is empty and its gradients are unknown when it joins a trained head, and the learning rate may
-    be at its peak by then.
+    The warm-up takes optimizer.unfreeze_warmup epochs. The updates of parts that train from the beginning do not
+    change. When a backbone joins a trained head, its momentum is zero, and the learning rate may be at its peak.
     """
     updates_per_epoch = steps_per_epoch / config.accumulate_steps
     length = max(config.unfreeze_warmup * updates_per_epoch, 1)

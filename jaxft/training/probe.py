@@ -28,11 +28,11 @@ from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
 from jaxft.training.steps_per_call import StepsPerCall
 
-STRENGTHS = tuple(float(10**exponent) for exponent in np.arange(-1, 4.1, 0.5))  # inverse penalties that are tried
-HELD_OUT = 0.2  # of each class, to choose among them
+INVERSE_PENALTIES = tuple(float(10**exponent) for exponent in np.arange(-1, 4.1, 0.5))  # to choose from
+HELD_OUT = 0.2  # fraction of each class on which they are compared
 ITERATIONS = 500  # of L-BFGS, at most; it stops earlier at the optimum
 TOLERANCE = 1e-4  # norm of the gradient at the optimum, relative to the gradient at 0
-MEMORY = 20  # pairs of steps and gradients that L-BFGS remembers
+MEMORY = 20  # history size of L-BFGS
 
 ONLY_FIT = (
     "optimizer.fit_head=only trains only the head, on fixed features: it needs optimizer.freeze=backbone, and no "
@@ -43,8 +43,8 @@ ONLY_FIT = (
 # ---- the solver ----
 
 
-class Objective(NamedTuple):
-    """Static settings of the loss, the same as a train step's."""
+class LossConfig(NamedTuple):
+    """Settings of the loss, the same as in training; static in jit."""
 
     num_classes: int
     label_smoothing: float = 0.0
@@ -54,41 +54,41 @@ class Objective(NamedTuple):
 class Fit(NamedTuple):
     kernel: np.ndarray  # float32 (F, C), for features as the network computes them
     bias: np.ndarray  # float32 (C,)
-    strength: float  # the chosen one of STRENGTHS
+    inverse_penalty: float  # the chosen one of INVERSE_PENALTIES
 
 
-def fit_logistic_regression(features: np.ndarray, label: np.ndarray, objective: Objective, seed: int) -> Fit:
-    """Chooses the penalty by the loss on held-out images and fits all images. features: float32 (N, F)."""
+def fit_logistic_regression(features: np.ndarray, label: np.ndarray, loss_config: LossConfig, seed: int) -> Fit:
+    """Chooses the penalty by the loss on held-out images, then fits all images. features: float32 (N, F)."""
     center, scale = standardization(features)
     inputs = ((features - center) / scale).astype(np.float32)
     zero = {
-        "kernel": np.zeros((features.shape[1], objective.num_classes), np.float32),
-        "bias": np.zeros(objective.num_classes, np.float32),
+        "kernel": np.zeros((features.shape[1], loss_config.num_classes), np.float32),
+        "bias": np.zeros(loss_config.num_classes, np.float32),
     }
-    strength = STRENGTHS[len(STRENGTHS) // 2]
+    inverse_penalty = INVERSE_PENALTIES[len(INVERSE_PENALTIES) // 2]
     held_out = hold_out(label, seed)
     everything = np.ones(len(label), np.float32)
     if held_out.any():
         kept = np.where(held_out, 0, everything)
         losses, params = [], zero
-        for candidate in STRENGTHS:  # each fit begins where the one with the larger penalty ended
+        for candidate in INVERSE_PENALTIES:  # warm starts: each fit begins where the one with the larger penalty ended
             interrupts.check()
-            params = minimize(params, inputs, label, kept, np.float32(candidate), objective)
-            losses.append(float(mean_loss(params, inputs, label, 1 - kept, objective)))
+            params = minimize(params, inputs, label, kept, np.float32(candidate), loss_config)
+            losses.append(float(mean_loss(params, inputs, label, 1 - kept, loss_config)))
             if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:  # weaker penalties take the longest
                 break
-        strength = STRENGTHS[int(np.argmin(losses))]
-    params = jax.device_get(minimize(zero, inputs, label, everything, np.float32(strength), objective))
+        inverse_penalty = INVERSE_PENALTIES[int(np.argmin(losses))]
+    params = jax.device_get(minimize(zero, inputs, label, everything, np.float32(inverse_penalty), loss_config))
     kernel = params["kernel"] / scale
     bias = params["bias"] - center @ kernel
-    return Fit(kernel.astype(np.float32), bias.astype(np.float32), strength)
+    return Fit(kernel.astype(np.float32), bias.astype(np.float32), inverse_penalty)
 
 
 def standardization(features: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the mean (F,) of the features and one scale for all of them: scaled inputs have a mean square norm of 1.
+    """Returns the mean (F,) of the features and one scale, with which centred features have a mean square norm of 1.
 
-    A scale for each feature would amplify those that hardly change: with 250 to 1,000 images of CIFAR-10, it costs up
-    to 2 points of accuracy.
+    A scale for each feature would amplify those that hardly vary: with 250 to 1,000 images of CIFAR-10, it costs up to
+    2 points of accuracy.
     """
     center = features.mean(0, dtype=np.float64)
     return center, float(np.sqrt(features.var(0, dtype=np.float64).sum())) or 1.0
@@ -104,27 +104,32 @@ def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
     return mask
 
 
-@partial(jax.jit, static_argnames="objective")
-def mean_loss(params: Any, inputs: jax.Array, label: jax.Array, mask: jax.Array, objective: Objective) -> jax.Array:
+@partial(jax.jit, static_argnames="loss_config")
+def mean_loss(params: Any, inputs: jax.Array, label: jax.Array, mask: jax.Array, loss_config: LossConfig) -> jax.Array:
     """Returns the weighted mean cross-entropy of the images whose mask is 1, as the train step computes it."""
     logits = jnp.matmul(inputs, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
-    loss, weights = cross_entropy(logits, label, objective.label_smoothing, objective.class_weights)
+    loss, weights = cross_entropy(logits, label, loss_config.label_smoothing, loss_config.class_weights)
     return (loss * mask).sum() / (weights * mask).sum()
 
 
-@partial(jax.jit, static_argnames="objective")
+@partial(jax.jit, static_argnames="loss_config")
 def minimize(
-    params: Any, inputs: jax.Array, label: jax.Array, mask: jax.Array, strength: jax.Array, objective: Objective
+    params: Any,
+    inputs: jax.Array,
+    label: jax.Array,
+    mask: jax.Array,
+    inverse_penalty: jax.Array,
+    loss_config: LossConfig,
 ) -> Any:
-    """Minimizes mean_loss + |kernel|^2 / (2 * strength * N), for N images whose mask is 1.
+    """Minimises mean_loss + |kernel|^2 / (2 * inverse_penalty * N) by L-BFGS, for the N images whose mask is 1.
 
-    It is the objective of scikit-learn's LogisticRegression with C = strength. The mask keeps the shapes, so that all
-    fits are one compiled program.
+    This is the objective of scikit-learn's LogisticRegression with C = inverse_penalty. The mask keeps the shapes, so
+    that one compiled program does all fits.
     """
 
     def value(params: Any) -> jax.Array:
-        penalty = (params["kernel"] ** 2).sum() / (2 * strength * mask.sum())
-        return mean_loss(params, inputs, label, mask, objective) + penalty
+        penalty = (params["kernel"] ** 2).sum() / (2 * inverse_penalty * mask.sum())
+        return mean_loss(params, inputs, label, mask, loss_config) + penalty
 
     lbfgs = optax.lbfgs(memory_size=MEMORY)
     value_and_grad = optax.value_and_grad_from_state(value)
@@ -143,11 +148,11 @@ def minimize(
     return jax.lax.while_loop(unfinished, iterate, (params, lbfgs.init(params), 0))[0]
 
 
-# ---- its place in a run ----
+# ---- the fit in a run ----
 
 
 def without_epochs(config: ConfigDict) -> ConfigDict:
-    """Returns the config with a single epoch if nothing but the fit is done, so that the config describes the run.
+    """Returns the config with a single epoch if the run only fits the head, so that the config describes the run.
 
     Raises UserError if a part is unfrozen later.
     """
@@ -168,9 +173,9 @@ def fit_head(
     class_weights: tuple[float, ...],
     per_call: StepsPerCall,
 ) -> tuple[TrainState, Counts]:
-    """Returns the state with a head fitted to all training images, and its counts on them.
+    """Returns the state with a head fitted to all training images, and the head's counts on them.
 
-    The loader holds images or, if they are cached, their features. Raises UserError if a feature is not finite.
+    The loader holds images or cached features. Raises UserError if a feature is not finite.
     """
     policy = eval_config.policy._replace(test_flip=False)
     examples = loader.examples
@@ -186,14 +191,14 @@ def fit_head(
             "model.pretrained, or set model.dtype=float32"
         )
     num_classes = state.params["fc"]["bias"].shape[0]
-    objective = Objective(num_classes, config.label_smoothing, class_weights)
-    fit = fit_logistic_regression(features, label, objective, config.seed)
+    loss_config = LossConfig(num_classes, config.label_smoothing, class_weights)
+    fit = fit_logistic_regression(features, label, loss_config, config.seed)
     head = {"kernel": fit.kernel, "bias": fit.bias}
     if jax.process_count() > 1:  # all processes must have the same bits
         head = multihost_utils.broadcast_one_to_all(head)
     if is_main_process():
         print(
-            f"head     fitted to {len(label):,} images by L-BFGS; inverse penalty {fit.strength:g}, chosen on a "
+            f"head     fitted to {len(label):,} images by L-BFGS; inverse penalty {fit.inverse_penalty:g}, chosen on a "
             f"{HELD_OUT:.0%} sample",
             flush=True,
         )
@@ -214,7 +219,7 @@ def fit_head_as_epoch(
     per_call: StepsPerCall,
 ) -> TrainState:
     """Fits the head in place of an epoch of steps: one row of metrics and one checkpoint, of step 1."""
-    if int(state.step):  # a resumed run, of which only the evaluation is missing
+    if int(state.step):  # a resumed run that lacks only the evaluation
         return state
     started = time.monotonic()
     state, counts = fit_head(trainer.config, eval_config, state, trainer.loader, class_weights, per_call)

@@ -17,7 +17,7 @@ from jaxft.models.resnet import ResNet, make_model
 from jaxft.run.checkpoints import Checkpoints
 from jaxft.run.metrics_file import read_accuracy
 from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
-from jaxft.run.workdir import CHECKPOINTS, Workdir
+from jaxft.run.workdir import CHECKPOINTS, METRICS, Workdir
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, abstract_train_state
 
@@ -36,7 +36,7 @@ class LoadedCheckpoint(NamedTuple):
 
 
 class _Template(NamedTuple):
-    """What a run's checkpoints have in common."""
+    """The parts that all checkpoints of a run share."""
 
     config: dict[str, Any]
     model: ResNet
@@ -47,7 +47,7 @@ class _Template(NamedTuple):
 def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
     """Loads a checkpoint: 'best', 'latest' or the number of a step. Raises UserError if there is none.
 
-    A run may replace its checkpoints meanwhile: then the newest or best is looked up again.
+    If a run replaces the checkpoint meanwhile, the newest or best one is looked up again.
     """
     folder = Workdir(reading_folder(workdir))
     if not folder.has_checkpoint():
@@ -81,7 +81,7 @@ def _make_template(info: dict[str, Any]) -> _Template:
 
 
 def _contents(folder: Workdir) -> list[tuple[str, int]]:
-    """Returns the paths and times of the files of all checkpoints that are complete, some of which may vanish."""
+    """Returns the paths and times of the files of all complete checkpoints; skips files that vanish meanwhile."""
     found = []
     for step in folder.steps():
         for parent, _, names in os.walk(folder.checkpoints / str(step)):  # ignores folders that have vanished
@@ -92,17 +92,18 @@ def _contents(folder: Workdir) -> list[tuple[str, int]]:
 
 
 def named_after(error: UserError, key: str) -> UserError:
-    """Returns the error about a workdir that a config key names, instead of --workdir."""
+    """Rewords an error about --workdir for a workdir that a config key names."""
     text = str(error).replace("--workdir", f"--config.{key}")
     return UserError(text if key in text else f"{key}: {text}")
 
 
 def is_workdir(source: str) -> bool:
-    """Returns whether a source of pretrained weights is a run: a folder with checkpoints, or a URL of a bucket."""
+    """Returns whether a source of pretrained weights is a run: a URL of a bucket, or a folder with a run's files."""
     if source.partition("://")[0] in ("http", "https"):
         return False
     try:
-        return is_remote(source) or (expand_user(Path(source)) / CHECKPOINTS).is_dir()
+        folder = expand_user(Path(source))
+        return is_remote(source) or any(os.path.lexists(folder / name) for name in (CHECKPOINTS, METRICS))
     except (OSError, ValueError):  # not a path; load_pretrained says so
         return False
 

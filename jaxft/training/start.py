@@ -20,7 +20,7 @@ from jaxft.data.dataset import Dataset
 from jaxft.data.identity import data_info, differences
 from jaxft.data.image_folder import UnreadableError
 from jaxft.data.loader import Loader, make_loader
-from jaxft.errors import UserError, shortened
+from jaxft.errors import UserError, printable, shortened
 from jaxft.models.fold import fold_norms
 from jaxft.models.partition import make_policy, table, trains_only_head, unfreezing
 from jaxft.models.policy import Policy
@@ -269,8 +269,8 @@ def check_data(config: ConfigDict, info: dict[str, Any], splits: tuple[Dataset, 
             )
         if name != config.data.name:
             raise UserError(
-                f"{workdir} began with data.name={name}, and its checkpoints lack what recognises the images in "
-                "another folder; name the same folder, or another --workdir"
+                f"{workdir} began with data.name={name}, and its checkpoints, of version 0.1, have no checksums of the "
+                "images; name the same folder, or another --workdir"
             )
         return
     for kind, data in (("train", train_data), ("eval", eval_data)):
@@ -280,7 +280,7 @@ def check_data(config: ConfigDict, info: dict[str, Any], splits: tuple[Dataset, 
 
 
 def can_cache_features(config: ConfigDict, model: ResNet, policy: Policy) -> bool:
-    """Returns whether the head gets the same features of an image in every epoch, so that they are computed once."""
+    """Returns whether the head gets the same features of an image in every epoch, so that they can be computed once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
     return trains_only_head(model, policy) and not augmented and not config.distill.teacher
 
@@ -315,14 +315,14 @@ def print_start(
     device = jax.local_devices()[0].device_kind
     print(f"device   {jax.device_count()} x {device}{processes}, jax {version('jax')}{onednn}")
     print(
-        f"data     {data.name}: {len(train_data.label):,} images to train on ({data.train_split}), "
+        f"data     {printable(data.name)}: {len(train_data.label):,} images to train on ({data.train_split}), "
         f"{len(eval_data.label):,} to test on ({data.eval_split})"
     )
     for line in (
         datasets.describe(train_data, eval_data, data.stream),
         *datasets.describe_origin(train_data, eval_data),
     ):
-        print(f"{'':9}{line}")
+        print(f"{'':9}{printable(line)}")
     print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
     print(f"weights  {source}")
     for note in weights.get("notes", ()):

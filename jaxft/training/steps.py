@@ -48,7 +48,7 @@ def make_step_config(
 ) -> StepConfig:
     """Makes a step's settings from a run's config. Class weights, which depend on the data, are not set."""
     distillation = None
-    if teacher:  # it sees the same part of each image, at its own size
+    if teacher:  # it sees the same crop of each image, at its own image size
         teacher_size = preprocessing.at_size(teacher.preprocessing.image_size)
         distillation = Distillation(
             teacher.model,

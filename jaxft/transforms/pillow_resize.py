@@ -7,15 +7,15 @@ import numpy as np
 import PIL
 
 PRECISION_BITS = 22  # in Pillow's fixed-point coefficients (Resample.c: 32 - 8 - 2)
-TALL_BY_HEIGHT = int(PIL.__version__.split(".")[0]) >= 13  # it shrinks images of over twice their width by height first
+TALL_BY_HEIGHT = int(PIL.__version__.split(".")[0]) >= 13  # resizes the height first if it is over twice the width
 
 
 def resize_coefficients(size_in: int, size_out: int, rows: range | None = None) -> tuple[int, np.ndarray]:
     """Returns Pillow's bilinear filter along one side: int32 (size_out, size_in), rows summing to about 2^22.
 
     The filter is a triangle that widens with the scale when shrinking (antialiasing) and spans two neighbours when
-    growing. rows: computes only these, (len(rows), span) for the pixels that they depend on; the first result is the
-    first of these pixels.
+    growing. rows: computes only these rows of the filter, and only the columns of the pixels that they depend on. Also
+    returns the first of these pixels; without rows it is 0.
     Source: precompute_coeffs and normalize_coeffs_8bpc in Pillow's Resample.c.
     """
     scale = size_in / size_out

@@ -103,10 +103,10 @@ def resize_and_crop(images: ArrayLike, size: int, resize: int = 0) -> jax.Array:
 def resize_and_crop_any(
     images: jax.Array, size: int, resize: int = 0, stored_size: int = 0, *, tall_by_height: bool = False
 ) -> jax.Array:
-    """Does the same as resize_and_crop for heights and widths unknown at trace time (jax.export's symbolic shapes).
+    """Resizes and crops as `resize_and_crop` does, for symbolic heights and widths (jax.export).
 
     stored_size: first shrinks larger images to central squares of this side, as a run with data.stored_size does; 0:
-    never. tall_by_height: shrinks images of more than twice their width by height first, as Pillow does since 13.
+    never. tall_by_height: resizes the height first if it is over twice the width, as Pillow does since version 13.
     """
     shorter = _shorter(images)
 
@@ -123,7 +123,7 @@ def resize_and_crop_any(
 
 
 def _shorter(images: jax.Array) -> jax.Array:
-    """Returns the pixels of the shorter side, as an array, which may be unknown at trace time."""
+    """Returns the length of the shorter side as an array, since it may be unknown at trace time."""
     return jnp.minimum(*(jnp.asarray(side, jnp.int32) for side in images.shape[1:3]))
 
 

@@ -62,7 +62,11 @@ def named(train: str, test: str) -> str:
         ([*below("train"), "test"], "test", "those directly inside have no class"),
         (below("data/train data/test"), "test", "set --config.data.name=folder:{root}/data"),
         (below("images"), "test", "set --config.data.name=folder:{root}/images"),
-        (below("train/cats") + below("test"), "test", "name it as the split: 'train/cats'"),
+        (below("a/b/train a/b/test"), "test", "set --config.data.name=folder:{root}/a/b"),
+        (below("train/cats") + below("test"), "test", "set --config.data.train_split=train/cats"),
+        (below("testA trainA"), "test", named("trainA", "testA")),
+        (below("train test val"), "validation", "set --config.data.eval_split=val"),
+        ([*below("less"), *below("more"), "more/emu"], "test", "train_split=more --config.data.eval_split=less"),
     ],
 )  # fmt: skip
 def test_what_looks_like_splits_is_not_trained_on_as_classes(
@@ -139,6 +143,10 @@ def test_a_path_without_folder_or_to_a_file_is_explained(
         datasets.load(f"folder:{archive}", "train")
     with pytest.raises(UserError, match="lacks the folder's path"):
         datasets.load("folder:", "train")
+    with pytest.raises(UserError, match=rf"begins with 'Folder:'; .* set --config\.data\.name=folder:{root}$"):
+        datasets.load(f"Folder:{root}", "train")
+    with pytest.raises(UserError, match=r"names gs://bucket/photos, but only local folders are read"):
+        datasets.load("folder:gs://bucket/photos", "train")
 
 
 def test_a_relative_path_gives_the_same_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.data.folder_scan import beside, describe_skipped, scan, subfolders
+from jaxft.data.folder_scan import count_strays, describe_skipped, scan, subfolders
 from jaxft.data.image_folder import image_paths
 from jaxft.errors import UserError
 
@@ -35,7 +35,7 @@ def test_folders_that_programs_create_are_skipped_at_every_depth(tmp_path: Path,
     assert found(tmp_path) == ["1.jpg"]
     assert dict(scan(tmp_path).skipped) == {f"folder {name}": 2}
     assert subfolders(tmp_path) == ["deep"]
-    assert dict(beside(tmp_path)) == {f"folder {name}": 1, "beside the class folders": 1}
+    assert dict(count_strays(tmp_path)) == {f"folder {name}": 1, "beside the class folders": 1}
 
 
 def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:

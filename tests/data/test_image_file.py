@@ -2,9 +2,11 @@
 
 import io
 import os
+import re
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,7 +123,7 @@ def test_shrink_equals_torchvisions_resize_and_crop(height: int, width: int, siz
     "suffix", [".pdf", ".h5", ".hdf", ".mpg", ".eps", ".ps", ".grib", ".bufr", ".wmf", ".emf", ".iim"]
 )
 def test_formats_without_pixels_are_not_image_files(suffix: str) -> None:
-    assert ".jpg" in image_file.suffixes()
+    assert {".jpg", ".jfif", ".mpo"} <= image_file.suffixes()
     assert suffix not in image_file.suffixes()
 
 
@@ -140,13 +142,15 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
         ((RAMP * 4095).astype(np.uint16), "PNG", RAMP * 255, ("twelve_bit",)),
         ((RAMP * 4095).astype(np.uint16), "TIFF", RAMP * 255, ("twelve_bit",)),
         ((RAMP * 4095).astype(np.int32), "TIFF", RAMP * 255, ("twelve_bit",)),
+        ((RAMP * 255).astype(np.uint16), "PNG", RAMP * 255 - 0.5, ("eight_bit",)),
+        ((RAMP * 255).astype(np.int32), "TIFF", RAMP * 255 - 0.5, ("eight_bit",)),
         ((RAMP * 65535).astype(np.int32), "TIFF", (RAMP * 65535).astype(int) >> 8, ()),
         ((RAMP * (2**20 - 1)).astype(np.int32), "TIFF", RAMP * 255, ("thirty_two_bit",)),
         ((RAMP * (2**31 - 1)).astype(np.int32), "TIFF", RAMP * 255, ("thirty_two_bit",)),
         (RAMP.astype(np.float32), "TIFF", RAMP * 255, ("float",)),
+        ((RAMP * 1.0000002).astype(np.float32), "TIFF", RAMP * 255, ("float",)),
         (np.zeros((8, 8), np.float32), "TIFF", np.zeros((8, 8)), ("float",)),
     ],
-    ids=["16 bits", "12 bits", "12-bit TIFF", "12 of 32 bits", "16 of 32 bits", "20 bits", "31 bits", "float", "black"],
 )
 def test_values_of_more_than_8_bits_are_scaled(
     values: np.ndarray, kind: str, expected: np.ndarray, remark: tuple[str, ...]
@@ -171,6 +175,43 @@ def test_values_of_unknown_meaning_are_refused(values: np.ndarray, part: str) ->
         decode(encoded(image, "TIFF"), "depth.tiff")
     with pytest.raises(ImageError, match=f"the image {part}"):
         image_file.to_rgb(image)
+
+
+def test_colours_of_12_in_16_bits_are_reported_as_nearly_black() -> None:
+    """Pillow keeps the upper 8 bits of 16-bit colours, and writes none."""
+
+    def png(largest: int) -> bytes:
+        rows = np.broadcast_to((RAMP * largest).astype(">u2")[..., None], (8, 8, 3))
+        header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+        lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+        chunks = ((b"IHDR", header), (b"IDAT", lines), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+
+    assert image_file.decode_with_remarks(png(4095)).remarks == ("dark_colours",)
+    assert image_file.decode_with_remarks(png(65535)).remarks == ()
+    assert decode(png(65535)).max() == 255
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer; run git lfs pull"),
+        (b"<!DOCTYPE html>", "it is HTML, XML or SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "it is HEIC; pip install pillow-heif"),
+        (b"\xff\xd8\xff\xe0", "it is a damaged JPEG"),
+        (b"II*\0" + bytes(20), "it is a kind of TIFF that Pillow does not read"),
+        (b"hello", "Pillow does not know its format"),
+    ],
+)
+def test_files_of_unknown_format_are_described(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    for source in (tmp_path / "a.jpg", data):
+        with pytest.raises(ImageError, match=re.escape(reason)):
+            decode(source)
 
 
 @pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "RGBX", "YCbCr", "LAB", "HSV"])

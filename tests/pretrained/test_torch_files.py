@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -192,6 +193,22 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
             new.writestr(name, content)
     with pytest.raises(UserError, match="repeat the same numbers"):
         read_tensors(path)
+
+
+def test_a_forged_size_allocates_nothing(tmp_path: Path) -> None:
+    """The central directory of a zip says 1 GiB for a member of some bytes."""
+    path = save({"a": torch.ones(3)}, tmp_path / "file", "zip")
+    whole = bytearray(path.read_bytes())
+    entry = whole.rindex(b"file/data/0") - 46  # the fixed part of an entry; its compressed size is at 20
+    whole[entry + 20 : entry + 24] = (1 << 30).to_bytes(4, "little")
+    path.write_bytes(whole)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="a member is larger than the file"):
+            read_tensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_missing_file_is_named_in_the_error(tmp_path: Path) -> None:

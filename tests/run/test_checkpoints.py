@@ -15,6 +15,7 @@ import pytest
 from jaxft.config import default_config
 from jaxft.data.batches import replicate
 from jaxft.errors import UserError
+from jaxft.files import with_checksum
 from jaxft.run import checkpoints as module
 from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError, NotFiniteError, checksums
 from jaxft.run.metrics_file import MetricsFile
@@ -337,7 +338,7 @@ def test_no_checkpoint_is_moved_if_none_is_good(tmp_path: Path) -> None:
 def rewrite_info(folder: Path, **changes: object) -> None:
     """Changes the info of a checkpoint, with a new checksum."""
     path = folder / module.INFO
-    path.write_text(json.dumps(module._seal(json.loads(path.read_text()) | changes)))
+    path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | changes)))
 
 
 def test_other_versions_are_not_damage(tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_other_versions_are_not_damage(tmp_path: Path) -> None:
     ):
         checkpoints.restore_latest(abstract_state(), "newest_good")
     of_version_0_1 = {key: value for key, value in info.items() if key not in ("format", "step")}
-    (folder / module.INFO).write_text(json.dumps(module._seal(of_version_0_1)))
+    (folder / module.INFO).write_text(json.dumps(with_checksum(of_version_0_1)))
     assert int(checkpoints.restore(5, abstract_state()).step) == 5
 
 
@@ -363,7 +364,7 @@ def test_exchanged_checkpoints_are_noticed(tmp_path: Path, stores_step: bool) ->
     if not stores_step:
         for step in (5, 6):
             info = json.loads((folder / str(step) / module.INFO).read_text())
-            (folder / str(step) / module.INFO).write_text(json.dumps(module._seal({"arrays": info["arrays"]})))
+            (folder / str(step) / module.INFO).write_text(json.dumps(with_checksum({"arrays": info["arrays"]})))
     (folder / "5").rename(folder / "x")
     (folder / "6").rename(folder / "5")
     (folder / "x").rename(folder / "6")

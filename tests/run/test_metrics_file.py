@@ -47,7 +47,10 @@ def test_missing_or_damaged_lines_are_reported(tmp_path: Path) -> None:
     write_metrics(path, 10)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4] + lines[5:]))
-    with pytest.raises(UserError, match=r"lacks step 4, .* the checkpoint is of step 9"):
+    with pytest.raises(UserError, match=r"damaged in line 5 \(step 5 follows step 3\)"):
+        MetricsFile(path)
+    path.write_text("".join(lines[:5]))
+    with pytest.raises(UserError, match=r"lacks step 5, .* the checkpoint is of step 9"):
         MetricsFile(path).open(9)
     path.write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:]]))
     with pytest.raises(UserError, match="damaged in line 5"):

@@ -12,7 +12,8 @@ import pytest
 from jaxft.errors import UserError
 from jaxft.files import partial_path
 from jaxft.run import remote_workdir
-from jaxft.run.remote_workdir import COMMITTED, reading_folder, synced, training_folder
+from jaxft.run.remote_workdir import reading_folder, synced, training_folder
+from jaxft.run.workdir import COMMIT
 from tests.helpers.runs import TINY, Run, assert_same_run, metrics, started, wait_for_steps
 
 
@@ -26,7 +27,7 @@ def write_checkpoint(workdir: Path, step: int, content: str) -> None:
     folder = workdir / "checkpoints" / str(step)
     (folder / "state").mkdir(parents=True)
     (folder / "state" / "array").write_text(content)
-    (folder / COMMITTED).write_text(f"saved {content}")
+    (folder / COMMIT).write_text(f"saved {content}")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -55,7 +56,7 @@ def test_files_written_and_removed_by_training_are_synchronised(tmp_path: Path) 
         write_checkpoint(folder, 2, "b")
     expected = {"config.json": "{}", "metrics.jsonl": "1\n"}
     of_1, of_2 = (
-        {f"checkpoints/{step}/state/array": text, f"checkpoints/{step}/{COMMITTED}": f"saved {text}"}
+        {f"checkpoints/{step}/state/array": text, f"checkpoints/{step}/{COMMIT}": f"saved {text}"}
         for step, text in (("1", "a"), ("2", "b"))
     )
     assert contents(there) == expected | of_1 | of_2
@@ -73,7 +74,7 @@ def test_files_are_uploaded_during_training(tmp_path: Path, monkeypatch: pytest.
     with synced(url, folder := training_folder(url)):
         write_checkpoint(folder, 1, "a")
         deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "checkpoints" / "1" / COMMITTED).exists():
+        while not (tmp_path / "run" / "checkpoints" / "1" / COMMIT).exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -82,9 +83,9 @@ def test_a_new_machine_resumes_and_ignores_an_incomplete_checkpoint(tmp_path: Pa
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     write_checkpoint(there, 1, "a")
     write_checkpoint(there, 2, "b")
-    (there / "checkpoints" / "2" / COMMITTED).unlink()
+    (there / "checkpoints" / "2" / COMMIT).unlink()
     with synced(url, folder := training_folder(url)):
-        assert set(contents(folder)) == {"checkpoints/1/state/array", f"checkpoints/1/{COMMITTED}"}
+        assert set(contents(folder)) == {"checkpoints/1/state/array", f"checkpoints/1/{COMMIT}"}
         write_checkpoint(folder, 2, "c")
     assert contents(there)["checkpoints/2/state/array"] == "c"
 
@@ -94,7 +95,7 @@ def test_an_incomplete_download_is_not_taken_for_a_checkpoint(tmp_path: Path) ->
     write_checkpoint(there, 1, "a")
     folder = reading_folder(url)
     write_checkpoint(folder, 2, "b")
-    (folder / "checkpoints" / "2" / COMMITTED).unlink()
+    (folder / "checkpoints" / "2" / COMMIT).unlink()
     assert contents(reading_folder(url)) == contents(there)
 
 
@@ -156,10 +157,10 @@ def test_a_run_that_replaces_its_checkpoints_can_be_read(tmp_path: Path, monkeyp
         pull(mirror)
 
     monkeypatch.setattr(remote_workdir._Mirror, "_pull", replace_first)
-    assert set(contents(reading_folder(url))) == {"checkpoints/2/state/array", f"checkpoints/2/{COMMITTED}"}
+    assert set(contents(reading_folder(url))) == {"checkpoints/2/state/array", f"checkpoints/2/{COMMIT}"}
 
 
-@pytest.mark.parametrize("where", ["checkpoints/1/state/fifo", "metrics.jsonl", f"checkpoints/1/{COMMITTED}"])
+@pytest.mark.parametrize("where", ["checkpoints/1/state/fifo", "metrics.jsonl", f"checkpoints/1/{COMMIT}"])
 def test_a_fifo_does_not_stop_a_reader_or_an_upload(tmp_path: Path, where: str) -> None:
     url, there = f"file://{tmp_path}/run", tmp_path / "run"
     with synced(url, folder := training_folder(url)):

@@ -17,7 +17,7 @@ from jaxft.errors import MESSAGE_LENGTH, UserError, run_command
 from jaxft.pretrained.weights_file import write_weights
 from jaxft.training import evaluation
 from jaxft.training.feature_cache import load_or_compute
-from jaxft.training.probe import Objective, fit_logistic_regression, hold_out, minimize
+from jaxft.training.probe import LossConfig, fit_logistic_regression, hold_out, minimize
 from jaxft.training.restore import load_checkpoint
 from tests.helpers.runs import ROOT, metrics, same_bits
 
@@ -51,10 +51,10 @@ def examples(scale: float = 1.0, offset: float = 0.0) -> tuple[np.ndarray, np.nd
     return (scale * (features + offset)).astype(np.float32), label
 
 
-@pytest.mark.parametrize("strength", [0.1, 10.0])
+@pytest.mark.parametrize("inverse_penalty", [0.1, 10.0])
 @pytest.mark.parametrize(("smoothing", "weights"), [(0.0, ()), (0.1, (0.5, 1.0, 1.0, 2.0))])
-def test_the_optimum_is_scipys(strength: float, smoothing: float, weights: tuple[float, ...]) -> None:
-    """With C = strength, no smoothing and no weights, it is the objective of scikit-learn's LogisticRegression."""
+def test_the_optimum_is_scipys(inverse_penalty: float, smoothing: float, weights: tuple[float, ...]) -> None:
+    """Without smoothing and weights, it is the objective of scikit-learn's LogisticRegression(C=inverse_penalty)."""
     features, label = examples()
     inputs, own = features.astype(np.float64), np.array(weights or (1.0,) * CLASSES)
 
@@ -63,12 +63,17 @@ def test_the_optimum_is_scipys(strength: float, smoothing: float, weights: tuple
         logp = scipy.special.log_softmax(inputs @ kernel + bias, axis=1)
         smooth = smoothing * own[None] / CLASSES
         loss = -((1 - smoothing) * own[label] * logp[np.arange(200), label] + (logp * smooth).sum(1)).sum()
-        return loss / own[label].sum() + (kernel**2).sum() / (2 * strength * 200)
+        return loss / own[label].sum() + (kernel**2).sum() / (2 * inverse_penalty * 200)
 
     found = scipy.optimize.minimize(value, np.zeros(13 * CLASSES), method="L-BFGS-B", options={"maxfun": 10**6})
     zero = {"kernel": np.zeros((12, CLASSES), np.float32), "bias": np.zeros(CLASSES, np.float32)}
     params = minimize(
-        zero, features, label, np.ones(200, np.float32), np.float32(strength), Objective(CLASSES, smoothing, weights)
+        zero,
+        features,
+        label,
+        np.ones(200, np.float32),
+        np.float32(inverse_penalty),
+        LossConfig(CLASSES, smoothing, weights),
     )
     kernel = found.x[: 12 * CLASSES].reshape(12, CLASSES)
     np.testing.assert_allclose(params["kernel"], kernel, atol=0.01 * np.abs(kernel).max())
@@ -77,10 +82,10 @@ def test_the_optimum_is_scipys(strength: float, smoothing: float, weights: tuple
 @pytest.mark.parametrize(("scale", "offset"), [(1e-6, 0.0), (1e4, 0.0), (1.0, 5.0)])
 def test_the_scale_of_the_features_does_not_matter(scale: float, offset: float) -> None:
     expected_inputs, label = examples()
-    expected = fit_logistic_regression(expected_inputs, label, Objective(CLASSES), seed=0)
+    expected = fit_logistic_regression(expected_inputs, label, LossConfig(CLASSES), seed=0)
     features, _ = examples(scale, offset)
-    found = fit_logistic_regression(features, label, Objective(CLASSES), seed=0)
-    assert found.strength == expected.strength
+    found = fit_logistic_regression(features, label, LossConfig(CLASSES), seed=0)
+    assert found.inverse_penalty == expected.inverse_penalty
     logits, expected_logits = (x @ fit.kernel + fit.bias for x, fit in ((features, found), (expected_inputs, expected)))
     np.testing.assert_allclose(logits, expected_logits, atol=0.1)
 
@@ -96,7 +101,7 @@ def test_the_scale_of_the_features_does_not_matter(scale: float, offset: float) 
 )
 def test_degenerate_features(features: np.ndarray, label: list[int], classes: int) -> None:
     inputs, labels = features.astype(np.float32), np.array(label, np.int32)
-    fit = fit_logistic_regression(inputs, labels, Objective(classes), seed=0)
+    fit = fit_logistic_regression(inputs, labels, LossConfig(classes), seed=0)
     assert np.isfinite(fit.kernel).all() and np.isfinite(fit.bias).all()
     predicted = (inputs @ fit.kernel + fit.bias).argmax(1)
     assert (predicted == (labels if features.any() else 1)).all()

@@ -105,7 +105,7 @@ def test_weights_of_an_unsuitable_run_are_refused(tmp_path: Path) -> None:
         begin(tmp_path, ("cat", "dog"))
 
 
-def test_only_a_folder_with_checkpoints_is_a_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_files_of_a_run_is_a_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     sources = (
@@ -118,6 +118,8 @@ def test_only_a_folder_with_checkpoints_is_a_workdir(tmp_path: Path, monkeypatch
         "\0",
     )
     assert [is_workdir(source) for source in sources] == [True, True, True, False, False, False, False]
+    (tmp_path / "metrics.jsonl").touch()
+    assert is_workdir(str(tmp_path))
 
 
 def test_a_run_without_its_checkpoints_is_not_trained_again(tmp_path: Path) -> None:

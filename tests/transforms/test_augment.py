@@ -192,7 +192,9 @@ def test_a_sheet_that_cannot_be_written_leaves_no_file(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", save)
-    assert fails(*command, tmp_path / "sheet.png").endswith("sheet.png cannot be written: No space left on device")
+    assert fails(*command, tmp_path / "sheet.png").endswith(
+        "sheet.png cannot be written: No space left on device; name another file"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
