@@ -30,6 +30,7 @@ from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers, check_trackers
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import count_predictions
+from jaxft.training.batch_size import check_batch_size, find_batch_size
 from jaxft.training.evaluation import (
     cache_features,
     choose_formulation,
@@ -50,17 +51,14 @@ from jaxft.training.probe import ONLY_FIT, fit_head, fit_head_as_epoch, without_
 from jaxft.training.start import (
     begin_or_resume,
     can_cache_features,
-    check_batch_size,
     class_weights,
-    find_batch_size,
     load_splits,
     make_loaders,
-    print_end,
-    print_start,
 )
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig, make_step_config
 from jaxft.training.steps_per_call import choose_steps_per_call
+from jaxft.training.summary import print_end, print_start
 from jaxft.transforms.preprocessing import Preprocessing
 
 

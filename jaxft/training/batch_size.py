@@ -1,4 +1,4 @@
-"""Finds the largest batch that fits into a device's memory, according to XLA's memory analysis of a step."""
+"""Checks a batch size, or finds the largest that fits into a device's memory by XLA's memory analysis of a step."""
 
 from collections.abc import Callable
 from functools import cache
@@ -6,17 +6,57 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxft.data.batches import Batch, Examples
+from jaxft.data.budget import device_memory, is_streamed
 from jaxft.data.dataset import Dataset
 from jaxft.data.loader import ResidentLoader
 from jaxft.errors import UserError
+from jaxft.models.partition import make_policy
+from jaxft.models.resnet import make_model
+from jaxft.ops.formulation import on_cpu
+from jaxft.training.loop import pmap_train_steps
+from jaxft.training.optimizer import make_optimizer
+from jaxft.training.start import load_teacher
+from jaxft.training.state import abstract_train_state
+from jaxft.training.steps import make_step_config
+from jaxft.training.steps_per_call import StepsPerCall
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 PROBES = (8, 32)  # images per device
 LEAST_STEPS = 10  # in an epoch
 
 # NOTES: Thresholds without a measurement (docs/notes/memory.md)
 MEMORY_SHARE = 0.7  # of a device's memory that training may take; allocations are never packed tightly
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises UserError unless the devices can share the batch equally."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        below = batch_size // devices * devices
+        hint = f"{below} or {below + devices}" if below else f"{devices}"
+        raise UserError(f"batch_size {batch_size} cannot be shared equally by {devices} devices; use {hint}")
+
+
+def find_batch_size(config: ConfigDict, train_data: Dataset, eval_data: Dataset) -> int:
+    """Finds the batch size for config.batch_size = 0 on the devices of this run."""
+    model = make_model(config.model, len(train_data.class_names))
+    policy = make_policy(config, model, config.num_epochs)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
+    teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
+    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, config.data.resize)
+    steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing, teacher))
+    num_steps = StepsPerCall(padded=on_cpu(model.formulation)).scan_length(1)
+
+    def compile_step(examples: Examples, batch: Batch) -> Any:
+        return steps.lower(state, examples, batch, teacher and teacher.variables, num_steps).compile()
+
+    stream = config.data.stream
+    resident = sum(data.image.nbytes for data in (train_data, eval_data) if not is_streamed(data, stream))
+    return largest_batch_size(compile_step, train_data, device_memory(), resident)
 
 
 def largest_batch_size(

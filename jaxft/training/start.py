@@ -1,11 +1,8 @@
-"""Prepares and prints everything that a run needs before its first step: data, batch size, state and teacher."""
+"""Prepares everything that a run needs before its first step: data, state and teacher."""
 
-import math
-import shlex
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +11,17 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxft.data import datasets
-from jaxft.data.batches import Batch, Examples, replicate
-from jaxft.data.budget import device_memory, is_streamed
+from jaxft.data.batches import replicate
 from jaxft.data.dataset import Dataset
-from jaxft.data.identity import data_info, differences
+from jaxft.data.identity import check_data, data_info
 from jaxft.data.image_folder import UnreadableError
 from jaxft.data.loader import Loader, make_loader
-from jaxft.errors import UserError, printable, shortened
+from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
-from jaxft.models.partition import make_policy, table, trains_only_head, unfreezing
+from jaxft.models.partition import make_policy, trains_only_head
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ResNet, make_model
-from jaxft.ops.formulation import Formulation, on_cpu
+from jaxft.models.resnet import ResNet
+from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.load import load_pretrained
 from jaxft.run import remote_workdir
 from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
@@ -33,14 +29,9 @@ from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import broadcast_bool
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import balanced_class_weights, replace_head
-from jaxft.training.batch_size import largest_batch_size
 from jaxft.training.distill import Teacher
-from jaxft.training.loop import pmap_train_steps
-from jaxft.training.optimizer import make_optimizer
 from jaxft.training.restore import is_workdir, load_checkpoint, load_weights, named_after
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state, initial_train_state
-from jaxft.training.steps import make_step_config
-from jaxft.training.steps_per_call import StepsPerCall
 from jaxft.transforms.augment import NO_AUGMENTATION, make_augmentation
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
@@ -83,34 +74,6 @@ def make_loaders(config: ConfigDict, train_data: Dataset, eval_data: Dataset) ->
     return make_loader(train_data, config.data, partners=mixes), make_loader(eval_data, config.data)
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises UserError unless the devices can share the batch equally."""
-    devices = jax.device_count()
-    if batch_size % devices:
-        below = batch_size // devices * devices
-        hint = f"{below} or {below + devices}" if below else f"{devices}"
-        raise UserError(f"batch_size {batch_size} cannot be shared equally by {devices} devices; use {hint}")
-
-
-def find_batch_size(config: ConfigDict, train_data: Dataset, eval_data: Dataset) -> int:
-    """Finds the batch size for config.batch_size = 0 on the devices of this run."""
-    model = make_model(config.model, len(train_data.class_names))
-    policy = make_policy(config, model, config.num_epochs)
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
-    state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
-    teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
-    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, config.data.resize)
-    steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing, teacher))
-    num_steps = StepsPerCall(padded=on_cpu(model.formulation)).scan_length(1)
-
-    def compile_step(examples: Examples, batch: Batch) -> Any:
-        return steps.lower(state, examples, batch, teacher and teacher.variables, num_steps).compile()
-
-    stream = config.data.stream
-    resident = sum(data.image.nbytes for data in (train_data, eval_data) if not is_streamed(data, stream))
-    return largest_batch_size(compile_step, train_data, device_memory(), resident)
-
-
 def begin_or_resume(
     config: ConfigDict,
     workdir: Workdir,
@@ -133,9 +96,9 @@ def begin_or_resume(
         checkpoints = make_checkpoints()
         abstract_state = abstract_train_state(model, tx, policy, ema=ema)
         with suppress(DamagedCheckpointError):  # before arrays of another number of classes are restored
-            check_data(config, checkpoints.info(checkpoints.steps()[-1]), splits, workdir.path)
+            check_data(config.data.name, checkpoints.info(checkpoints.steps()[-1]), splits, workdir.path)
         info, state = checkpoints.restore_latest(abstract_state, config.checkpoint.on_damage)
-        check_data(config, info, splits, workdir.path)
+        check_data(config.data.name, info, splits, workdir.path)
         info = info | {"data": data_info(*splits)}
         if info["config"]["data"]["name"] != config.data.name:  # the folder has moved
             info["config"]["data"]["name"] = config.data.name
@@ -245,40 +208,6 @@ def run_info(
     }
 
 
-def check_data(config: ConfigDict, info: dict[str, Any], splits: tuple[Dataset, Dataset], workdir: Path) -> None:
-    """Raises UserError if the images differ from those that the run began with, wherever their folder is now.
-
-    Checkpoints of version 0.1 have only the number of training images and the classes.
-    """
-    train_data, eval_data = splits
-    before, now = info["class_names"], list(train_data.class_names)
-    stored, name = info.get("data"), info["config"]["data"]["name"]
-    remedy = "put them back, or name another --workdir"
-    if before != now:
-        gone, new = ([n for n in names if n not in others] for names, others in ((before, now), (now, before)))
-        texts = [f"{text} {shortened(names)}" for text, names in (("without", new), ("with", gone)) if names]
-        raise UserError(
-            f"{workdir} began with other training data ({info['train_size']:,} images of {len(before)} classes"
-            f"{', ' if texts else ''}{' and '.join(texts)}); {remedy}"
-        )
-    if stored is None:
-        if info["train_size"] != len(train_data.label):
-            raise UserError(
-                f"{workdir} began with other training data ({info['train_size']:,} images instead of "
-                f"{len(train_data.label):,}); {remedy}"
-            )
-        if name != config.data.name:
-            raise UserError(
-                f"{workdir} began with data.name={name}, and its checkpoints, of version 0.1, have no checksums of the "
-                "images; name the same folder, or another --workdir"
-            )
-        return
-    for kind, data in (("train", train_data), ("eval", eval_data)):
-        if text := differences(stored[kind], data):
-            images = {"train": "training", "eval": "test"}[kind]
-            raise UserError(f"{workdir} began with other {images} images: now {text}; {remedy}")
-
-
 def can_cache_features(config: ConfigDict, model: ResNet, policy: Policy) -> bool:
     """Returns whether the head gets the same features of an image in every epoch, so that they can be computed once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
@@ -290,58 +219,3 @@ def class_weights(config: ConfigDict, train_data: Dataset) -> tuple[float, ...]:
     if config.class_weights == "none":
         return ()
     return balanced_class_weights(train_data.label, len(train_data.class_names))
-
-
-def print_start(
-    config: ConfigDict,
-    workdir: Workdir,
-    model: ResNet,
-    state: TrainState,
-    info: dict[str, Any],
-    splits: tuple[Dataset, Dataset],
-) -> None:
-    """Prints the device, data, model, weights, teacher, frozen parts and workdir."""
-    train_data, eval_data = splits
-    data, weights = config.data, info["weights"]
-    source = weights.get("name", weights["source"])
-    if "source_sha256" in weights:
-        source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
-    if "head" in weights:
-        kept = weights["head"] == "kept"
-        source += f", {'same' if kept else 'new'} head for {len(info['class_names'])} classes"
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    onednn = " with oneDNN" if model.formulation == "cpu-onednn" else ""
-    device = jax.local_devices()[0].device_kind
-    print(f"device   {jax.device_count()} x {device}{processes}, jax {version('jax')}{onednn}")
-    print(
-        f"data     {printable(data.name)}: {len(train_data.label):,} images to train on ({data.train_split}), "
-        f"{len(eval_data.label):,} to test on ({data.eval_split})"
-    )
-    for line in (
-        datasets.describe(train_data, eval_data, data.stream),
-        *datasets.describe_origin(train_data, eval_data),
-    ):
-        print(f"{'':9}{printable(line)}")
-    print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
-    print(f"weights  {source}")
-    for note in weights.get("notes", ()):
-        print(f"{'':9}{note}")
-    if "teacher_checkpoint" in info:
-        print(f"teacher  checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
-    if config.optimizer.freeze:
-        steps_per_epoch = math.ceil(len(train_data.label) / config.batch_size)
-        epoch = min(int(state.step) // steps_per_epoch + 1, config.num_epochs)
-        print(table(model, make_policy(config, model, epoch)))
-        for line in unfreezing(config, epoch):
-            print(f"{'':9}{line}")
-    resumes = f", resuming after step {int(state.step)}" if state.step else ""
-    print(f"workdir  {remote_workdir.display_name(workdir.path)}{resumes}", flush=True)
-
-
-def print_end(config: ConfigDict, workdir: Workdir) -> None:
-    """Prints the report's path, the command that evaluates the run again, and the config's note."""
-    name = shlex.quote(remote_workdir.display_name(workdir.path))
-    print(f"Done. Report: {workdir.report}  Re-evaluate: python -m jaxft.evaluate --workdir {name}")
-    if config.note:
-        print(config.note)

@@ -13,9 +13,8 @@ from PIL import Image
 import jaxft
 from jaxft import evaluate, train
 from jaxft.data import datasets
-from jaxft.data.identity import data_info
+from jaxft.data.identity import check_data, data_info
 from jaxft.errors import UserError, run_command
-from jaxft.training.start import check_data
 from tests.helpers.runs import ROOT
 
 RUN = {
@@ -152,11 +151,11 @@ def test_checkpoints_without_identity_are_compared_by_number_and_classes() -> No
     splits = datasets.load("sample:cifar10", "train"), datasets.load("sample:cifar10", "test")
     names = list(splits[0].class_names)
     info = {"train_size": 2000, "class_names": names, "config": config.to_dict()}
-    check_data(config, info, splits, Path("run"))
-    check_data(config, info | {"data": data_info(*splits)}, splits, Path("run"))
+    check_data(config.data.name, info, splits, Path("run"))
+    check_data(config.data.name, info | {"data": data_info(*splits)}, splits, Path("run"))
     with pytest.raises(UserError, match=r"began with other training data \(1,999 images instead of 2,000\)"):
-        check_data(config, info | {"train_size": 1999}, splits, Path("run"))
+        check_data(config.data.name, info | {"train_size": 1999}, splits, Path("run"))
     config.data.name = "folder:b"
-    check_data(config, info | {"data": data_info(*splits)}, splits, Path("run"))
-    with pytest.raises(UserError, match=r"began with data\.name=folder:a, and its checkpoints lack"):
-        check_data(config, info, splits, Path("run"))
+    check_data(config.data.name, info | {"data": data_info(*splits)}, splits, Path("run"))
+    with pytest.raises(UserError, match=r"began with data\.name=folder:a, and its checkpoints, of version 0\.1,"):
+        check_data(config.data.name, info, splits, Path("run"))

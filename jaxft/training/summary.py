@@ -1,0 +1,73 @@
+"""Prints what a run starts from, and how to continue at its end."""
+
+import math
+import shlex
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxft.data import datasets
+from jaxft.data.dataset import Dataset
+from jaxft.errors import printable
+from jaxft.models.partition import make_policy, table, unfreezing
+from jaxft.models.resnet import ResNet
+from jaxft.run import remote_workdir
+from jaxft.run.workdir import Workdir
+from jaxft.training.state import TrainState
+
+
+def print_start(
+    config: ConfigDict,
+    workdir: Workdir,
+    model: ResNet,
+    state: TrainState,
+    info: dict[str, Any],
+    splits: tuple[Dataset, Dataset],
+) -> None:
+    """Prints the device, data, model, weights, teacher, frozen parts and workdir."""
+    train_data, eval_data = splits
+    data, weights = config.data, info["weights"]
+    source = weights.get("name", weights["source"])
+    if "source_sha256" in weights:
+        source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
+    if "head" in weights:
+        kept = weights["head"] == "kept"
+        source += f", {'same' if kept else 'new'} head for {len(info['class_names'])} classes"
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    onednn = " with oneDNN" if model.formulation == "cpu-onednn" else ""
+    device = jax.local_devices()[0].device_kind
+    print(f"device   {jax.device_count()} x {device}{processes}, jax {version('jax')}{onednn}")
+    print(
+        f"data     {printable(data.name)}: {len(train_data.label):,} images to train on ({data.train_split}), "
+        f"{len(eval_data.label):,} to test on ({data.eval_split})"
+    )
+    for line in (
+        datasets.describe(train_data, eval_data, data.stream),
+        *datasets.describe_origin(train_data, eval_data),
+    ):
+        print(f"{'':9}{printable(line)}")
+    print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
+    print(f"weights  {source}")
+    for note in weights.get("notes", ()):
+        print(f"{'':9}{note}")
+    if "teacher_checkpoint" in info:
+        print(f"teacher  checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
+    if config.optimizer.freeze:
+        steps_per_epoch = math.ceil(len(train_data.label) / config.batch_size)
+        epoch = min(int(state.step) // steps_per_epoch + 1, config.num_epochs)
+        print(table(model, make_policy(config, model, epoch)))
+        for line in unfreezing(config, epoch):
+            print(f"{'':9}{line}")
+    resumes = f", resuming after step {int(state.step)}" if state.step else ""
+    print(f"workdir  {remote_workdir.display_name(workdir.path)}{resumes}", flush=True)
+
+
+def print_end(config: ConfigDict, workdir: Workdir) -> None:
+    """Prints the report's path, the command that evaluates the run again, and the config's note."""
+    name = shlex.quote(remote_workdir.display_name(workdir.path))
+    print(f"Done. Report: {workdir.report}  Re-evaluate: python -m jaxft.evaluate --workdir {name}")
+    if config.note:
+        print(config.note)
