@@ -15,14 +15,14 @@ reported    exit code 0 and another result, but a line on stderr names the damag
 harmless    exit code 0 and the same result as without the damage
 traceback   any exception but a UserError, or the end of the process
 hang        more than --limit seconds
-accepted    another result without a word
+accepted    another result, which is not reported
 unclear     exit code 2 with several lines, a long one, or one that does not name the file
 changed     a sound checkpoint is moved away, or a command that only reads or refuses changes the workdir
 
 The last five are faults. Prints each fault with its name for --case, then a table of commands and outcomes, and as the
 last line one JSON object. The exit code is 1 if there are faults.
 
---restore: damages a checkpoint and restores it, which must raise DamagedCheckpointError or return the very bits.
+--restore: damages a checkpoint and restores it, which must raise DamagedCheckpointError or return the same bits.
 """
 
 import argparse

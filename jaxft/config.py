@@ -74,7 +74,7 @@ def default_config() -> ConfigDict:
                 "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; comma-separated
                 "unfreeze": "",  # epochs from which frozen parts train again: '3: stage4, 5: stage3'
                 "unfreeze_warmup": 0.0,  # epochs of linear warm-up from 0 for each part after it is unfrozen
-                "fit_head": "no",  # fit the head to the backbone's features: no, first (before training) or only (instead)
+                "fit_head": "no",  # fit the head to frozen features: first (before training), only (instead), or no
                 "head_factor": 1.0,  # multiplies the learning rate of the head
                 "layer_decay": 1.0,  # each part's learning rate relative to the next; 0.7: stage4 has 0.7, stage3 0.49
             },

@@ -29,7 +29,7 @@ from jaxft.errors import ArgumentParser, UserError
 from jaxft.files import output_argument
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.pretrained import catalog
-from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.convert import TORCHVISION_VARIANT, to_torch
 from jaxft.pretrained.describe import describe, lines
 from jaxft.pretrained.load import load_pretrained, read_network
 from jaxft.pretrained.torch_files import write_tensors
@@ -43,8 +43,8 @@ VERIFIED_IN_FLOAT64 = 1e-9  # relative; a wrong padding, epsilon or order of cha
 def largest_differences(tensors: dict[str, np.ndarray], weights: Weights, dtype: Any) -> dict[str, float]:
     """Returns max |ours - torchvision's| / max |torchvision's| after each stage, on two random images of 224 pixels.
 
-    tensors: the source's own, which torchvision's network loads, so that the comparison does not depend on our reading
-    of them. The head is compared only if there is one.
+    tensors: the source's own, which torchvision's network loads, so that the comparison does not depend on our
+    conversion. The head is compared only if there is one.
     """
     torch, models = _torchvision()
     arch, num_classes = weights.provenance["arch"], weights.provenance["num_classes"]
@@ -104,8 +104,8 @@ def _torchvision() -> tuple[Any, Any]:
 def verify(source: str, weights: Weights) -> Weights:
     """Returns the weights with the result in their provenance. Raises UserError if the networks differ."""
     provenance = weights.provenance
-    for key, torchvisions in (("width", 64), ("stem", "imagenet")):
-        if provenance[key] != torchvisions:
+    for key, value in TORCHVISION_VARIANT.items():
+        if provenance[key] != value:
             raise UserError(
                 f"--verify: torchvision has no {provenance['arch']} of {key} {provenance[key]} to compare with"
             )
@@ -127,7 +127,7 @@ def verify(source: str, weights: Weights) -> Weights:
 
 
 def print_info(source: str, arch: str | None, as_json: bool) -> None:
-    """Prints what a weights file is. Raises UserError if there is no such file."""
+    """Prints the description of a weights file. Raises UserError if there is no such file."""
     found = describe(source, arch)
     if "format" not in found:
         raise UserError(found["reason"])
@@ -148,7 +148,7 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _summary(source: str, out: Path, weights: Weights, layout: str) -> str:
-    """Returns what was written: a line, and one for each thing to know about it."""
+    """Returns a line on what was written, and a line for each note."""
     provenance = weights.provenance
     head = f"{provenance['num_classes']} classes" if provenance["num_classes"] else "without a head"
     origin = source
@@ -156,15 +156,13 @@ def _summary(source: str, out: Path, weights: Weights, layout: str) -> str:
         origin += f" (SHA-256 {provenance['source_sha256'][:16]}...)"
     notes = list(provenance.get("notes", ()))
     if layout == "torchvision":
-        unlike = [
-            f"{key} {provenance[key]}" for key, own in (("width", 64), ("stem", "imagenet")) if provenance[key] != own
-        ]
-        notes += (
-            [f"torchvision has no {provenance['arch']} of {' and '.join(unlike)}: jaxft reads this file"]
-            if unlike
-            else []
-        )
-        notes += [] if provenance["num_classes"] else ["load it with strict=False: the head's keys are missing"]
+        other = [f"{key} {provenance[key]}" for key, value in TORCHVISION_VARIANT.items() if provenance[key] != value]
+        if other:
+            notes.append(
+                f"torchvision has no {provenance['arch']} of {' and '.join(other)}: only jaxft reads this file"
+            )
+        if not provenance["num_classes"]:
+            notes.append("load it with strict=False: the head's keys are missing")
     return "\n".join([f"{out}: {provenance['arch']}, {head}, from {origin}", *(f"  {note}" for note in notes)])
 
 
@@ -175,7 +173,7 @@ def main(argv: list[str]) -> None:
         "out", metavar="OUT", nargs="?", type=output_argument, help="a .safetensors file, or .pth for torchvision"
     )
     parser.add_argument("--list", action="store_true", help="list the weights that have a name")
-    parser.add_argument("--info", action="store_true", help="say what SOURCE is, without converting it")
+    parser.add_argument("--info", action="store_true", help="describe SOURCE without converting it")
     parser.add_argument("--json", action="store_true", help="with --info: print one JSON object")
     parser.add_argument("--arch", choices=ARCHITECTURES, help="the architecture that SOURCE must have (default: any)")
     parser.add_argument("--to", choices=["flax", "torchvision"], default="flax", help="the layout of OUT")
@@ -186,10 +184,10 @@ def main(argv: list[str]) -> None:
         print(catalog.table())
         return
     if args.json and not args.info:
-        parser.error("--json belongs to --info")
+        parser.error("--json needs --info")
     if args.info:
         if args.source is None or args.out is not None:
-            parser.error("--info takes SOURCE, and no OUT")
+            parser.error("--info takes SOURCE but no OUT")
         print_info(args.source, args.arch, args.json)
         return
     if args.source is None or args.out is None:

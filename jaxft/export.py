@@ -36,7 +36,7 @@ from jaxft.files import atomic_write, output_argument, reason
 from jaxft.models.fold import fold_norms
 from jaxft.models.policy import eval_logits
 from jaxft.ops.formulation import Formulation
-from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.convert import TORCHVISION_VARIANT, to_torch
 from jaxft.pretrained.torch_files import write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.run.metrics_file import read_accuracy
@@ -56,7 +56,6 @@ DTYPES = {
     "stablehlo": ("float32", "bfloat16", "float16", "int8"),
 }
 
-TORCHVISION_VARIANT = (64, "imagenet")  # model.width and model.stem of torchvision's networks
 READABLE = "JAX guarantees to read it for six months"  # docs.jax.dev/en/latest/export/export.html
 
 FORMULATIONS: dict[str, Formulation] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # by jax.export's platforms
@@ -80,8 +79,8 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
         f"{', '.join(steps)}, ToTensor() and Normalize({preprocessing.mean}, {preprocessing.std})",
         flush=True,
     )
-    if (checkpoint.model.width, checkpoint.model.stem) != TORCHVISION_VARIANT:
-        width, stem = TORCHVISION_VARIANT
+    width, stem = TORCHVISION_VARIANT["width"], TORCHVISION_VARIANT["stem"]
+    if (checkpoint.model.width, checkpoint.model.stem) != (width, stem):
         write_message(
             f"warning: torchvision's {arch} cannot load {out}: it has model.width {width} and model.stem {stem}, this "
             f"run {checkpoint.model.width} and {checkpoint.model.stem}"

@@ -51,7 +51,12 @@ def reexec_with_huge_pages() -> None:
 
 
 def is_command() -> bool:
-    """Returns whether Python was started by the script `jaxft` or by `python -m jaxft.COMMAND`."""
+    """Returns whether Python was started by the script `jaxft` or by `python -m jaxft.COMMAND`.
+
+    False if a profiler or debugger has started and will continue after the command, as with `coverage run -m`.
+    """
+    if sys.gettrace() or sys.getprofile():
+        return False
     main = sys.modules["__main__"]
     if spec := getattr(main, "__spec__", None):
         return spec.name.partition(".")[0] == "jaxft"

@@ -13,7 +13,8 @@ import os
 
 from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.files import reason
-from jaxft.reporting.page import load_run, read_sheet, render, render_comparison, write_page
+from jaxft.reporting.evaluation_file import load_run
+from jaxft.reporting.page import read_sheet, render, render_comparison, write_page
 from jaxft.run import remote_workdir
 from jaxft.run.workdir import Workdir
 

@@ -23,7 +23,7 @@ from jaxft.main_process import is_main_process
 from jaxft.models.partition import make_policy
 from jaxft.models.resnet import make_model
 from jaxft.process import disable_compilation_cache
-from jaxft.reporting.page import Reporter
+from jaxft.reporting.reporter import Reporter
 from jaxft.run import remote_workdir
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.signals import StopSignals

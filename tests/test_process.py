@@ -91,6 +91,21 @@ def test_a_program_that_cannot_be_read_is_replaced(run: Run, tmp_path: Path, mon
     assert replaced.stdout == f"{len(programs)}\n"
 
 
+UNDER_A_PROFILER = """
+import runpy, sys
+sys.argv = ["jaxft", "report", "--help"]
+sys.setprofile(lambda *_: None)
+try:
+    runpy.run_module("jaxft", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print("exit code", end.code)
+"""
+
+
+def test_a_command_returns_to_a_profiler(run: Run) -> None:
+    assert run("-c", UNDER_A_PROFILER).stdout.splitlines()[-1] == "exit code 0"
+
+
 @pytest.mark.parametrize("name", ["", "compiled"])
 def test_a_file_in_place_of_the_cache_is_reported(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

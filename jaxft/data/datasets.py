@@ -15,7 +15,6 @@ from jaxft.data.folder_scan import describe_skipped, exists
 from jaxft.data.image_file import (
     ANIMATED,
     DARK_COLOURS,
-    EIGHT_BIT,
     FLOAT,
     THIRTY_TWO_BIT,
     TWELVE_BIT,
@@ -30,7 +29,6 @@ from jaxft.errors import UserError, counted
 COMPARED_BYTES = 1 << 30  # size of two splits up to which they are compared for common images, which takes seconds
 DEFAULT_OPTIONS = DataOptions()
 _SCALED = {
-    EIGHT_BIT: "16-bit with values up to 255",
     TWELVE_BIT: "16-bit with values up to 4,095",
     THIRTY_TWO_BIT: "32-bit, by the bits that they use",
     FLOAT: "floats from 0 to 1",
@@ -69,9 +67,7 @@ def folder_path(name: str) -> Path:
     if not path.strip():
         raise UserError("data.name lacks the folder's path; set --config.data.name=folder:PATH")
     if "://" in path:
-        raise UserError(
-            f"data.name names {path}, but only local folders are read; copy it and name the copy: folder:PATH"
-        )
+        raise UserError(f"the folder {path} is a URL, but only local folders are read; copy it and name the copy")
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError:

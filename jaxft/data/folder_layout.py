@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxft.data.dataset import DataOptions
-from jaxft.data.folder_scan import Scan, has_images, has_images_directly, subfolders
+from jaxft.data.folder_scan import Scan, broken_links, has_images, has_images_directly, subfolders
 from jaxft.errors import UserError, shortened
 from jaxft.files import is_folder
 
@@ -34,6 +34,8 @@ def split_folder(root: Path, split: str, options: DataOptions) -> Path | None:
         return None
     if is_folder(root / split):
         return root / split
+    if split in broken_links(root):
+        raise UserError(f"the split '{split}' of {root} is a link that leads nowhere; mount its disk, or remove it")
     raise UserError(_missing_split(root, split, options))
 
 
@@ -56,8 +58,13 @@ def _missing_split(root: Path, split: str, options: DataOptions) -> str:
     others = [name for name in existing if name != options.train_split and _has_class_folders(root / name)]
     if others := _first_by_name(others, *_test_names(split)):
         return f"{text}; set {_setting('eval', others[0])}"
+    return text + holdout_hint(root, options)
+
+
+def holdout_hint(root: Path, options: DataOptions) -> str:
+    """Returns what to set to test on a part of the training split."""
     whole = shlex.quote(f"folder:{root / options.train_split}")
-    return f"{text}; to hold out a part of '{options.train_split}', set --config.data.name={whole}"
+    return f"; to hold out a part of '{options.train_split}', set --config.data.name={whole}"
 
 
 def _first_by_name(names: Iterable[str], *groups: set[str]) -> list[str]:
@@ -94,7 +101,8 @@ def check_classes(root: Path, found: Mapping[str, Scan], options: DataOptions) -
             f"to {common[0]}/CLASS/ and so on, or use all with {_OVERRIDE}"
         )
     if common:
-        names.sort(key=lambda name: -len(found[name].images))  # a training set is the largest
+        # A training set is the largest, or called imagesTr.
+        names.sort(key=lambda name: (not _words(name) & {*_TRAINING, "tr"}, -len(found[name].images)))
         raise UserError(
             f"{shortened(names)} in {root} have the same subfolders ({shortened(common)}): if they are splits, set "
             f"{_setting('train', names[0])} {_setting('eval', names[1])}, if classes {_OVERRIDE}"
@@ -147,7 +155,7 @@ def deeper_hint(root: Path, name: str, split: str | None, options: DataOptions) 
             break
         folder /= inner[0]
     if len(inner) < 2:
-        return ""
+        return "" if split is None or options.layout != "auto" else f"; if '{split}' is a class itself, set {_OVERRIDE}"
     if split is not None:
         setting = _setting("train" if split == options.train_split else "eval", f"{split}/{folder.relative_to(root)}")
         return f"; if the classes are {shortened(inner)}, set {setting}"

@@ -30,6 +30,8 @@ _UNKNOWN = "Pillow does not know its format"
 _BEGINNINGS = {  # of files that Pillow does not read
     b"version https://git-lfs": "it is a Git LFS pointer; run git lfs pull",
     b"<": "it is HTML, XML or SVG",
+    b"PK\x03\x04": "it is a zip file; unpack it",
+    b"\x1f\x8b": "it is compressed by gzip; unpack it",
     b"\xff\xd8\xff": "it is a damaged JPEG",
     b"\x89PNG": "it is a damaged PNG",
     b"II": "it is a kind of TIFF that Pillow does not read",
@@ -40,7 +42,7 @@ _BEGINNINGS = {  # of files that Pillow does not read
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 # The remarks of `decode_with_remarks`.
-EIGHT_BIT, TWELVE_BIT, THIRTY_TWO_BIT, FLOAT = "eight_bit", "twelve_bit", "thirty_two_bit", "float"
+TWELVE_BIT, THIRTY_TWO_BIT, FLOAT = "twelve_bit", "thirty_two_bit", "float"
 DARK_COLOURS, ANIMATED = "dark_colours", "animated"
 
 
@@ -121,7 +123,7 @@ def decode_with_remarks(
             with _decoding.reserve(width * height):
                 remarks = (ANIMATED,) if _is_animated(image) else ()
                 flat, remark = _flatten(_upright(image))
-                if deep_colours and max(high for _, high in flat.getextrema()) < 16:
+                if deep_colours and np.asarray(flat).max() < 16:
                     remark = (*remark, DARK_COLOURS)
                 array = np.asarray(_as_rgb(flat)) if side is None else _shrink(flat, side)
             return Decoded(array, (*remarks, *remark))
@@ -288,14 +290,12 @@ def _from_floats(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """Converts 16-bit values, 8- and 12-bit values in 16, and 32-bit values by the number of bits that they use."""
+    """Converts 16-bit values, 12-bit values in 16, and 32-bit values by the number of bits that they use."""
     low, high = _extremes(image)
     if low < 0:
         raise _ValuesError(f"holds whole numbers from {low:.0f} to {high:.0f}; save it with 8 or 16 bits, from 0 up")
     if 4096 <= high < 1 << 16:
         return _grey(image, lambda values: values >> 8), ()
-    if high < 256:
-        return _grey(image, np.asarray), (EIGHT_BIT,)
     remark, largest = (TWELVE_BIT, 4095) if high < 4096 else (THIRTY_TWO_BIT, (1 << int(high).bit_length()) - 1)
     return _grey(image, lambda values: np.round(values * (255 / largest))), (remark,)
 

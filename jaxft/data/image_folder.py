@@ -21,7 +21,7 @@ from jaxft import interrupts
 from jaxft.data.array_cache import cached_arrays_dir, open_arrays, open_written, write_arrays
 from jaxft.data.budget import room_for_images
 from jaxft.data.dataset import DataOptions, Dataset, Origin
-from jaxft.data.folder_layout import check_classes, deeper_hint, split_folder
+from jaxft.data.folder_layout import check_classes, deeper_hint, holdout_hint, split_folder
 from jaxft.data.folder_scan import (
     Scan,
     broken_links,
@@ -184,6 +184,10 @@ def find_files(
     images = {name: found.images for name, found in scans.items() if found.images}
     if not images:
         inside = "; those directly inside have no class" if has_images_directly(top) else ""
+        if not inside and skipped:
+            inside = f"; it has {describe_skipped(skipped)}"
+        if own_folder is not None and split != options.train_split:
+            inside += holdout_hint(root, options)
         raise UserError(f"{top} has no images in folders named by class: {top}/CLASS/*.jpg{inside}")
     images = _named_as(class_names, images, top)
     if class_names is None:

@@ -26,7 +26,7 @@ class NamedWeights(NamedTuple):
 
     @property
     def max_bytes(self) -> int:
-        """Returns a size that the file cannot have: that of its float32 parameters and a tenth more."""
+        """An upper bound of the file's size: its float32 parameters and a tenth more."""
         return int(4.4 * PARAMETERS[self.arch])
 
 

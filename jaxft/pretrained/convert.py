@@ -11,6 +11,8 @@ from jaxft.models.resnet import ResNet
 from jaxft.pretrained.resnet import LAYOUT, NUM_BATCHES_TRACKED, TORCH_NAMES
 from jaxft.pretrained.weights_file import Weights, check_shapes
 
+TORCHVISION_VARIANT = {"width": 64, "stem": "imagenet"}  # model.width and model.stem of torchvision's networks
+
 
 def torch_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
     """Returns {torchvision's key: torch's shape} of all the model's variables."""

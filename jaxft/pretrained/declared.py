@@ -1,4 +1,4 @@
-"""Reads what a checkpoint says about its own network: networks that compute otherwise can have the same keys."""
+"""Reads what a checkpoint and its config.json say about the network: different networks can have the same keys."""
 
 import re
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from jaxft.pretrained.unpickle import Foreign
 _GROUPS = ("args", "hyper_parameters", "config", "cfg", "opt", "hparams", "meta")  # of a training script's settings
 _NAMES = ("arch", "architecture", "model_name", "model", "backbone", "backbone_name", "network")
 _MAX_CONFIG = 1_000_000  # bytes of a config.json
-# What precedes the architecture in names of timm and torch.hub, and of the data that the weights come from.
+# Prefixes of the architecture in names of timm and torch.hub, some of which denote the training data.
 _PREFIX = re.compile(r"^(timm/|hf[-_]hub:|torchvision[./]|microsoft/|tv_|gluon_|ssl_|swsl_|ig_|wsl_)+")
 
 
 class Declared(NamedTuple):
-    """What stands beside the weights about their network."""
+    """What a checkpoint and the config.json beside it say about the network."""
 
     names: dict[str, str]  # place -> name, such as {"arch": "resnet50"}
     config: Mapping[str, Any]  # config.json beside the file, {} without one
@@ -88,7 +88,7 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def doubts(declared: Declared, arch: str) -> list[str]:
-    """Returns sentences about names that are not `arch`: keys and shapes cannot show every difference."""
+    """Returns warnings about declared names other than `arch`, since keys and shapes do not show every difference."""
     found = []
     for place, name in declared.names.items():
         plain = _PREFIX.sub("", name.lower()).split(".")[0]
@@ -99,5 +99,5 @@ def doubts(declared: Declared, arch: str) -> list[str]:
             found.append(f"{place} calls it {name}, but it is taken as a {arch}, as its keys and shapes say")
     kind = declared.config.get("model_type", "resnet")
     if kind not in ("resnet", "timm_wrapper"):
-        found.append(f"config.json beside it is of a {printable(kind, 30)}, not of a resnet")
+        found.append(f"the config.json beside it is of a {printable(kind, 30)}, not of a resnet")
     return found

@@ -1,4 +1,4 @@
-"""Describes a weights file without converting it, also one that would be refused: `jaxft convert FILE --info`."""
+"""Describes a weights file, even one that would be refused, for `jaxft convert FILE --info`."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from jaxft.pretrained.recognise import FAMILIES, infer_arch, recognise, without_
 from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED
 from jaxft.pretrained.state_dict import (
     choose,
+    distinct,
     find_networks,
     kind_of,
     names_of,
@@ -31,9 +32,9 @@ MOST_ENTRIES = 100  # of a checkpoint
 
 
 def describe(source: str, arch: str | None = None) -> dict[str, Any]:
-    """Returns what a weights file is: format, network, names, architecture, head, dtype, what else it holds.
+    """Returns a weights file's format, network, naming, architecture, head, dtypes and other entries.
 
-    Keys that cannot be known are missing. `usable` says whether jaxft reads it, and `reason` why not.
+    Keys of unknown facts are missing. `usable` says whether jaxft reads the file, and `reason` why not.
     """
     found: dict[str, Any] = {"usable": False, "reason": None}
     try:
@@ -50,7 +51,7 @@ def describe(source: str, arch: str | None = None) -> dict[str, Any]:
 
 
 def _file_of(source: str) -> tuple[Path, str]:
-    """Returns the file of a source, which may also be a name, and the network that is asked for."""
+    """Returns the file of a source, which may also be a name, and the name of the requested network."""
     if path := catalog.shipped(source):
         return path, ""
     named = catalog.find(source)
@@ -58,7 +59,7 @@ def _file_of(source: str) -> tuple[Path, str]:
 
 
 def _describe(found: dict[str, Any], path: Path, file: TensorFile, name: str, arch: str | None) -> None:
-    """Adds to `found` step by step, until a UserError says why the file is refused."""
+    """Adds facts to `found` one after the other. Raises UserError where the file is refused."""
     provenance = read_metadata(path, file.metadata)
     if provenance is not None:
         found |= {"format": "jaxft", "family": FAMILIES[0].name}
@@ -70,7 +71,7 @@ def _describe(found: dict[str, Any], path: Path, file: TensorFile, name: str, ar
     found["entries"] = _entries(file.content)
     found["declared"] = read_declared(file.content, path).names
     networks = find_networks(file.content, FAMILIES)
-    found["networks"] = [printable(name) for name in names_of(networks)]
+    found["networks"] = [printable(name) for name in names_of(distinct(networks))]
     if networks:
         network, notes = without_unusable_head(choose(networks, path, name))
         found |= {

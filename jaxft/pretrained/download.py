@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from jaxft import interrupts
-from jaxft.errors import UserError, on_terminal, write_message
+from jaxft.errors import UserError, on_terminal, printable, write_message
 from jaxft.files import open_regular, reason
 
 TIMEOUT_SECONDS = 10.0  # to connect, and between two chunks of the response
@@ -61,8 +61,8 @@ class _FailedError(Exception):
 def fetch(url: str, sha256_prefix: str, folder: Path, max_bytes: int = MAX_BYTES) -> Path:
     """Returns the file in `folder`, downloading it unless it is there with the right SHA-256.
 
-    A download of more than `max_bytes` is given up. Processes that need the same file wait for the first one's
-    download. Raises UserError.
+    Processes that need the same file wait for the first one's download. Raises UserError, also for a download of more
+    than `max_bytes`.
     """
     path = folder / PurePosixPath(urlsplit(url).path).name
     try:
@@ -238,7 +238,7 @@ def _ask(url: str, start: int) -> HTTPResponse:
         cause = getattr(error, "reason", error)
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise _FailedError(f"its certificate is not trusted ({cause.verify_message})") from None
-        raise _InterruptedError(_printable(str(cause) or repr(cause))) from error
+        raise _InterruptedError(printable(str(cause) or repr(cause))[:100]) from error
     problem = ""
     if response.headers.get("Content-Encoding", "identity") != "identity":
         problem = "the server compresses the file, although it was not asked to"
@@ -261,10 +261,6 @@ def _phrase(status: int) -> str:
     return f" {HTTPStatus(status).phrase}" if status in list(HTTPStatus) else ""
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\ufffd" for c in text[:100])
-
-
 class _Redirects(HTTPRedirectHandler):
     """Follows redirects to http and https, but never from https to http."""
 
@@ -279,7 +275,7 @@ class _Redirects(HTTPRedirectHandler):
         before, after = urlsplit(req.full_url).scheme, urlsplit(target).scheme
         problem = ""
         if after not in ("http", "https") or (before, after) == ("https", "http"):
-            problem = f"the server redirects from {before} to {_printable(after)}:, which is not followed"
+            problem = f"the server redirects from {before} to {printable(after[:100])}:, which is not followed"
         elif target in (visited := [req.full_url, *getattr(req, "redirect_dict", {})]) or len(visited) > MAX_REDIRECTS:
             problem = "the server redirects in a loop"
         if problem:
@@ -291,7 +287,7 @@ class _Redirects(HTTPRedirectHandler):
 
 
 class _TimeLimit:
-    """Ends the connections of one request when its time is over: a socket's timeout starts again with each byte."""
+    """Ends the connections of one request when its time is over; a socket's own timeout restarts with each byte."""
 
     def __init__(self, seconds: float) -> None:
         self._sockets: list[socket.socket] = []

@@ -1,4 +1,4 @@
-"""Recognises a file's format by its first bytes, whatever its name is."""
+"""Recognises a file's format, mostly by its first bytes."""
 
 import json
 import os
@@ -14,6 +14,7 @@ _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # the end of a LevelDB table, 
 
 _KERAS = "Keras's ResNets are v1, with the stride in the first 1x1, which jaxft does not have"
 _SAVE = "save the network's state_dict in PyTorch: torch.save(model.state_dict(), FILE)"
+_ONE_FILE = "jaxft reads a checkpoint in one file: save_pretrained(..., max_shard_size='100GB')"
 _UNPACK = "unpack it, and give the weights file that it holds"
 
 # First bytes, the format, and what to do.
@@ -61,6 +62,8 @@ def _binary(head: bytes, tail: bytes, size: int, name: str) -> Format | None:
         return Format(ZIP)
     if head[:4] == b"PK\x05\x06":
         return Format("zip", "it is an empty zip archive")
+    if (part := re.search(r"-(\d{5})-of-(\d{5})\.(safetensors|bin)$", name)) and part[2] != "00001":
+        return Format("shard", f"it is one of {int(part[2])} files of a checkpoint; {_ONE_FILE}")
     for signature, kind, remedy in _SIGNATURES:
         if head.startswith(signature):
             return Format(kind, f"its format is {kind}; {remedy}")
@@ -107,8 +110,7 @@ def _json(file: IO[bytes]) -> Format:
     """Returns the format of JSON, of which only the first megabyte is looked at."""
     file.seek(0)
     if b'"weight_map"' in file.read(1 << 20):
-        remedy = "jaxft reads a checkpoint in one file: save_pretrained(..., max_shard_size='100GB')"
-        return Format("sharded index", f"it is the index of a checkpoint in several files; {remedy}")
+        return Format("sharded index", f"it is the index of a checkpoint in several files; {_ONE_FILE}")
     return Format("JSON", "it is JSON; give the weights file (such as model.safetensors) that belongs to it")
 
 

@@ -61,7 +61,7 @@ def read_weights(source: str | Path, arch: str | None = None) -> Weights:
 
 
 def read_network(source: str | Path) -> dict[str, np.ndarray] | None:
-    """Returns a network's tensors as its file has them, by torchvision's names; None for a jaxft file."""
+    """Returns a network's unconverted tensors by torchvision's names; None for a jaxft file."""
     path, name = locate(source)
     with open_tensors(path) as file:
         if read_metadata(path, file.metadata) is not None:
@@ -72,7 +72,7 @@ def read_network(source: str | Path) -> dict[str, np.ndarray] | None:
 def locate(source: str | Path) -> tuple[Path, str]:
     """Splits FILE#NAME and returns the file, also for a folder that holds one, and the network's name or ''.
 
-    A file whose own name has a '#' comes first. Raises UserError for an address and for other folders.
+    A file whose own name has a '#' takes precedence. Raises UserError for a URL and for other folders.
     """
     text = str(source)
     if "://" in text:
@@ -93,11 +93,11 @@ def locate(source: str | Path) -> tuple[Path, str]:
 
 
 def _address(text: str) -> str:
-    """Returns the message for an address."""
+    """Returns the message that refuses a URL."""
     file = PurePosixPath(urlsplit(text).path).name if text.startswith("http") else ""
     named = [weights.name for weights in catalog.WEIGHTS if file and weights.url.endswith(f"/{file}")]
     remedy = f"the name of this one is {named[0]}" if named else "download it, and give the file"
-    return f"{text} is an address; only names are fetched (jaxft convert --list): {remedy}"
+    return f"{text} is a URL; only names are fetched (jaxft convert --list): {remedy}"
 
 
 def _file_in(folder: Path) -> Path:
@@ -115,7 +115,8 @@ def _file_in(folder: Path) -> Path:
             f"{folder} is a run's workdir; jaxft export --workdir {folder} --to flax --out FILE.safetensors"
         )
     files = [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors", ".ckpt", ".tar"))]
-    found = f"it holds {shortened(files)}; give one of these files" if files else "give a weights file"
+    files += [name for name in names if any((folder / name / file).is_file() for file in FILES_IN_FOLDERS)]
+    found = f"it holds {shortened(files)}; give one of these" if files else "give a weights file"
     raise UserError(f"{folder} is a folder without {' or '.join(FILES_IN_FOLDERS)}: {found}")
 
 

@@ -1,6 +1,6 @@
 """Recognises the network in a checkpoint: which one, its architecture, and what a user should know about it.
 
-Only keys and shapes are looked at; the numbers are read later. The functions below `recognise` know ResNets.
+Uses only keys and shapes; the numbers are read later. The functions below `recognise` are specific to ResNets.
 """
 
 from collections import Counter
@@ -17,6 +17,7 @@ from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED, RESNET
 from jaxft.pretrained.state_dict import (
     Network,
     choose,
+    distinct,
     find_networks,
     is_average,
     names_of,
@@ -24,6 +25,7 @@ from jaxft.pretrained.state_dict import (
     printable,
     summarised,
     unknown,
+    unmerged,
 )
 from jaxft.pretrained.torch_files import TensorFile
 from jaxft.pretrained.unpickle import Tensor
@@ -33,7 +35,7 @@ FAMILIES = (RESNET,)
 
 
 class Recognised(NamedTuple):
-    """A network in a checkpoint, of which everything is known but its numbers."""
+    """A network that was recognised in a checkpoint; its numbers have not been read yet."""
 
     path: Path
     network: Network
@@ -52,12 +54,14 @@ def recognise(file: TensorFile, path: Path, name: str = "", arch: str | None = N
         raise UserError(f"{path} is not a ResNet like torchvision's: {reason}")
     network, notes = without_unusable_head(network)
     found = infer_arch(network.tensors)
+    if found is None and (reason := unmerged(network.tensors)):
+        raise UserError(f"{path} is refused: {reason}")
     if found is None or arch not in (None, found):
         raise UserError(f"{path} {_misfit(network.tensors, found, arch)}")
     declared = read_declared(file.content, path)
     if reason := look_alike(declared, found):
         raise UserError(f"{path} has the keys and shapes of a {found}, but {reason}")
-    averages = [other for other in networks if is_average(other) and other is not network]
+    averages = [other for other in distinct(networks) if is_average(other) and other is not network]
     if averages and not name:
         taken, *others = map(printable, names_of([network, *averages]))
         notes.append(f"took {taken}, not {shortened(others)}; {path.name}#{others[0]} takes the other")
@@ -67,7 +71,7 @@ def recognise(file: TensorFile, path: Path, name: str = "", arch: str | None = N
 
 
 def _misfit(tensors: Mapping[str, Tensor], found: str | None, arch: str | None) -> str:
-    """Says which architecture a file holds, or how it differs from the wanted or the nearest one."""
+    """Returns which architecture a file holds, or how its tensors differ from the expected or the nearest one."""
     if found:
         return f"holds a {found}, not a {arch}"
     differences = {name: _differences(tensors, name) for name in ([arch] if arch else _nearest(tensors))}
@@ -105,12 +109,15 @@ def _differences(tensors: Mapping[str, Tensor], arch: str) -> tuple[int, str]:
 
 
 def without_unusable_head(network: Network) -> tuple[Network, list[str]]:
-    """Removes a head that is not one dense layer on the features, and says so: fine-tuning replaces it anyway."""
+    """Returns the network without a head that is not one dense layer on the features, and a note if it has no head.
+
+    Fine-tuning replaces the head anyway.
+    """
     head = network.family.head
     own = {key: tensor for key, tensor in network.tensors.items() if key.startswith(f"{head}.")}
     weight, bias = (own.get(f"{head}.{leaf}") for leaf in ("weight", "bias"))
     complete = weight is not None and bias is not None
-    if complete and not _reads_other_features(network.tensors, weight, bias):
+    if complete and not _is_other_layer(network.tensors, weight, bias):
         return network, []
     body = {key: tensor for key, tensor in network.tensors.items() if key not in own}
     left_out = [*network.left_out, *(network.keys[key] for key in own)]
@@ -118,13 +125,15 @@ def without_unusable_head(network: Network) -> tuple[Network, list[str]]:
     return network._replace(tensors=body, left_out=left_out), [note]
 
 
-def _reads_other_features(tensors: Mapping[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Returns whether a well-formed head reads another number of features than the last stage has."""
+def _is_other_layer(tensors: Mapping[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Returns whether the head is a convolution, or a well-formed dense layer on another number of features."""
     assert weight is not None
     assert bias is not None
     last = [key for key in tensors if key.startswith("layer4.") and key.endswith(".running_mean")]
     features = {tensors[key].shape for key in last if ".downsample." in key}
     shape = weight.shape
+    if len(shape) == 4:  # a convolution
+        return True
     return len(shape) == 2 and bias.shape == shape[:1] != (0,) and features not in ({shape[1:]}, set())
 
 

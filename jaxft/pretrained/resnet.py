@@ -29,14 +29,23 @@ _HUGGING_FACE = {
 }
 _HUGGING_FACE_ANCHOR = "encoder.stages.{}.layers.0.layer.0.convolution.weight"
 
-# torch.nn.Sequential(*resnet.children()), as lightly, fastai and many loops save a backbone: 2, 3, 8 have no weights.
-_SEQUENTIAL = {"0": "conv1", "1": "bn1"} | {rf"{3 + stage}\.(.+)": rf"layer{stage}.\1" for stage in range(1, 5)}
+# The shortcut's name in github.com/kuangliu/pytorch-cifar and SupContrast, whose ResNets have `stem=small`.
+_SHORTCUT = {r"(layer\d\.\d+)\.shortcut\.([01])": r"\1.downsample.\2"}
+
+
+def _sequential(before: int) -> dict[str, str]:
+    """Returns the names of torch.nn.Sequential(*resnet.children()), as lightly, fastai and many loops save a backbone.
+
+    before: modules before the first stage, less one. With a small stem (SimCLR on CIFAR) there is no max-pool.
+    """
+    return {"0": "conv1", "1": "bn1"} | {rf"{before + stage}\.(.+)": rf"layer{stage}.\1" for stage in range(1, 5)}
+
 
 _STAGES = range(1, 5)
 RESNET = Family(
     name="ResNet",
     namings=(
-        Naming("torchvision", tuple(f"layer{stage}.0.conv1.weight" for stage in _STAGES)),
+        Naming("torchvision", tuple(f"layer{stage}.0.conv1.weight" for stage in _STAGES), _SHORTCUT),
         Naming(
             "Hugging Face's ResNetForImageClassification",
             tuple(f"resnet.{_HUGGING_FACE_ANCHOR.format(stage - 1)}" for stage in _STAGES),
@@ -47,7 +56,12 @@ RESNET = Family(
             tuple(_HUGGING_FACE_ANCHOR.format(stage - 1) for stage in _STAGES),
             _HUGGING_FACE,
         ),
-        Naming("torch.nn.Sequential", tuple(f"{3 + stage}.0.conv1.weight" for stage in _STAGES), _SEQUENTIAL),
+        Naming("torch.nn.Sequential", tuple(f"{3 + stage}.0.conv1.weight" for stage in _STAGES), _sequential(3)),
+        Naming(  # module 3 has no weights in the one before
+            "torch.nn.Sequential without max-pool",
+            ("3.0.conv1.weight", "3.0.bn1.weight", "3.0.conv2.weight", "3.0.bn2.weight"),
+            _sequential(2),
+        ),
     ),
     # Layers between these change what the network computes: they are not left out as a projection head is.
     body=r"((conv|bn|norm|layer|stage|stem|root|downsample|se|sa|ca|cbam|attn|attnpool)[\d_]*|fc|encoder|embedder|[0-7])\.",

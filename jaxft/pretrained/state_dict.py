@@ -1,7 +1,7 @@
-"""Finds networks in a checkpoint: the dicts that wrap them, and the prefix of their keys. Knows no family.
+"""Finds networks in a checkpoint: the dicts around them, and the prefix of their keys.
 
-A family says under which keys its networks can be recognised (`Naming.anchors`); what precedes such a key is the
-prefix. So `_orig_mod.module.`, `student.backbone.` and prefixes that nobody has seen yet are found alike.
+A family names keys by which its networks can be recognised (`Naming.anchors`); the part before such a key is the
+prefix. So `_orig_mod.module.`, `student.backbone.` and any other prefix are found alike.
 """
 
 import re
@@ -14,13 +14,29 @@ from typing import Any, NamedTuple
 from jaxft.errors import UserError, shortened
 from jaxft.pretrained.unpickle import Foreign, Tensor, children
 
-# Components of a name that DataParallel, torch.compile and FSDP add, and those that say nothing about the network.
-WRAPPING = frozenset({"module", "_orig_mod", "_forward_module"})
+# Components of keys that torch.compile, FSDP, activation checkpointing and Fabric insert before or inside a network,
+# that DataParallel puts before it, and those that do not distinguish networks.
+_INSERTED = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+WRAPPING = frozenset({"module"})
 TRANSPARENT = WRAPPING | frozenset({"model", "net", "network", "state_dict"})
 AVERAGES = re.compile(r"(^|_)(ema|swa|averaged?|avg|shadow)(_|$)", re.IGNORECASE)
 MAX_DEPTH = 5  # of dicts around a state_dict
-MAX_NETWORKS = 16  # that a checkpoint may hold; each is searched for in all keys of its dict
-MAX_KEY = 1000  # characters
+MAX_NETWORKS = 16  # networks of a checkpoint that are considered; each takes a pass over all keys of its dict
+_SAVE = "torch.save(model.state_dict(), FILE)"
+_SAVE_FLOATS = "torch.save(model.float().state_dict(), FILE)"
+_REBUILT = {  # torch/_utils.py: functions in pickles -> what they make
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, which has no numbers",
+    "torch._utils._rebuild_tensor_v3": "a tensor of a dtype such as float8",
+}
+# Pattern of keys whose tensors are only parts of a layer's weight -> how to merge them.
+_PARTS = {
+    r"\.parametrizations\.": "torch.nn.utils.parametrize.remove_parametrizations",
+    r"\.weight_(orig|mask)$": "torch.nn.utils.prune.remove or remove_spectral_norm",
+    r"\.weight_[gv]$": "torch.nn.utils.remove_weight_norm",
+    r"\.(base_layer|lora_\w+)\.": "merge_and_unload of PEFT",
+}
 UNPREFIXED = "."  # names a network that is not in a dict of its own and has no prefix
 
 
@@ -33,7 +49,7 @@ class Naming(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What has to be known of a family of networks to find it in a checkpoint."""
+    """A family of networks: how to find one in a checkpoint, and how to tell it from other families."""
 
     name: str
     namings: tuple[Naming, ...]
@@ -51,7 +67,7 @@ class Network(NamedTuple):
     prefix: str
     tensors: dict[str, Tensor]  # by the family's own names, without the prefix
     keys: dict[str, str]  # the family's own name -> the key in the file
-    left_out: list[str]  # other keys of the same dict, as they may be shown
+    left_out: list[Any]  # other keys of the same dict; in a chosen network, as they may be shown
     problem: str  # why it cannot be read, or ''
 
     @property
@@ -71,7 +87,9 @@ def kind_of(value: Any) -> str:
         if value.name.endswith("multiarray._reconstruct"):
             return "a NumPy array"
         if value.name.endswith("Storage"):
-            return f"a tensor of {printable(value.name)}"
+            return f"a tensor of {printable(value.name.removesuffix('Storage'))}"
+        if value.name in _REBUILT:
+            return _REBUILT[value.name]
         return f"an object of {printable(value.name)}"
     name = type(value).__name__
     return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
@@ -83,7 +101,7 @@ def shown_key(key: Any) -> str:
 
 
 def summarised(keys: Sequence[str], shown: int = 3) -> str:
-    """Groups keys by their first telling component: 'module.queue, module.encoder_k.* (4) and 2 more'."""
+    """Groups keys by their first component that is not in TRANSPARENT: 'module.queue, module.encoder_k.* (4)'."""
     counts: Counter[str] = Counter()
     for key in keys:
         parts = key.split(".")
@@ -120,7 +138,10 @@ def largest(content: Any) -> dict[Any, Any] | None:
 
 
 def find_networks(content: Any, families: Sequence[Family]) -> list[Network]:
-    """Returns the networks of known families in a checkpoint. A part of one counts only if there is no whole one."""
+    """Returns the networks of known families in a checkpoint; incomplete ones only if there is no complete one.
+
+    A network that was saved under two names is found twice; `distinct` drops the second.
+    """
     found = [
         (anchors, place, wrappers, table)
         for wrappers, table in tables(content)
@@ -128,9 +149,11 @@ def find_networks(content: Any, families: Sequence[Family]) -> list[Network]:
     ]
     most = max((anchors for anchors, *_ in found), default=0)
     networks = []
+    plain: dict[Any, str] = {}  # keys without what _INSERTED matches, for all networks of a dict
     for _, (i, j, prefix), wrappers, table in [entry for entry in found if entry[0] == most][:MAX_NETWORKS]:
-        networks.append(_network(families[i], families[i].namings[j], wrappers, prefix, table))
-    return _distinct(networks)
+        plain |= {key: _INSERTED.sub("", key) for key in table if type(key) is str and key not in plain}
+        networks.append(_network(families[i], families[i].namings[j], wrappers, prefix, table, plain))
+    return networks
 
 
 def _anchored(table: Mapping[Any, Any], families: Sequence[Family]) -> Counter[tuple[int, int, str]]:
@@ -144,7 +167,7 @@ def _anchored(table: Mapping[Any, Any], families: Sequence[Family]) -> Counter[t
     endings = tuple(anchor for anchor, _, _ in anchors)
     counts: Counter[tuple[int, int, str]] = Counter()
     for key in table:
-        if type(key) is not str or len(key) > MAX_KEY or not key.endswith(endings):
+        if type(key) is not str or not (key := _INSERTED.sub("", key)).endswith(endings):
             continue
         for anchor, i, j in anchors:
             prefix = key.removesuffix(anchor)
@@ -155,7 +178,12 @@ def _anchored(table: Mapping[Any, Any], families: Sequence[Family]) -> Counter[t
 
 
 def _network(
-    family: Family, naming: Naming, wrappers: tuple[str, ...], prefix: str, table: Mapping[Any, Any]
+    family: Family,
+    naming: Naming,
+    wrappers: tuple[str, ...],
+    prefix: str,
+    table: Mapping[Any, Any],
+    plain: Mapping[Any, str],
 ) -> Network:
     """Splits a dict into the network's tensors, by the family's own names, and other keys."""
     tensors: dict[str, Tensor] = {}
@@ -163,29 +191,32 @@ def _network(
     left_out: list[Any] = []
     problem = ""
     for key, value in table.items():
-        name = _own_name(key, prefix, naming)
+        name = _own_name(plain.get(key), prefix, naming)
         if name is None or not re.match(family.body, name):
             left_out.append(key)
         elif name in keys:
             problem = f"it holds {name} twice, as {printable(keys[name])} and {printable(key)}; delete one"
         elif not isinstance(value, Tensor):
-            problem = f"its entry {shown_key(key)!r} is {kind_of(value)}, not a tensor"
+            if value is None or name.startswith(f"{family.head}."):  # a head is not needed, nor a layer without state
+                left_out.append(key)
+            else:
+                problem = f"its entry {shown_key(key)!r} is {kind_of(value)}, not a plain tensor; {_SAVE_FLOATS}"
         else:
             tensors[name], keys[name] = value, key
-    own = {_untransparent(key): name for name, key in keys.items()}
+    own = {_untransparent(plain[key]): name for name, key in keys.items()}
     for key in left_out:
-        if type(key) is str and (name := own.get(_untransparent(key))):
+        if key in plain and (name := own.get(_untransparent(plain[key]))):
             problem = f"it holds {name} twice, as {printable(keys[name])} and {printable(key)}; delete one"
-    return Network(family, naming, wrappers, prefix, tensors, keys, [shown_key(key) for key in left_out], problem)
+    return Network(family, naming, wrappers, prefix, tensors, keys, left_out, problem)
 
 
 def _untransparent(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in TRANSPARENT)
 
 
-def _own_name(key: Any, prefix: str, naming: Naming) -> str | None:
+def _own_name(key: str | None, prefix: str, naming: Naming) -> str | None:
     """Returns the family's own name for a key; None for a key without the prefix."""
-    if type(key) is not str or not key.startswith(prefix):
+    if key is None or not key.startswith(prefix):
         return None
     key = key[len(prefix) :]
     for pattern, name in naming.renamed.items():
@@ -195,13 +226,13 @@ def _own_name(key: Any, prefix: str, naming: Naming) -> str | None:
     return key
 
 
-def _distinct(networks: Sequence[Network]) -> list[Network]:
-    """Drops networks whose tensors are another's, as if an object was saved under two names."""
-    distinct: list[Network] = []
+def distinct(networks: Sequence[Network]) -> list[Network]:
+    """Drops networks that share their tensors with an earlier one, as when an object was saved under two names."""
+    kept: list[Network] = []
     for network in networks:
-        if all(network.tensors != other.tensors for other in distinct):
-            distinct.append(network)
-    return distinct
+        if all(network.tensors != other.tensors for other in kept):
+            kept.append(network)
+    return kept
 
 
 def names_of(networks: Sequence[Network]) -> list[str]:
@@ -217,13 +248,15 @@ def names_of(networks: Sequence[Network]) -> list[str]:
 def choose(networks: Sequence[Network], path: object, name: str = "") -> Network:
     """Returns the network called `name`, or the only one that is not an average of weights.
 
-    Raises UserError if there is none such or several.
+    Raises UserError if there is none, or several.
     """
+    everywhere, networks = networks, distinct(networks)
     names = [printable(name) for name in names_of(networks)]
     listed = shortened([repr(name) for name in names], 6)
     if name:
         called = [network for i, network in enumerate(networks) if name in (names[i], ".".join(network.components))]
-        called = called or [network for network in networks if _is_part(name.split("."), network.components)]
+        parts = _INSERTED.sub("", f"{name}.").rstrip(".").split(".")
+        called = called or distinct([network for network in everywhere if _is_part(parts, network.components)])
         if not called:
             has = f"it has {listed}" if len(networks) > 1 else f"it holds one, which {path} selects"
             raise UserError(f"{path} has no network {printable(name)!r}; {has}")
@@ -240,11 +273,11 @@ def choose(networks: Sequence[Network], path: object, name: str = "") -> Network
     (network,) = networks
     if network.problem:
         raise UserError(f"{path} is refused: {network.problem}")
-    return network
+    return network._replace(left_out=[shown_key(key) for key in network.left_out])
 
 
 def is_average(network: Network) -> bool:
-    """Returns whether the network is named as a moving average of weights is."""
+    """Returns whether the network's name is that of a moving average of weights (EMA, SWA)."""
     return any(AVERAGES.search(part) for part in network.components)
 
 
@@ -266,6 +299,8 @@ def unknown(content: Any, families: Sequence[Family]) -> str:
     if found is None:
         return without_tensors(content)
     keys = [key for key in found if type(key) is str]
+    if not keys:
+        return f"its tensors have {kind_of(next(iter(found)))} as key, not text, as in a list; {_SAVE}"
     for family in families:
         if reason := other_family(family, keys):
             return f"it is not a {family.name} that jaxft knows: {reason}"
@@ -281,21 +316,28 @@ def other_family(family: Family, keys: Collection[str]) -> str | None:
     return None
 
 
+def unmerged(keys: Collection[str]) -> str | None:
+    """Returns how to merge weights that are saved in parts (pruned, normalised, with LoRA), or None."""
+    for pattern, function in _PARTS.items():
+        if key := next((key for key in keys if re.search(pattern, key)), None):
+            return f"it holds a layer's weight in parts ({printable(key)}); merge them before saving, by {function}"
+    return None
+
+
 def without_tensors(content: Any) -> str:
     """Returns why a checkpoint without tensors holds no network."""
-    save = "torch.save(model.state_dict(), FILE)"
     if isinstance(content, Foreign):
-        return f"it is a pickled {printable(content.name)}, whose code jaxft does not run; {save} instead"
+        return f"it is a pickled {printable(content.name)}, whose code jaxft does not run; {_SAVE} instead"
     if isinstance(content, Tensor):
-        return f"it holds one tensor, not a state_dict; {save}"
+        return f"it holds one tensor, not a state_dict; {_SAVE}"
     found = children(content)
     modules = [(key, value) for key, value in found.items() if isinstance(value, Foreign) and value.attributes]
     modules.sort(key=lambda item: "_modules" not in (item[1].attributes or {}))
     if modules:
         key, module = modules[0]
-        return f"its entry {shown_key(key)!r} is {kind_of(module)}, not a state_dict; {save} instead"
+        return f"its entry {shown_key(key)!r} is {kind_of(module)}, not a state_dict; {_SAVE} instead"
     if not found:
-        return f"it holds {kind_of(content)}{' without entries' if type(content) in (dict, list) else ''}; {save}"
+        return f"it holds {kind_of(content)}{' without entries' if type(content) in (dict, list) else ''}; {_SAVE}"
     entries = [f"{shown_key(key)!r} is {kind_of(value)}" for key, value in islice(found.items(), 3)]
     entries += [""] * (len(found) - len(entries))  # counted only
-    return f"it holds {kind_of(content)} without tensors: {shortened(entries)}; {save}"
+    return f"it holds {kind_of(content)} without tensors: {shortened(entries)}; {_SAVE}"

@@ -21,7 +21,7 @@ from jaxft.errors import UserError
 from jaxft.files import atomic_write, open_regular, reason
 from jaxft.pretrained import formats
 from jaxft.pretrained.state_dict import kind_of, largest, printable, without_tensors
-from jaxft.pretrained.unpickle import STORAGES, Foreign, RefusedError, Tensor, Unpickler
+from jaxft.pretrained.unpickle import MAX_KEY, STORAGES, Foreign, RefusedError, Tensor, Unpickler
 
 TORCHVISION_FILES = "https://download.pytorch.org/models/ (resnet50-0676ba61.pth)"
 MOST_GROWTH = 10  # bytes of tensors per byte of their file, so that a small file cannot fill the memory
@@ -38,7 +38,7 @@ _Read = Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]]
 
 
 class TensorFile(NamedTuple):
-    """An open weights file, whose content is known and whose tensors are read when they are asked for."""
+    """An open weights file. Its structure has been read; its tensors are read on demand."""
 
     format: str
     content: Any  # nested containers with Tensor and Foreign in them
@@ -89,7 +89,7 @@ def open_weights(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _translated(path: Path, kind: str) -> Iterator[None]:
-    """Turns whatever a damaged or unsuitable file raises into a UserError."""
+    """Turns any exception about a damaged or unsuitable file into a UserError."""
     try:
         yield
     except RefusedError as error:
@@ -104,7 +104,7 @@ def _translated(path: Path, kind: str) -> Iterator[None]:
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Returns {key: array} of a file's state_dict: of its dict that holds the most tensors.
+    """Returns {key: array} of a file's state_dict, the dict that holds the most tensors.
 
     Raises UserError if the file is missing, damaged or holds something else.
     """
@@ -146,7 +146,7 @@ def _open_zip(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, str], _Rea
 
 
 class _Bounded:
-    """The beginning of a file, which does not allocate memory for a wrong length."""
+    """The beginning of a file. Reading with a wrong length from the file does not allocate that much memory."""
 
     def __init__(self, file: IO[bytes], end: int) -> None:
         self._file, self._end = file, end
@@ -168,7 +168,9 @@ def _open_legacy(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, str], _
     pickles, unpickler = _Bounded(file, min(size, MAX_PICKLE)), Unpickler()
     magic = unpickler.load(pickles)
     if type(magic) is not int or magic != _LEGACY_MAGIC:
-        raise RefusedError(f"it is a pickle of {kind_of(magic)} that torch.save did not write")
+        raise RefusedError(
+            f"it is a pickle of {kind_of(magic)} that torch.save did not write; torch.save(model.state_dict(), FILE)"
+        )
     _, machine, content, keys = (unpickler.load(pickles) for _ in range(4))
     if type(machine) is dict and machine.get("little_endian") is False:
         raise RefusedError("it was written on a big-endian machine")
@@ -198,10 +200,12 @@ def _open_safetensors(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, st
     opened = safe_open(path, "np")
     content: dict[str, Any] = {}
     for key in opened.keys():  # noqa: SIM118 - not a dict
+        if len(key) > MAX_KEY:
+            raise RefusedError(f"the name of one of its tensors has {len(key):,} characters")
         part = opened.get_slice(key)
         dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
         shape = tuple(part.get_shape())
-        content[key] = Foreign(part.get_dtype()) if dtype is None else Tensor(np.dtype(dtype), shape, key)
+        content[key] = Foreign(f"{part.get_dtype()}Storage") if dtype is None else Tensor(np.dtype(dtype), shape, key)
 
     def read(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         return {key: opened.get_tensor(tensor.storage) for key, tensor in tensors.items()}
@@ -220,7 +224,7 @@ def _array(tensor: Tensor, data: bytes) -> np.ndarray:
     storage = np.frombuffer(data, tensor.dtype)
     count = math.prod(tensor.shape)
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if count and not (tensor.offset <= last < len(storage) and count <= len(storage)):
+    if count and not tensor.offset <= last < len(storage):
         raise ValueError("a tensor reaches outside its storage")
     if not count:
         return np.empty(tensor.shape, tensor.dtype)
@@ -242,11 +246,11 @@ def write_tensors(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
             else:
                 _write_zip(file, tensors)
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL
-        raise UserError(f"{path} cannot be written: {error}") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}; name another file") from None
 
 
 def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes an open file, which keeps its permissions: the library replaces it by one that only its owner can read."""
+    """Writes tensors to an open file and keeps its permissions, which the library would restrict to the owner."""
     mode = os.fstat(file.fileno()).st_mode & 0o777
     safetensors.numpy.save_file(tensors, file.name, metadata)
     Path(file.name).chmod(mode)

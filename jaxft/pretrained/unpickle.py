@@ -25,12 +25,13 @@ STORAGES = {  # torch's storage classes of the dtypes that weights have
 }
 MAX_OPERATIONS = 1_000_000  # of a pickle; a ResNet-152 with Adam's state has 50,000
 _MAX_AXES = 16
+MAX_KEY = 1000  # characters; no tensor has a longer name
 _LARGEST = 2**62  # of any size, offset or stride
-_SIMPLE_KEYS = (str, bytes, bool, float, type(None))  # hashed in constant time, or once
+_SIMPLE_KEYS = (str, bool, float, type(None))
 
 
 class RefusedError(Exception):
-    """The file holds something that a weights file does not need."""
+    """The file holds something that no weights file needs."""
 
 
 class Tensor(NamedTuple):
@@ -44,7 +45,7 @@ class Tensor(NamedTuple):
 
 
 class Foreign:
-    """Stands for an object of any other class, or for the class itself. It has no behaviour."""
+    """A stand-in for an object of any other class, or for the class itself. It has no behaviour."""
 
     __slots__ = ("attributes", "items", "name")
 
@@ -237,7 +238,7 @@ class Unpickler:
             self._stack[-1].attributes = state
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """Returns what a known function of torch or collections returns, or a stand-in: nothing is called."""
+        """Returns the result of a known function of torch or collections, or a stand-in. Nothing is called."""
         if not isinstance(function, Foreign) or type(arguments) is not tuple:
             raise ValueError("something that is not a function is called")
         name = function.name
@@ -247,6 +248,8 @@ class Unpickler:
             return _tensor(*arguments[:4])
         if name in _PARAMETERS and arguments:
             return arguments[0]
+        if name == "_codecs.encode" and arguments and type(arguments[0]) is str:
+            return arguments[0]  # how protocol 2 writes bytes, which _hashable explains
         if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:  # a tensor that has attributes
             inner, _, inner_arguments, _ = arguments
             if isinstance(inner, Foreign) and inner.name != name:
@@ -264,9 +267,9 @@ class Unpickler:
         return {_hashable(key): value for key, value in pairs}
 
     def _persistent(self, _: Any) -> None:
-        """Pushes what a persistent id stands for.
+        """Replaces a persistent id by the object that it stands for.
 
-        It is ("storage", class, key, location, number of elements, ...), or ("module", class, file, source code).
+        The id is ("storage", class, key, location, number of elements, ...) or ("module", class, file, source code).
         """
         pid = self._stack.pop()
         if type(pid) is tuple and len(pid) == 4 and type(pid[0]) is str and pid[0] == "module":
@@ -289,7 +292,14 @@ class Unpickler:
 
 
 def _hashable(key: Any) -> Any:
-    """Returns the key, or a stand-in for one whose hash could take long, such as a nested tuple."""
+    """Returns the key, or a stand-in for one that could take long to hash or search, such as a nested tuple.
+
+    Bytes become text: they are the text of a pickle of Python 2 that was loaded with encoding="bytes".
+    """
+    if type(key) in (str, bytes) and len(key) > MAX_KEY:
+        return Foreign(type(key).__name__)
+    if type(key) is bytes:
+        return key.decode("latin-1")
     if type(key) in _SIMPLE_KEYS or (type(key) is int and abs(key) < _LARGEST):
         return key
     return key if isinstance(key, Foreign) else Foreign(type(key).__name__)

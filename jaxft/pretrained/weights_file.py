@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
 from jaxft.errors import UserError, shortened
-from jaxft.files import atomic_write
+from jaxft.files import atomic_write, reason
 from jaxft.models.partition import abstract_variables
 from jaxft.models.resnet import ARCHITECTURES, STEMS, ResNet
 from jaxft.pretrained.state_dict import printable
@@ -96,7 +96,7 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | N
                 raise ValueError(f"{key} is {printable(json.dumps(provenance[key]), 40)}")
         model_of(provenance)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or from a newer jaxft: its metadata is wrong at {error}") from None
+        raise UserError(f"{path} is damaged or from a newer jaxft: its metadata is wrong: {error}") from None
     defaults: dict[str, Any] = {"width": 64, "stem": "imagenet", "num_classes": 1000, "source": path.name}
     provenance = defaults | provenance
     provenance["source"] = printable(provenance["source"], 200)  # shown when a run starts
@@ -119,7 +119,7 @@ def read_jaxft_file(path: Path, file: TensorFile, provenance: dict[str, Any], ar
     tensors = file.load(file.content)
     checksum = file.metadata.get(CHECKSUM)
     if checksum is not None and checksum != _checksum(tensors, file.metadata["jaxft"]):
-        raise UserError(f"{path} is damaged: its tensors or its metadata do not have its checksum; fetch it again")
+        raise UserError(f"{path} is damaged: its tensors or its metadata do not match its checksum; fetch it again")
     check_values(path, tensors)
     return Weights(unflatten_dict(tensors, sep="/"), provenance)
 
@@ -137,7 +137,7 @@ def write_weights(path: str | Path, weights: Weights) -> None:
         with atomic_write(path) as file:
             write_safetensors(file, tensors, metadata)
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with NUL
-        raise UserError(f"{path} cannot be written: {error}") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}; name another file") from None
 
 
 def _checksum(tensors: Mapping[str, np.ndarray], provenance: str) -> str:
@@ -162,7 +162,7 @@ def _are_numbers(value: Any, least: float) -> bool:
     )
 
 
-# What the values of the provenance that jaxft reads must be.
+# Checks of the values in the provenance that jaxft reads.
 _VALID: dict[str, Callable[[Any], bool]] = {
     "arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
     "width": lambda value: _is_count(value, 1, 1 << 16),

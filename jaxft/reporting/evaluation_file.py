@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -146,7 +147,7 @@ def _write(path: Path, arrays: dict[str, Any]) -> None:
 def load_run(workdir: Workdir) -> Run:
     """Loads the files that training wrote. Raises UserError if no epoch is finished or a file is damaged."""
     path = workdir.evaluation
-    remedy = "the next epoch writes it again, or train in another workdir"
+    remedy = "put it back (a run that is not finished writes it again), or train in another workdir"
     try:
         with open_regular(path) as file, np.load(file) as arrays:
             run = _parse(workdir, dict(arrays))
@@ -155,7 +156,8 @@ def load_run(workdir: Workdir) -> Run:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}; {remedy}") from None
     except Exception as error:  # NumPy and zipfile raise exceptions of any type for damaged files
-        raise UserError(f"{path} is damaged ({error or type(error).__name__}); {remedy}") from None
+        cause = (error or type(error).__name__) if zipfile.is_zipfile(path) else "it is not an npz file"
+        raise UserError(f"{path} is damaged ({cause}); {remedy}") from None
     _check_run(run, remedy)
     run = run._replace(rows=read_lines(workdir.metrics, ALL_KEYS))
     if not run.split("eval"):

@@ -1,13 +1,9 @@
 """The report of a run: one HTML file that needs no network, drawn from DIR/evaluation.npz and DIR/metrics.jsonl."""
 
 import base64
-import csv
 import io
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +14,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxft.config import default_config, flatten
-from jaxft.data.dataset import Dataset
-from jaxft.data.datasets import shared_images
-from jaxft.errors import write_message
-from jaxft.files import atomic_write, read_regular, reason
+from jaxft.files import atomic_write, read_regular
 from jaxft.reporting import charts
-from jaxft.reporting.evaluation_file import (
-    THUMBNAIL,
-    Run,
-    image_name,
-    image_path,
-    load_run,
-    printable,
-    ranked_mistakes,
-    write_divergence,
-    write_evaluation,
-)
-from jaxft.reporting.sheet_image import draw_sheet
-from jaxft.run.checkpoints import NotFiniteError
+from jaxft.reporting.evaluation_file import Run, printable
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import (
     CALIBRATION_BINS,
-    Predictions,
     calibration,
     confusion_matrix,
     evaluation_summary,
@@ -48,110 +28,7 @@ from jaxft.targets.classification import (
 from jaxft.training.optimizer import learning_rate_schedule
 
 CONFUSIONS = 8  # listed
-SHEET = (4, 8)  # rows and columns of augmented images
-DRAWN_EVERY = 60  # seconds of training and evaluation
 CURVE_POINTS = 60  # at most; a curve with more rows shows their means
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """Keeps a run's report up to date during training. A file that cannot be written never ends the training."""
-
-    workdir: Workdir
-    info: dict[str, Any]  # stored with each checkpoint
-    train_data: Dataset
-    test_data: Dataset
-    features_seconds: float = 0.0  # time spent on computing a frozen backbone's features
-
-    def update(self, predictions: Predictions) -> None:
-        """Writes DIR/evaluation.npz and the list of images to check after an epoch.
-
-        Draws the report at most once a minute and after the last epoch.
-        """
-        with self._failures(self.workdir.evaluation):
-            shared = [
-                (image_name(self.test_data, test, self._splits[0]), image_name(self.train_data, train, self._splits[1]))
-                for test, train in self._shared.items()
-            ]
-            write_evaluation(self.workdir, self.info, self.test_data, predictions, shared, self.features_seconds)
-            with self._failures(self.workdir.to_check):
-                self._write_list(predictions)
-            run = load_run(self.workdir)
-            if _is_due(run):
-                with self._failures(self.workdir.sheet):
-                    _write_sheet(run, self.train_data)
-                with self._failures(self.workdir.report):
-                    write_page(self.workdir.report, render(run))
-
-    @contextmanager
-    def divergence(self) -> Iterator[None]:
-        """Draws the report once more if the loss becomes NaN or infinite, unless no epoch has finished."""
-        try:
-            yield
-        except NotFiniteError as error:
-            if self.workdir.evaluation.exists():
-                with self._failures(self.workdir.report):
-                    run = write_divergence(load_run(self.workdir), error.step)
-                    write_page(self.workdir.report, render(run))
-            raise
-
-    @cached_property
-    def _shared(self) -> dict[int, int]:
-        """The test images that are also trained on: position in the test split to position in the training split."""
-        return shared_images(self.train_data, self.test_data)
-
-    @property
-    def _splits(self) -> tuple[str, str]:
-        """The names of the test split and the training split."""
-        data = self.info["config"]["data"]
-        return data["eval_split"], data["train_split"]
-
-    def _write_list(self, predictions: Predictions) -> None:
-        """Writes DIR/images_to_check.csv: all mistakes, the most confident first, and the images in both splits."""
-        names, (test_split, train_split) = self.info["class_names"], self._splits
-        file = io.StringIO()
-        rows = csv.writer(file)
-        rows.writerow(["reason", "file", "class", "predicted", "confidence", "training_file"])
-
-        def described(index: int) -> list[Any]:
-            classes = [names[array[index]] for array in (predictions.label, predictions.predicted)]
-            return [*classes, f"{predictions.confidence[index]:.4f}"]
-
-        for index in ranked_mistakes(predictions).tolist():
-            rows.writerow(["mistake", image_path(self.test_data, index, test_split), *described(index), ""])
-        for index, other in self._shared.items():
-            path = image_path(self.test_data, index, test_split)
-            also = image_path(self.train_data, other, train_split)
-            rows.writerow(["also trained on", path, *described(index), also])
-        with atomic_write(self.workdir.to_check) as out:
-            out.write(file.getvalue().encode(errors="surrogateescape"))  # names that are not UTF-8 keep their bytes
-
-    @contextmanager
-    def _failures(self, path: Path) -> Iterator[None]:
-        """Reports on stderr that a file could not be written."""
-        try:
-            yield
-        except Exception as error:  # also a bug in drawing: it must not cost the run
-            cause = reason(error) or type(error).__name__
-            text = " ".join(f"the report in {self.workdir.path} could not be written: {path.name}: {cause}".split())
-            write_message(f"\n{text}")
-
-
-def _is_due(run: Run) -> bool:
-    """Returns whether the latest epoch is the last or completed another DRAWN_EVERY seconds. Drawing takes 0.5 s."""
-    before = sum(row["seconds"] for row in run.rows if row["epoch"] < run.epoch)
-    after = sum(row["seconds"] for row in run.rows)
-    return run.epoch == run.config.num_epochs or before // DRAWN_EVERY < after // DRAWN_EVERY
-
-
-def _write_sheet(run: Run, train_data: Dataset) -> None:
-    """Writes DIR/sheet.jpg once, if the run augments its images."""
-    if run.config.augment == default_config().augment or read_sheet(run.workdir):
-        return
-    sheet = Image.fromarray(draw_sheet(run.config, train_data, *SHEET))
-    sheet.thumbnail((SHEET[1] * THUMBNAIL, SHEET[0] * THUMBNAIL))
-    with atomic_write(run.workdir.sheet) as file:
-        sheet.save(file, "JPEG", quality=85)
 
 
 def read_sheet(workdir: Workdir) -> bytes:

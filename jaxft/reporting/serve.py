@@ -143,10 +143,10 @@ class _CheckHost:
         host, origin = headers.get("host", ""), headers.get("origin")
         allowed = self._names | {_normal(str(server[0])) for server in [scope["server"]] if server}
         if _name_of(host) not in allowed:
-            reason = f"the host '{_printable(host)}' is not allowed; --allow_host NAME allows it"
+            reason = f"the host '{printable(host[:100])}' is not allowed; --allow_host NAME allows it"
             app = _refusal(RefusedError(400, reason))
         elif origin is not None and _name_of(urlsplit(origin).netloc) not in allowed:
-            reason = f"pages of '{_printable(origin)}' are not allowed; --allow_host NAME allows them"
+            reason = f"pages of '{printable(origin[:100])}' are not allowed; --allow_host NAME allows them"
             app = _refusal(RefusedError(403, reason))
         await app(scope, receive, send)
 
@@ -257,10 +257,6 @@ async def _report_bug(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "a bug in jaxft; its traceback is in the server's output"}, 500)
 
 
-def _printable(text: str) -> str:
-    return printable(text[:100])
-
-
 def _inline_hash(page: str, element: str) -> str:
     """Returns the hash of the page's inline style or script, for its Content-Security-Policy."""
     match = re.search(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
@@ -282,7 +278,7 @@ def listen(host: str, port: int) -> socket.socket:
     except socket.gaierror as error:
         raise UserError(f"--host '{host}' is not known ({error.strerror}); give an address of this machine") from None
     except (UnicodeError, ValueError) as error:
-        raise UserError(f"--host '{_printable(host)}' is not a host name ({error})") from None
+        raise UserError(f"--host '{printable(host[:100])}' is not a host name ({error})") from None
     except OSError as error:
         cause = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"cannot listen on {host}:{port} ({cause}); try another --port or --host") from None

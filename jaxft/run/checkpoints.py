@@ -172,9 +172,10 @@ class Checkpoints:
 
     def _report_failure(self, error: Exception) -> None:
         remaining = f"checkpoint {self.steps()[-1]} stays" if self.steps() else "there is none yet"
+        number = _os_error(error)
+        cause = os.strerror(number) if number else " ".join(str(error).split())[:150]
         write_message(
-            f"\ncheckpoint {self._saving} could not be written ({' '.join(str(error).split())[:150]}); {remaining}; "
-            "trying again at the next"
+            f"\ncheckpoint {self._saving} could not be written ({cause}); {remaining}; trying again at the next"
         )
         self._saving = None
         for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):  # to make room
@@ -315,14 +316,14 @@ class Checkpoints:
         if saved and (difference := self._workdir.other_run(saved)):
             raise DamagedCheckpointError(
                 f"checkpoint {step} in {self.directory} is of another run ({difference})",
-                f"move it away, or {self._remedy(step)}",
+                f"put the run's {self._workdir.config.name} back or move the checkpoint away, or {self._remedy(step)}",
             )
 
     def _check_step(self, step: int, saved: int) -> None:
         if saved != step:
             raise DamagedCheckpointError(
                 f"{self.directory / str(step)} is not checkpoint {step} but {saved}",
-                f"rename it to {saved}, or resume with {NEWEST_GOOD}",
+                f"{'remove it' if saved in self.steps() else f'rename it to {saved}'}, or resume with {NEWEST_GOOD}",
             )
 
     def restore(self, step: int, abstract_state: StateT) -> StateT:

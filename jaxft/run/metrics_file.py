@@ -139,6 +139,8 @@ def _read_rows(path: Path, required: tuple[str, ...], recorded: Mapping[int, flo
         raise UserError(f"{path} cannot be read: {reason(error)}; put it back, or name another --workdir") from None
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(texts, 1):
+        if not text.strip():  # from an editor
+            continue
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):

@@ -46,7 +46,7 @@ class StopSignals:
             error.remedy = "resume with the same command"
             if self.saved_step:
                 error.remedy += f" (after step {self.saved_step})"
-        if not interrupts.is_watching():
+        if self._previous and not interrupts.is_watching():  # a run in another thread leaves the flag to the main one
             interrupts.forget()
 
     def _forward(self, number: int, frame: FrameType | None) -> None:

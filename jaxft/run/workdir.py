@@ -44,7 +44,7 @@ def local_folder(workdir: str | Path) -> Path:
         str(path.absolute()).encode()
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
-        return path
+        is_folder = True  # it will be
     except UnicodeEncodeError:
         name = shlex.quote(str(workdir).encode(errors="backslashreplace").decode())
         raise UserError(f"--workdir {name} has a name that is not UTF-8, which Orbax cannot open; rename it") from None
@@ -53,7 +53,18 @@ def local_folder(workdir: str | Path) -> Path:
         raise UserError(text) from None
     if not is_folder:
         raise UserError(f"--workdir {shlex.quote(str(workdir))} is not a folder; name another")
+    _check_not_below_checkpoints(path)
     return path
+
+
+def _check_not_below_checkpoints(path: Path) -> None:
+    """Raises UserError for a path in a run's CHECKPOINTS: a run there would be deleted with a checkpoint."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        run = Workdir(folder.parent)
+        if folder.name == CHECKPOINTS and run.config.is_file() and run.metrics.is_file():
+            name = shlex.quote(str(run.path))
+            text = f"--workdir {shlex.quote(str(path))} is inside the checkpoints of a run; name the run itself, {name}"
+            raise UserError(f"{text} (with --checkpoint STEP, if the command has it), or another folder")
 
 
 @dataclass(frozen=True)
@@ -181,10 +192,11 @@ class Workdir:
             return None
         if stored is None:
             return None
-        saved = ConfigDict(saved.to_dict() | {"num_epochs": stored.num_epochs})  # may have been raised
         differences = config_differences(stored, saved)
         if not differences:
             return None
+        if [key for key, _, _ in differences] == ["num_epochs"] and not _obstacle_to_more_epochs(saved, stored):
+            return None  # it has been raised since then
         key, there, here = differences[0]
         return f"{key} is {here!r} there and {there!r} in {self.config.name}"
 

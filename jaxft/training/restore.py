@@ -14,7 +14,7 @@ from jaxft.files import expand_user
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet, make_model
-from jaxft.run.checkpoints import Checkpoints
+from jaxft.run.checkpoints import NEWEST_GOOD, Checkpoints, DamagedCheckpointError
 from jaxft.run.metrics_file import read_accuracy
 from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
 from jaxft.run.workdir import CHECKPOINTS, METRICS, Workdir
@@ -93,6 +93,8 @@ def _contents(folder: Workdir) -> list[tuple[str, int]]:
 
 def named_after(error: UserError, key: str) -> UserError:
     """Rewords an error about --workdir for a workdir that a config key names."""
+    if isinstance(error, DamagedCheckpointError):
+        return UserError(f"{key}: {error.reason}; resume that run with {NEWEST_GOOD}, or name another --config.{key}")
     text = str(error).replace("--workdir", f"--config.{key}")
     return UserError(text if key in text else f"{key}: {text}")
 

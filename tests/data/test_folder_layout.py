@@ -59,11 +59,13 @@ def named(train: str, test: str) -> str:
         (below("training test"), "test", "it has test, training; set --config.data.train_split=training"),
         (below("train valid"), "test", "no split 'test'; it has train, valid; set --config.data.eval_split=valid"),
         (below("train Test other"), "test", "set --config.data.eval_split=Test"),
-        ([*below("train"), "test"], "test", "those directly inside have no class"),
+        ([*below("train"), "test"], "test", "of 'train', set --config.data.name=folder:{root}/train"),
         (below("data/train data/test"), "test", "set --config.data.name=folder:{root}/data"),
         (below("images"), "test", "set --config.data.name=folder:{root}/images"),
         (below("a/b/train a/b/test"), "test", "set --config.data.name=folder:{root}/a/b"),
         (below("train/cats") + below("test"), "test", "set --config.data.train_split=train/cats"),
+        (["train/images", "bus/images"], "test", f"if 'train' is a class itself, set {OVERRIDE}"),
+        (below("imagesTs imagesTr"), "test", "train_split=imagesTr --config.data.eval_split=imagesTs"),
         (below("testA trainA"), "test", named("trainA", "testA")),
         (below("train test val"), "validation", "set --config.data.eval_split=val"),
         ([*below("less"), *below("more"), "more/emu"], "test", "train_split=more --config.data.eval_split=less"),
@@ -87,6 +89,13 @@ def test_without_another_split_the_holdout_is_offered(root: Path) -> None:
         load(root)
     train, test = load(root / "train")
     assert (len(train.label), len(test.label)) == (8, 2)
+
+
+def test_a_split_whose_disk_is_missing_is_named(root: Path) -> None:
+    write(root, below("train"))
+    (root / "test").symlink_to(root / "nowhere")
+    with pytest.raises(UserError, match=r"the split 'test' of .* is a link that leads nowhere; mount its disk"):
+        load(root)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +154,7 @@ def test_a_path_without_folder_or_to_a_file_is_explained(
         datasets.load("folder:", "train")
     with pytest.raises(UserError, match=rf"begins with 'Folder:'; .* set --config\.data\.name=folder:{root}$"):
         datasets.load(f"Folder:{root}", "train")
-    with pytest.raises(UserError, match=r"names gs://bucket/photos, but only local folders are read"):
+    with pytest.raises(UserError, match=r"gs://bucket/photos is a URL, but only local folders"):
         datasets.load("folder:gs://bucket/photos", "train")
 
 

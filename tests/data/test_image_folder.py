@@ -135,6 +135,11 @@ def only(*names: str) -> Callable[[Path], None]:
     return build
 
 
+def archive_inside(root: Path) -> None:
+    root.mkdir()
+    (root / "photos.zip").touch()
+
+
 def empty_folder(root: Path) -> None:
     (root / "train" / "a").mkdir(parents=True)
 
@@ -143,6 +148,7 @@ def empty_folder(root: Path) -> None:
     ("build", "split", "part"),
     [
         (lambda root: None, "train", "there is no folder"),
+        (archive_inside, "train", "root/CLASS/*.jpg; it has 1 .zip"),
         (empty_folder, "train", "has no images in folders named by class"),
         (only("a.png"), "train", "has no images in folders named by class"),
         (only("train/a/1.png"), "train", "only one class, a"),

@@ -106,7 +106,7 @@ def test_a_folder_gives_its_weights_or_says_what_it_holds(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("address", "part"),
     [
-        ("https://example.com/a.pth", "https://example.com/a.pth is an address; only names are fetched"),
+        ("https://example.com/a.pth", "https://example.com/a.pth is a URL; only names are fetched"),
         ("https://download.pytorch.org/models/resnet18-f37072fd.pth", "the name of this one is resnet18.tv_in1k_v1"),
         ("hf://timm/a", "only names are fetched"),
         ("timm/resnet50.a1_in1", "similar names: resnet50.a1_in1k"),

@@ -64,7 +64,7 @@ def test_any_prefix_is_removed(save: Any, state: State, prefix: str) -> None:
     weights = read_weights(save({"state_dict": prefixed(prefix, state) | others, "epoch": 3}))
     for key, array in flatten_dict(read_weights(WIDTH_4).variables).items():
         np.testing.assert_array_equal(flatten_dict(weights.variables)[key], array)
-    assert weights.provenance["network"] == f"state_dict.{prefix.rstrip('.')}"
+    assert weights.provenance["network"] == f"state_dict.{prefix.replace('_orig_mod.', '').rstrip('.')}"
     assert weights.provenance["notes"] == ["left out: criterion.*, queue, n_averaged and 1 more"]
 
 
@@ -110,8 +110,45 @@ def test_one_of_several_networks_must_be_named(save: Any, state: State, wrap: An
         load_pretrained(f"{path}#nobody")
 
 
-def test_one_network_under_two_names_is_no_choice(save: Any, state: State) -> None:
-    assert first(read_weights(save({"model": state, "best": state}))) == state["conv1.weight"][0, 0, 0, 0]
+def test_one_network_under_two_names_is_no_choice_and_has_both(save: Any, state: State) -> None:
+    path = save({"model": state, "best": dict(state)})
+    for source in (str(path), f"{path}#model", f"{path}#best"):
+        assert first(load_pretrained(source)) == state["conv1.weight"][0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("layer1.", "layer1._orig_mod."),
+        ("layer1.0.", "module.layer1._fsdp_wrapped_module.0._checkpoint_wrapped_module."),
+        ("downsample", "shortcut"),  # as kuangliu's pytorch-cifar calls it
+    ],
+)
+def test_other_names_of_inner_modules_are_read(save: Any, state: State, old: str, new: str) -> None:
+    prefix, _, inner = new.partition("layer1.") if new.startswith("module.") else ("", "", "")
+    new = f"layer1.{inner}" if prefix else new
+    weights = read_weights(save({prefix + key.replace(old, new): value for key, value in state.items()}))
+    for key, array in flatten_dict(read_weights(WIDTH_4).variables).items():
+        np.testing.assert_array_equal(flatten_dict(weights.variables)[key], array)
+
+
+def test_text_of_python_2_is_read(save: Any, state: State) -> None:
+    path = save({b"state_dict": {key.encode(): value for key, value in state.items()}})
+    assert first(read_weights(path)) == state["conv1.weight"][0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("beside", "part"),
+    [
+        ({"conv1.weight": None, "conv1.weight_orig": torch.ones(1), "conv1.weight_mask": torch.ones(1)}, "prune"),
+        ({"layer1.0.conv1.parametrizations.weight.original0": torch.ones(1)}, "remove_parametrizations"),
+        ({"layer1.0.conv1.lora_A.default.weight": torch.ones(1)}, "merge_and_unload"),
+        ({"conv1.weight": torch.ones(4, 3, 7, 7).to_sparse()}, "is a sparse tensor, not a plain tensor"),
+    ],
+)
+def test_weights_in_parts_are_refused_with_the_remedy(save: Any, state: State, beside: State, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        read_weights(save(state | beside))
 
 
 def test_a_tensor_that_occurs_twice_is_refused(save: Any, state: State) -> None:
@@ -128,6 +165,8 @@ def test_a_tensor_that_occurs_twice_is_refused(save: Any, state: State) -> None:
         ({"fc.1.weight": torch.ones(10, 32), "fc.1.bias": torch.ones(10)}, "its head (fc.* (2)) is not a dense layer"),
         ({"fc.weight": torch.ones(10, 32)}, "its head (fc.*) is not a dense layer on the features"),
         ({"fc.weight": torch.ones(10, 7), "fc.bias": torch.ones(10)}, "is not a dense layer on the features"),
+        ({"fc.weight": torch.ones(10, 32, 1, 1), "fc.bias": torch.ones(10)}, "is not a dense layer on the features"),
+        ({"fc.scale": torch.ones(1), "fc._packed_params.dtype": torch.qint8}, "is not a dense layer on the features"),
         ({"projection_head.0.weight": torch.ones(3)}, "it has no head"),
     ],
 )
@@ -145,9 +184,10 @@ def test_a_network_without_a_usable_head_is_accepted(
     assert to_torch(again).keys() == headless(state).keys()
 
 
-def test_a_backbone_in_a_sequential_is_read(save: Any, state: State) -> None:
+@pytest.mark.parametrize("before", [3, 2])  # modules before layer1, less one: with and without max-pool
+def test_a_backbone_in_a_sequential_is_read(save: Any, state: State, before: int) -> None:
     """torch.nn.Sequential(*resnet.children()) has numbers in place of names."""
-    numbers = {"conv1": "0", "bn1": "1", **{f"layer{stage}": str(3 + stage) for stage in range(1, 5)}}
+    numbers = {"conv1": "0", "bn1": "1", **{f"layer{stage}": str(before + stage) for stage in range(1, 5)}}
     numbered = {
         ".".join([numbers[key.split(".")[0]], *key.split(".")[1:]]): value for key, value in headless(state).items()
     }
@@ -305,7 +345,7 @@ def test_info_says_why_a_file_is_refused(
     assert "it is HTML" in found["reason"]
     assert describe(str(WIDTH_4))["usable"]
     assert "no weights file" in fails("-m", "jaxft.convert", tmp_path / "none.pth", "--info")
-    assert "--json belongs to --info" in fails("-m", "jaxft.convert", path, "--json")
+    assert "--json needs --info" in fails("-m", "jaxft.convert", path, "--json")
     assert "no OUT" in fails("-m", "jaxft.convert", path, tmp_path / "out.safetensors", "--info")
 
 
@@ -356,5 +396,5 @@ def test_changed_numbers_and_metadata_do_not_have_the_checksum(tmp_path: Path) -
         damaged = bytearray(whole)
         damaged[at + 5] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="do not have its checksum"):
+        with pytest.raises(UserError, match="do not match its checksum"):
             read_weights(path)

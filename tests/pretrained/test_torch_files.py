@@ -168,7 +168,7 @@ def test_flipped_bytes_in_a_zip_are_detected(tmp_path: Path) -> None:
         ({"a": torch.ones(1), "b": None}, "'b' is nothing, not a tensor"),
         (
             {"a": torch.ones(1), "b": torch.ones(1, dtype=torch.complex64)},
-            "'b' is a tensor of torch.ComplexFloatStorage",
+            "'b' is a tensor of torch.ComplexFloat, not a",
         ),
         (torch.nn.Linear(2, 2), r"pickled torch\.nn\.modules\.linear\.Linear.*torch\.save\(model\.state_dict"),
         ({"model": torch.nn.Linear(2, 2)}, r"'model' is an object of torch\.nn\.modules\.linear\.Linear"),
@@ -177,6 +177,11 @@ def test_flipped_bytes_in_a_zip_are_detected(tmp_path: Path) -> None:
 def test_other_content_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_tensors(save(content, tmp_path / "file", "zip"))
+
+
+def test_an_expanded_tensor_is_read(tmp_path: Path) -> None:
+    path = save({"a": torch.tensor(2.0).expand(5), "b": torch.ones(3)}, tmp_path / "file", "zip")
+    np.testing.assert_array_equal(read_tensors(path)["a"], [2, 2, 2, 2, 2])
 
 
 def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:

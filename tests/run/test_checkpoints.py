@@ -43,10 +43,10 @@ def writer(workdir: Path, accuracy: dict[int, float] | None = None, **options: i
     return Checkpoints(Workdir(workdir), metrics, **options)
 
 
-def saved(workdir: Path, *steps: int, seed: int = 0) -> Checkpoints:
+def saved(workdir: Path, *steps: int, **overrides: int | str) -> Checkpoints:
     """Saves checkpoints of a run with config.json, and returns its writer."""
     config = default_config()
-    config.seed = seed
+    config.update_from_flattened_dict(overrides)
     Workdir(workdir).write_config(config)
     checkpoints = writer(workdir, keep_latest=len(steps))
     for step in steps:
@@ -387,6 +387,18 @@ def test_a_checkpoint_of_another_run_is_noticed(tmp_path: Path) -> None:
     assert int(checkpoints.restore_latest(abstract_state(), "newest_good")[1].step) == 5
     (tmp_path / "run" / "config.json").unlink()  # predicting needs only the checkpoint
     assert int(Checkpoints(Workdir(tmp_path / "run")).restore(5, abstract_state()).step) == 5
+
+
+@pytest.mark.parametrize(("schedule", "accepted"), [("constant", True), ("cosine", False)])
+def test_a_checkpoint_of_a_shorter_run_is_noticed(tmp_path: Path, schedule: str, accepted: bool) -> None:
+    checkpoints = saved(tmp_path, 5, **{"num_epochs": 3, "optimizer.schedule": schedule})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_epochs": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if accepted:  # num_epochs may have been raised since then
+        assert int(checkpoints.restore(5, abstract_state()).step) == 5
+    else:
+        with pytest.raises(DamagedCheckpointError, match="num_epochs is 3 there and 4 in config"):
+            checkpoints.restore(5, abstract_state())
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,16 @@ def test_missing_or_damaged_lines_are_reported(tmp_path: Path) -> None:
         MetricsFile(path).open(9)
 
 
+def test_an_editors_line_ends_and_blank_lines_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, 10)
+    rows = read_lines(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\n  \n")
+    assert read_lines(path) == rows
+    MetricsFile(path).open(9)
+    assert read_lines(path) == [row for row in rows if row["step"] <= 9]
+
+
 def test_lines_are_buffered_until_they_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Simulates a full disk by a file-size limit, which makes a write fail in the middle of a line."""
     path = tmp_path / "metrics.jsonl"

@@ -147,3 +147,20 @@ def test_a_run_in_another_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGTERM), False]
+
+
+def test_a_run_in_another_thread_leaves_the_flag_to_the_main_one(flag: None) -> None:
+    def train() -> None:
+        with StopSignals():
+            started.set()
+            stopped.wait()
+
+    started, stopped = threading.Event(), threading.Event()
+    thread = threading.Thread(target=train)
+    with StopSignals() as stop:
+        thread.start()
+        started.wait()
+        signal.raise_signal(signal.SIGTERM)
+        stopped.set()
+        thread.join()
+        assert stop.reached(1)

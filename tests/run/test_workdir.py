@@ -114,6 +114,16 @@ def test_a_path_that_no_workdir_can_have_is_reported(
         local_folder(name)
 
 
+@pytest.mark.parametrize("name", ["run/checkpoints", "run/checkpoints/60", "run/checkpoints/new/run"])
+def test_a_workdir_within_the_checkpoints_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / "checkpoints" / "60").mkdir(parents=True)
+    assert local_folder(tmp_path / name) == tmp_path / name  # no run's: a folder of this name may hold anything
+    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=f"{name} is inside the checkpoints of a run; name the run itself, .*/run "):
+        local_folder(tmp_path / name)
+
+
 def test_a_workdir_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_folder("~/my runs/new") == tmp_path / "my runs" / "new"

@@ -15,7 +15,7 @@ from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.workdir import Workdir
 from jaxft.training.optimizer import make_optimizer
-from jaxft.training.restore import is_workdir, load_checkpoint
+from jaxft.training.restore import is_workdir, load_checkpoint, load_weights
 from jaxft.training.start import check_not_trained, initial_state
 from jaxft.training.state import TrainState
 from tests.helpers.runs import ROOT, TINY, Run, assert_same_run, same_bits
@@ -59,6 +59,8 @@ def test_a_damaged_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DamagedCheckpointError, match="is damaged"):
         load_checkpoint(workdir, "latest")
     assert len(calls) == 1
+    with pytest.raises(UserError, match=r"^model.pretrained: .* is damaged .*; resume that run with .*newest_good, or"):
+        load_weights(str(workdir), "resnet18")
 
 
 def begin(source: Path | str, class_names: tuple[str, ...], **changes: str) -> tuple[TrainState, dict[str, Any]]:
