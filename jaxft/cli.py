@@ -43,6 +43,8 @@ def run(name: str, argv: list[str] | None = None) -> NoReturn:
     process.prepare_streams()
     from jaxft.errors import run_command
 
+    if code := run_command(process.import_jax, sys.argv[1:] if argv is None else argv):
+        sys.exit(code)
     runner = run_command
     if name in IN_SEVERAL_PROCESSES:
         from jaxft.run.processes import run_together as runner

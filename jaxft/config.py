@@ -275,7 +275,7 @@ def _get_config(path: str) -> ConfigDict:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return ConfigDict(module.get_config())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f" (line {lines[-1]})" if lines else ""
         raise UserError(f"{path} gives no config: {type(error).__name__}: {error}{where}") from error

@@ -73,8 +73,20 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
+def import_jax(_: list[str]) -> None:
+    """Imports JAX. Raises UserError if one of its environment variables has a value that it does not accept."""
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise UserError(f"JAX cannot start: {error}; correct or unset it") from error
+
+
 def set_up() -> None:
     """Prepares the process of a command, after its modules have been imported. Raises UserError."""
+    try:
+        Path.cwd()  # needed for relative paths
+    except OSError as error:
+        raise UserError(f"the current folder cannot be used ({reason(error)}); change to another one") from None
     _check_xla_flags()
     _silence_loggers()
     ignore_closed_event_loops()

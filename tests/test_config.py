@@ -109,6 +109,7 @@ def test_wrong_values_are_refused_with_their_key(key: str, value: str, part: str
         ("x = 1", "get_config"),
         ("import no_such_module", "no_such_module"),
         ("def get_config():\n    return 3", "gives no config"),
+        ("raise SystemExit(3)", "gives no config: SystemExit: 3"),
     ],
 )
 def test_broken_config_files_are_explained(tmp_path: Path, content: str, part: str) -> None:

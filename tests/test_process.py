@@ -106,6 +106,18 @@ def test_a_command_returns_to_a_profiler(run: Run) -> None:
     assert run("-c", UNDER_A_PROFILER).stdout.splitlines()[-1] == "exit code 0"
 
 
+def test_a_current_folder_that_was_deleted_is_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    deletes = f"import os, sys, subprocess; os.rmdir({str(folder)!r}); sys.exit(subprocess.call(sys.argv[1:]))"
+    command = [sys.executable, "-m", "jaxft.report", "--workdir", str(tmp_path)]
+    result = subprocess.run([sys.executable, "-c", deletes, *command], cwd=folder, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: the current folder cannot be used (No such file or directory); change to another one\n",
+    )
+
+
 @pytest.mark.parametrize("name", ["", "compiled"])
 def test_a_file_in_place_of_the_cache_is_reported(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -127,6 +139,7 @@ def test_a_file_in_place_of_the_cache_is_reported(
     [
         ("JAX_PLATFORMS", "cuda", "JAX has no device for JAX_PLATFORMS=cuda; unset JAX_PLATFORMS or pip install"),
         ("JAX_PLATFORMS", "abacus", "JAX has no device for JAX_PLATFORMS=abacus (Backend 'abacus' is not in the list"),
+        ("JAX_ENABLE_X64", "maybe", "JAX cannot start: invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'; "),
         ("XLA_FLAGS", "--xla_abacus=1", "XLA cannot use XLA_FLAGS: Unknown flag in XLA_FLAGS: --xla_abacus=1; correct"),
     ],
 )

@@ -150,6 +150,8 @@ def open_image(file: IO[bytes], formats: list[str] | None = None) -> Image.Image
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Converts an image of any mode to uint8 (H, W, 3), turned upright by its EXIF data. Raises ImageError."""
+    if not all(image.size):
+        raise ImageError("the image has no pixels")
     try:
         flat, _ = _flatten(ImageOps.exif_transpose(image))
     except _ValuesError as error:

@@ -75,6 +75,13 @@ class Network(NamedTuple):
         return (*self.wrappers, *filter(None, self.prefix.split(".")))
 
 
+class _Plain(NamedTuple):
+    """A key without the components that say nothing about its tensor."""
+
+    name: str  # without those that _INSERTED matches
+    bare: str  # also without those in TRANSPARENT
+
+
 def printable(text: object, length: int = 60) -> str:
     """Returns text from a file as a terminal may show it: without control characters, and not too long."""
     shown = "".join(character if character.isprintable() else "?" for character in str(text)[: length + 1])
@@ -149,9 +156,9 @@ def find_networks(content: Any, families: Sequence[Family]) -> list[Network]:
     ]
     most = max((anchors for anchors, *_ in found), default=0)
     networks = []
-    plain: dict[Any, str] = {}  # keys without what _INSERTED matches, for all networks of a dict
+    plain: dict[Any, _Plain] = {}  # of all text keys, once for all networks
     for _, (i, j, prefix), wrappers, table in [entry for entry in found if entry[0] == most][:MAX_NETWORKS]:
-        plain |= {key: _INSERTED.sub("", key) for key in table if type(key) is str and key not in plain}
+        plain |= {key: _plain(key) for key in table if type(key) is str and key not in plain}
         networks.append(_network(families[i], families[i].namings[j], wrappers, prefix, table, plain))
     return networks
 
@@ -183,7 +190,7 @@ def _network(
     wrappers: tuple[str, ...],
     prefix: str,
     table: Mapping[Any, Any],
-    plain: Mapping[Any, str],
+    plain: Mapping[Any, _Plain],
 ) -> Network:
     """Splits a dict into the network's tensors, by the family's own names, and other keys."""
     tensors: dict[str, Tensor] = {}
@@ -191,7 +198,7 @@ def _network(
     left_out: list[Any] = []
     problem = ""
     for key, value in table.items():
-        name = _own_name(plain.get(key), prefix, naming)
+        name = _own_name(plain[key].name, prefix, naming) if key in plain else None
         if name is None or not re.match(family.body, name):
             left_out.append(key)
         elif name in keys:
@@ -203,20 +210,21 @@ def _network(
                 problem = f"its entry {shown_key(key)!r} is {kind_of(value)}, not a plain tensor; {_SAVE_FLOATS}"
         else:
             tensors[name], keys[name] = value, key
-    own = {_untransparent(plain[key]): name for name, key in keys.items()}
+    own = {plain[key].bare: name for name, key in keys.items()}
     for key in left_out:
-        if key in plain and (name := own.get(_untransparent(plain[key]))):
+        if key in plain and (name := own.get(plain[key].bare)):
             problem = f"it holds {name} twice, as {printable(keys[name])} and {printable(key)}; delete one"
     return Network(family, naming, wrappers, prefix, tensors, keys, left_out, problem)
 
 
-def _untransparent(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in TRANSPARENT)
+def _plain(key: str) -> _Plain:
+    name = _INSERTED.sub("", key)
+    return _Plain(name, ".".join(part for part in name.split(".") if part not in TRANSPARENT))
 
 
-def _own_name(key: str | None, prefix: str, naming: Naming) -> str | None:
+def _own_name(key: str, prefix: str, naming: Naming) -> str | None:
     """Returns the family's own name for a key; None for a key without the prefix."""
-    if key is None or not key.startswith(prefix):
+    if not key.startswith(prefix):
         return None
     key = key[len(prefix) :]
     for pattern, name in naming.renamed.items():

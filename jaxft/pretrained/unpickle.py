@@ -297,7 +297,7 @@ def _hashable(key: Any) -> Any:
     Bytes become text: they are the text of a pickle of Python 2 that was loaded with encoding="bytes".
     """
     if type(key) in (str, bytes) and len(key) > MAX_KEY:
-        return Foreign(type(key).__name__)
+        return Foreign(f"{type(key).__name__} longer than {MAX_KEY:,} characters")
     if type(key) is bytes:
         return key.decode("latin-1")
     if type(key) in _SIMPLE_KEYS or (type(key) is int and abs(key) < _LARGEST):

@@ -473,7 +473,7 @@ def _os_error(error: BaseException | None) -> int | None:
     while error:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        if match := re.search(r"OS error (\d+)", str(error)):
+        if match := re.search(r"(?:OS error |os_error_code=')(\d+)", str(error)):
             return int(match[1])
         error = error.__cause__ or error.__context__
     return None

@@ -176,6 +176,11 @@ def test_values_of_unknown_meaning_are_refused(values: np.ndarray, part: str) ->
         image_file.to_rgb(image)
 
 
+def test_an_image_without_pixels_is_refused() -> None:
+    with pytest.raises(ImageError, match="the image has no pixels"):
+        image_file.to_rgb(Image.new("RGB", (0, 5)))
+
+
 def test_colours_of_12_in_16_bits_are_reported_as_nearly_black() -> None:
     """Pillow keeps the upper 8 bits of 16-bit colours, and writes none."""
 

@@ -149,6 +149,7 @@ def tensor(shape: bytes) -> bytes:
         b"}" + KEY + tensor(b"\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6 + b"\x85") + b"s.",
         b"}(\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6 + b"q\0N" + b"h\0N" * 100_000 + b"u.",
         b"(" * 3_000_000 + b".",
+        b"}(" + KEY + tensor(b"K\x04\x85") + b"X" + struct.pack("<I", 10**7) + b"a." * 5_000_000 + b"Nu.",
         b"]("
         + b"K\x01K\x02\x86" * 9999
         + b"eq\0"
@@ -159,7 +160,7 @@ def tensor(shape: bytes) -> bytes:
         b"I" + b"9" * 100_000 + b"\n.",
         b"}q\0" + KEY + b"h\0s.",  # holds itself
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_hostile_pickles_are_refused_quickly(tmp_path: Path, pickled: bytes) -> None:
     """Nothing is hashed, formatted or multiplied before its type is known: these would take minutes or gigabytes."""

@@ -132,6 +132,11 @@ def test_other_names_of_inner_modules_are_read(save: Any, state: State, old: str
         np.testing.assert_array_equal(flatten_dict(weights.variables)[key], array)
 
 
+def test_a_very_long_key_is_not_searched(save: Any, state: State) -> None:
+    weights = read_weights(save(state | {"a." * 1_000_000: torch.ones(1)}))
+    assert weights.provenance["notes"] == ["left out: an object of str longer than 1,000 ch..."]
+
+
 def test_text_of_python_2_is_read(save: Any, state: State) -> None:
     path = save({b"state_dict": {key.encode(): value for key, value in state.items()}})
     assert first(read_weights(path)) == state["conv1.weight"][0, 0, 0, 0]
