@@ -195,7 +195,8 @@ def damage_checkpoints(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     from jaxft.config import default_config
     from jaxft.data.batches import replicate
     from jaxft.models.resnet import make_model
-    from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
+    from jaxft.run.checkpoint_reader import CheckpointReader, DamagedCheckpointError
+    from jaxft.run.checkpoints import Checkpoints
     from jaxft.run.metrics_file import MetricsFile
     from jaxft.run.workdir import Workdir
     from jaxft.training.optimizer import make_optimizer
@@ -227,8 +228,8 @@ def damage_checkpoints(args: argparse.Namespace, folder: Path) -> dict[str, Any]
         kind = what.split(":")[0]
         started = time.monotonic()
         try:
-            checkpoints = Checkpoints(Workdir(workdir))
-            _, restored = checkpoints.restore_latest(abstract_train_state(model, tx), "refuse")
+            reader = CheckpointReader(Workdir(workdir))
+            restored = reader.restore(reader.resolve("latest"), abstract_train_state(model, tx))
             (harmless.update([kind]) if bits(restored) == saved else silent.append(what))
         except DamagedCheckpointError:
             noticed[kind] += 1

@@ -43,7 +43,8 @@ def main() -> None:
     from jaxft.config import default_config
     from jaxft.data.batches import Batch, replicate
     from jaxft.models.resnet import make_model
-    from jaxft.run.checkpoints import Checkpoints, checksums, not_finite, to_host
+    from jaxft.run.checkpoint_reader import checksums
+    from jaxft.run.checkpoints import Checkpoints, not_finite, to_host
     from jaxft.run.metrics_file import MetricsFile
     from jaxft.run.workdir import Workdir
     from jaxft.targets.classification import Counts

@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jaxft.files import expand_user
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet, make_model
-from jaxft.run.checkpoints import NEWEST_GOOD, Checkpoints, DamagedCheckpointError
+from jaxft.run.checkpoint_reader import NEWEST_GOOD, CheckpointReader, DamagedCheckpointError
 from jaxft.run.metrics_file import read_accuracy
 from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
 from jaxft.run.workdir import CHECKPOINTS, METRICS, Workdir
@@ -53,21 +53,20 @@ def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
     if not folder.has_checkpoint():
         name = display_name(folder.path)
         raise UserError(f"there is no checkpoint in {name}; train first, or name another --workdir")
-    template = None
+    checkpoints, template = CheckpointReader(folder), None
     for attempt in range(ATTEMPTS):
-        with closing(Checkpoints(folder)) as checkpoints:
-            step = checkpoints.resolve(which)
-            before = _contents(folder)
-            try:
-                info = checkpoints.info(step)
-                if template is None or template.config != info["config"]:
-                    template = _make_template(info)
-                state = checkpoints.restore(step, template.abstract_state)
-                return LoadedCheckpoint(step, info, template.model, template.policy, state)
-            except UserError:
-                time.sleep(SETTLED_SECONDS if before == _contents(folder) else 0)
-                if attempt == ATTEMPTS - 1 or before == _contents(folder):
-                    raise
+        step = checkpoints.resolve(which)
+        before = _contents(folder)
+        try:
+            info = checkpoints.info(step)
+            if template is None or template.config != info["config"]:
+                template = _make_template(info)
+            state = checkpoints.restore(step, template.abstract_state)
+            return LoadedCheckpoint(step, info, template.model, template.policy, state)
+        except UserError:
+            time.sleep(SETTLED_SECONDS if before == _contents(folder) else 0)
+            if attempt == ATTEMPTS - 1 or before == _contents(folder):
+                raise
     raise AssertionError
 
 

@@ -24,7 +24,8 @@ from jaxft.models.resnet import ResNet
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.load import load_pretrained
 from jaxft.run import remote_workdir
-from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
+from jaxft.run.checkpoint_reader import DamagedCheckpointError
+from jaxft.run.checkpoints import Checkpoints
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import broadcast_bool
 from jaxft.run.workdir import Workdir

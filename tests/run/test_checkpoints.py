@@ -16,8 +16,9 @@ from jaxft.config import default_config
 from jaxft.data.batches import replicate
 from jaxft.errors import UserError
 from jaxft.files import with_checksum
-from jaxft.run import checkpoints as module
-from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError, NotFiniteError, checksums
+from jaxft.run import checkpoint_reader as module
+from jaxft.run.checkpoint_reader import CheckpointReader, DamagedCheckpointError, checksums
+from jaxft.run.checkpoints import Checkpoints, NotFiniteError
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.workdir import Workdir
 from jaxft.training.state import TrainState
@@ -69,17 +70,16 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f'{{"step": {step}, "split": "eval", "accuracy": {value}}}\n' for step, value in accuracy.items())
     )
-    checkpoints = Checkpoints(Workdir(tmp_path))
-    assert checkpoints.steps() == [20, 40]
-    assert (checkpoints.resolve("best"), checkpoints.resolve("latest"), checkpoints.resolve("40")) == (20, 40, 40)
-    assert checkpoints.info(20)["note"] == 20
-    restored = checkpoints.restore(20, abstract_state())
+    reader = CheckpointReader(Workdir(tmp_path))
+    assert reader.steps() == [20, 40]
+    assert (reader.resolve("best"), reader.resolve("latest"), reader.resolve("40")) == (20, 40, 40)
+    assert reader.info(20)["note"] == 20
+    restored = reader.restore(20, abstract_state())
     np.testing.assert_array_equal(restored.params["w"], [20, 20, 20, 20])
     with pytest.raises(UserError, match=r"no checkpoint '30'.*\[20, 40\]"):
-        checkpoints.resolve("30")
+        reader.resolve("30")
     with pytest.raises(UserError, match="no checkpoint 'newest'"):
-        checkpoints.resolve("newest")
-    checkpoints.close()
+        reader.resolve("newest")
 
 
 def test_only_evaluated_checkpoints_can_be_the_best(tmp_path: Path) -> None:
@@ -95,14 +95,14 @@ def test_only_evaluated_checkpoints_can_be_the_best(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no checkpoint 'best' .* none of them is evaluated yet; .* latest or .*\[15\]"
     ):
-        Checkpoints(Workdir(tmp_path)).resolve("best")
+        CheckpointReader(Workdir(tmp_path)).resolve("best")
 
 
 def test_a_missing_best_checkpoint_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = saved(tmp_path, 5, 6)
     rows = [f'{{"step": {step}, "split": "eval", "accuracy": {value}}}\n' for step, value in ((5, 0.9), (6, 0.3))]
     (tmp_path / "metrics.jsonl").write_text("".join(rows))
-    reader = Checkpoints(Workdir(tmp_path))
+    reader = CheckpointReader(Workdir(tmp_path))
     assert reader.resolve("best") == 5
     assert not capsys.readouterr().err
     (tmp_path / "checkpoints" / "5").rename(tmp_path / "checkpoints" / "4")
@@ -113,7 +113,7 @@ def test_a_missing_best_checkpoint_is_reported(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_latest_is_the_best_without_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path, 5, 6)
-    assert Checkpoints(Workdir(tmp_path)).resolve("best") == 6
+    assert CheckpointReader(Workdir(tmp_path)).resolve("best") == 6
     assert "has no metrics.jsonl, so its latest checkpoint, 6, is used" in capsys.readouterr().err
 
 
@@ -133,11 +133,9 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path) -> Non
         state = step(state, np.zeros(jax.local_device_count()))
     jax.block_until_ready(state)
     checkpoints.close()
-    checkpoints = Checkpoints(Workdir(tmp_path))
-    restored = checkpoints.restore(1, abstract_state(4_000_000))
+    restored = CheckpointReader(Workdir(tmp_path)).restore(1, abstract_state(4_000_000))
     assert (np.asarray(restored.params["w"]) == 1).all()
     assert (np.asarray(state.params["w"]) == 51).all()
-    checkpoints.close()
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     info = checkpoints.info(5)
     checkpoints.save(random_state(6), info)  # the damaged checkpoint of this step was moved away
     checkpoints.close()
-    assert int(Checkpoints(Workdir(tmp_path)).restore(6, abstract_state(100_000)).step) == 6
+    assert int(CheckpointReader(Workdir(tmp_path)).restore(6, abstract_state(100_000)).step) == 6
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from an event loop that Orbax abandons
@@ -385,7 +383,7 @@ def test_a_checkpoint_of_another_run_is_noticed(tmp_path: Path) -> None:
         checkpoints.restore(6, abstract_state())
     assert int(checkpoints.restore_latest(abstract_state(), "newest_good")[1].step) == 5
     (tmp_path / "run" / "config.json").unlink()  # predicting needs only the checkpoint
-    assert int(Checkpoints(Workdir(tmp_path / "run")).restore(5, abstract_state()).step) == 5
+    assert int(CheckpointReader(Workdir(tmp_path / "run")).restore(5, abstract_state()).step) == 5
 
 
 @pytest.mark.parametrize(("schedule", "accepted"), [("constant", True), ("cosine", False)])
@@ -424,7 +422,7 @@ def test_a_folder_with_another_name_is_no_checkpoint(tmp_path: Path, name: str) 
 def test_a_folder_that_cannot_be_used_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match="checkpoints cannot be read: Not a directory"):
-        Checkpoints(Workdir(tmp_path)).steps()
+        CheckpointReader(Workdir(tmp_path)).steps()
     with pytest.raises(UserError, match="checkpoints cannot be written: File exists"):
         writer(tmp_path)
     (tmp_path / "run").mkdir()

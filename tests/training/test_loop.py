@@ -19,6 +19,7 @@ from jaxft.errors import MESSAGE_LENGTH, UserError
 from jaxft.models.resnet import ARCHITECTURES
 from jaxft.ops.formulation import Formulation
 from jaxft.run.checkpoints import Checkpoints, NotFiniteError
+from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.signals import StopSignals
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import Counts
@@ -117,7 +118,8 @@ def test_divergence_names_the_step_and_what_helps(
 ) -> None:
     config = default_config().optimizer
     config.clip_norm = clip_norm
-    checkpoints = Checkpoints(Workdir(tmp_path / "run"))
+    workdir = Workdir(tmp_path / "run")
+    checkpoints = Checkpoints(workdir, MetricsFile(workdir.metrics))
     what = "params/layer4/2/downsample/0/kernel is not finite" if step > 1 else "the train loss is nan"
     with pytest.raises(UserError) as error, report_divergence(checkpoints, lambda _: jnp.float32(0.00171), config):
         raise NotFiniteError(what, step, made_by=step - 1)

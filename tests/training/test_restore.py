@@ -11,7 +11,7 @@ from jaxft.config import load_config
 from jaxft.errors import UserError
 from jaxft.models.partition import make_policy
 from jaxft.models.resnet import make_model
-from jaxft.run.checkpoints import Checkpoints, DamagedCheckpointError
+from jaxft.run.checkpoint_reader import CheckpointReader, DamagedCheckpointError
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.workdir import Workdir
 from jaxft.training.optimizer import make_optimizer
@@ -31,16 +31,16 @@ def test_a_checkpoint_that_training_replaces_is_looked_up_again(
     """Removes the checkpoint that is about to be read, and puts it back under the same name or none."""
     workdir = shutil.copytree(FINISHED, tmp_path / "run")
     (checkpoint,) = (workdir / "checkpoints").iterdir()
-    restore, calls = Checkpoints.restore, []
+    restore, calls = CheckpointReader.restore, []
 
-    def interrupted(self: Checkpoints, step: int, abstract_state: TrainState) -> TrainState:
+    def interrupted(self: CheckpointReader, step: int, abstract_state: TrainState) -> TrainState:
         calls.append(step)
         if len(calls) <= times:
             (checkpoint / "info" / "metadata").touch()
             raise DamagedCheckpointError("removed meanwhile", "")
         return restore(self, step, abstract_state)
 
-    monkeypatch.setattr(Checkpoints, "restore", interrupted)
+    monkeypatch.setattr(CheckpointReader, "restore", interrupted)
     assert load_checkpoint(workdir, "best").step == int(checkpoint.name)
     assert len(calls) == times + 1
 
@@ -49,13 +49,13 @@ def test_a_damaged_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.M
     workdir = shutil.copytree(FINISHED, tmp_path / "run")
     (checkpoint,) = (workdir / "checkpoints").iterdir()
     (checkpoint / "info" / "metadata").write_text("[]")
-    info, calls = Checkpoints.info, []
+    info, calls = CheckpointReader.info, []
 
-    def counted(self: Checkpoints, step: int) -> dict[str, Any]:
+    def counted(self: CheckpointReader, step: int) -> dict[str, Any]:
         calls.append(step)
         return info(self, step)
 
-    monkeypatch.setattr(Checkpoints, "info", counted)
+    monkeypatch.setattr(CheckpointReader, "info", counted)
     with pytest.raises(DamagedCheckpointError, match="is damaged"):
         load_checkpoint(workdir, "latest")
     assert len(calls) == 1
