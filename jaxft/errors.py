@@ -140,7 +140,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except UserError as error:
         if "--debug" in argv:
             write_message(traceback.format_exc())
-        write_message(_one_line(f"error: {error}", MESSAGE_LENGTH))
+        write_message(one_line(f"error: {error}", MESSAGE_LENGTH))
         return 2
     except Interrupted as stop:
         write_message(str(stop))
@@ -151,9 +151,9 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     return 0
 
 
-def _one_line(text: str, length: int) -> str:
+def one_line(text: object, length: int) -> str:
     """Joins the lines of a text and cuts out its middle if it is too long, since the remedy is at its end."""
-    line = printable(" ".join(text.split()))
+    line = printable(" ".join(str(text).split()))
     if len(line) <= length:
         return line
     end = length // 3

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import interrupts
-from jaxft.errors import UserError, write_message
+from jaxft.errors import UserError, one_line, write_message
 from jaxft.files import cache_dir, partial_path, reason
 
 _TUNABLES = "GLIBC_TUNABLES"
@@ -258,7 +258,7 @@ def _remove_unreadable(folder: Path) -> None:
             _remove(*folder.glob(f"{glob.escape(found[2])}-*"))  # the warning does not name the file
         elif not reported:
             reported = True
-            _report_cache(folder, " ".join(found[3].split())[:100])
+            _report_cache(folder, one_line(found[3], 100))
 
     warnings.showwarning = filtered
 

@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, one_line
 from jaxft.files import open_regular, reason
 from jaxft.transforms.pillow_resize import resize_and_crop_thin
 
@@ -138,7 +138,7 @@ def decode_with_remarks(
     except UnidentifiedImageError:
         raise ImageError(f"{name} cannot be read as an image ({_reason_unknown(source)})") from None
     except Exception as error:  # Pillow's plugins raise exceptions of any type for damaged files
-        text = " ".join(reason(error).split())[:120] or type(error).__name__
+        text = one_line(reason(error), 120) or type(error).__name__
         raise ImageError(f"{name} cannot be read as an image ({text})") from error
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxft.files import open_regular, read_json
 from jaxft.models.architectures import RESNETS
 from jaxft.pretrained.resnet import DILATED, HUGGING_FACE_CONFIG, LOOK_ALIKES, TIMM_ARGUMENTS
-from jaxft.pretrained.state_dict import printable
+from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.unpickle import Foreign
 
 _GROUPS = ("args", "hyper_parameters", "config", "cfg", "opt", "hparams", "meta")  # of a training script's settings
@@ -33,10 +33,10 @@ def read_declared(content: Any, path: Path) -> Declared:
         for key in _NAMES:
             value = entries.get(key)
             if type(value) is str and 0 < len(value) <= 100:
-                names[f"{group}.{key}" if group else key] = printable(value)
+                names[f"{group}.{key}" if group else key] = excerpt(value)
     config = _config_beside(path)
     if type(config.get("architecture")) is str:
-        names["config.json"] = printable(config["architecture"])
+        names["config.json"] = excerpt(config["architecture"])
     return Declared(names, config)
 
 
@@ -68,7 +68,7 @@ def look_alike(declared: Declared, arch: str) -> str | None:
     for key, (plain, meaning) in _options(declared.config, arch).items():
         value = _settings(declared.config).get(key, plain)
         if value != plain:
-            return f"config.json says {key}={printable(value, 20)}: {meaning}"
+            return f"config.json says {key}={excerpt(value, 20)}: {meaning}"
     return None
 
 
@@ -99,5 +99,5 @@ def doubts(declared: Declared, arch: str) -> list[str]:
             found.append(f"{place} calls it {name}, but it is taken as a {arch}, as its keys and shapes say")
     kind = declared.config.get("model_type", "resnet")
     if kind not in ("resnet", "timm_wrapper"):
-        found.append(f"the config.json beside it is of a {printable(kind, 30)}, not of a resnet")
+        found.append(f"the config.json beside it is of a {excerpt(kind, 30)}, not of a resnet")
     return found

@@ -15,10 +15,10 @@ from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED
 from jaxft.pretrained.state_dict import (
     choose,
     distinct,
+    excerpt,
     find_networks,
     kind_of,
     names_of,
-    printable,
     shown_key,
     summarised,
     tables,
@@ -71,12 +71,12 @@ def _describe(found: dict[str, Any], path: Path, file: TensorFile, name: str, ar
     found["entries"] = _entries(file.content)
     found["declared"] = read_declared(file.content, path).names
     networks = find_networks(file.content, FAMILIES)
-    found["networks"] = [printable(name) for name in names_of(distinct(networks))]
+    found["networks"] = [excerpt(name) for name in names_of(distinct(networks))]
     if networks:
         network, notes = without_unusable_head(choose(networks, path, name))
         found |= {
             "wrapper": ".".join(network.wrappers),
-            "prefix": printable(network.prefix),
+            "prefix": excerpt(network.prefix),
             "names": network.naming.library,
             "family": network.family.name,
             "left_out": network.left_out,

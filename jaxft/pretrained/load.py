@@ -13,7 +13,7 @@ from jaxft.pretrained import catalog
 from jaxft.pretrained.convert import from_torch, torch_shapes
 from jaxft.pretrained.recognise import Recognised, recognise
 from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED
-from jaxft.pretrained.state_dict import printable
+from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.torch_files import TensorFile, open_tensors
 from jaxft.pretrained.weights_file import Weights, check_values, read_jaxft_file, read_metadata, write_weights
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -144,7 +144,7 @@ def read_numbers(file: TensorFile, recognised: Recognised) -> Weights:
         },
     }
     if network.components:
-        provenance["network"] = printable(".".join(network.components))
+        provenance["network"] = excerpt(".".join(network.components))
     if notes:
         provenance["notes"] = notes
     return Weights(from_torch(tensors, model), provenance)

@@ -18,11 +18,11 @@ from jaxft.pretrained.state_dict import (
     Network,
     choose,
     distinct,
+    excerpt,
     find_networks,
     is_average,
     names_of,
     other_family,
-    printable,
     summarised,
     unknown,
     unmerged,
@@ -63,7 +63,7 @@ def recognise(file: TensorFile, path: Path, name: str = "", arch: str | None = N
         raise UserError(f"{path} has the keys and shapes of a {found}, but {reason}")
     averages = [other for other in distinct(networks) if is_average(other) and other is not network]
     if averages and not name:
-        taken, *others = map(printable, names_of([network, *averages]))
+        taken, *others = map(excerpt, names_of([network, *averages]))
         notes.append(f"took {taken}, not {shortened(others)}; {path.name}#{others[0]} takes the other")
     if network.left_out:
         notes.append(f"left out: {summarised(network.left_out)}")

@@ -82,7 +82,7 @@ class _Plain(NamedTuple):
     bare: str  # also without those in TRANSPARENT
 
 
-def printable(text: object, length: int = 60) -> str:
+def excerpt(text: object, length: int = 60) -> str:
     """Returns text from a file as a terminal may show it: without control characters, and not too long."""
     shown = "".join(character if character.isprintable() else "?" for character in str(text)[: length + 1])
     return shown if len(shown) <= length else f"{shown[: length - 3]}..."
@@ -94,17 +94,17 @@ def kind_of(value: Any) -> str:
         if value.name.endswith("multiarray._reconstruct"):
             return "a NumPy array"
         if value.name.endswith("Storage"):
-            return f"a tensor of {printable(value.name.removesuffix('Storage'))}"
+            return f"a tensor of {excerpt(value.name.removesuffix('Storage'))}"
         if value.name in _REBUILT:
             return _REBUILT[value.name]
-        return f"an object of {printable(value.name)}"
+        return f"an object of {excerpt(value.name)}"
     name = type(value).__name__
     return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def shown_key(key: Any) -> str:
     """Returns a dict's key as it may be shown."""
-    return printable(key) if type(key) in (str, int, float, bool) else kind_of(key)
+    return excerpt(key) if type(key) in (str, int, float, bool) else kind_of(key)
 
 
 def summarised(keys: Sequence[str], shown: int = 3) -> str:
@@ -114,7 +114,7 @@ def summarised(keys: Sequence[str], shown: int = 3) -> str:
         parts = key.split(".")
         first = next((i for i, part in enumerate(parts) if part not in TRANSPARENT), len(parts) - 1)
         counts[".".join(parts[: first + 1]) + (".*" if first < len(parts) - 1 else "")] += 1
-    groups = [printable(name, 40) + (f" ({count:,})" if count > 1 else "") for name, count in counts.items()]
+    groups = [excerpt(name, 40) + (f" ({count:,})" if count > 1 else "") for name, count in counts.items()]
     return shortened(groups, shown)
 
 
@@ -202,7 +202,7 @@ def _network(
         if name is None or not re.match(family.body, name):
             left_out.append(key)
         elif name in keys:
-            problem = f"it holds {name} twice, as {printable(keys[name])} and {printable(key)}; delete one"
+            problem = f"it holds {name} twice, as {excerpt(keys[name])} and {excerpt(key)}; delete one"
         elif not isinstance(value, Tensor):
             if value is None or name.startswith(f"{family.head}."):  # a head is not needed, nor a layer without state
                 left_out.append(key)
@@ -213,7 +213,7 @@ def _network(
     own = {plain[key].bare: name for name, key in keys.items()}
     for key in left_out:
         if key in plain and (name := own.get(plain[key].bare)):
-            problem = f"it holds {name} twice, as {printable(keys[name])} and {printable(key)}; delete one"
+            problem = f"it holds {name} twice, as {excerpt(keys[name])} and {excerpt(key)}; delete one"
     return Network(family, naming, wrappers, prefix, tensors, keys, left_out, problem)
 
 
@@ -259,7 +259,7 @@ def choose(networks: Sequence[Network], path: object, name: str = "") -> Network
     Raises UserError if there is none, or several.
     """
     everywhere, networks = networks, distinct(networks)
-    names = [printable(name) for name in names_of(networks)]
+    names = [excerpt(name) for name in names_of(networks)]
     listed = shortened([repr(name) for name in names], 6)
     if name:
         called = [network for i, network in enumerate(networks) if name in (names[i], ".".join(network.components))]
@@ -267,7 +267,7 @@ def choose(networks: Sequence[Network], path: object, name: str = "") -> Network
         called = called or distinct([network for network in everywhere if _is_part(parts, network.components)])
         if not called:
             has = f"it has {listed}" if len(networks) > 1 else f"it holds one, which {path} selects"
-            raise UserError(f"{path} has no network {printable(name)!r}; {has}")
+            raise UserError(f"{path} has no network {excerpt(name)!r}; {has}")
         networks = called
     else:
         plain = [network for network in networks if not is_average(network)]
@@ -298,7 +298,7 @@ def _bare(network: Network) -> list[str]:
 
 
 def _prefix(network: Network) -> str:
-    return f"the prefix {printable(network.prefix)}" if network.prefix else "no prefix"
+    return f"the prefix {excerpt(network.prefix)}" if network.prefix else "no prefix"
 
 
 def unknown(content: Any, families: Sequence[Family]) -> str:
@@ -313,7 +313,7 @@ def unknown(content: Any, families: Sequence[Family]) -> str:
         if reason := other_family(family, keys):
             return f"it is not a {family.name} that jaxft knows: {reason}"
     known = " or ".join(family.name for family in families)
-    return f"its {len(keys):,} tensors are not named as a {known}'s: {shortened([printable(key) for key in keys])}"
+    return f"its {len(keys):,} tensors are not named as a {known}'s: {shortened([excerpt(key) for key in keys])}"
 
 
 def other_family(family: Family, keys: Collection[str]) -> str | None:
@@ -328,14 +328,14 @@ def unmerged(keys: Collection[str]) -> str | None:
     """Returns how to merge weights that are saved in parts (pruned, normalised, with LoRA), or None."""
     for pattern, function in _PARTS.items():
         if key := next((key for key in keys if re.search(pattern, key)), None):
-            return f"it holds a layer's weight in parts ({printable(key)}); merge them before saving, by {function}"
+            return f"it holds a layer's weight in parts ({excerpt(key)}); merge them before saving, by {function}"
     return None
 
 
 def without_tensors(content: Any) -> str:
     """Returns why a checkpoint without tensors holds no network."""
     if isinstance(content, Foreign):
-        return f"it is a pickled {printable(content.name)}, whose code jaxft does not run; {_SAVE} instead"
+        return f"it is a pickled {excerpt(content.name)}, whose code jaxft does not run; {_SAVE} instead"
     if isinstance(content, Tensor):
         return f"it holds one tensor, not a state_dict; {_SAVE}"
     found = children(content)

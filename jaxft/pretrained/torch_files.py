@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from jaxft.errors import UserError
 from jaxft.files import atomic_write, open_regular, reason
 from jaxft.pretrained import formats
-from jaxft.pretrained.state_dict import kind_of, largest, printable, without_tensors
+from jaxft.pretrained.state_dict import excerpt, kind_of, largest, without_tensors
 from jaxft.pretrained.unpickle import MAX_KEY, STORAGES, Foreign, RefusedError, Tensor, Unpickler
 
 TORCHVISION_FILES = "https://download.pytorch.org/models/ (resnet50-0676ba61.pth)"
@@ -97,7 +97,7 @@ def _translated(path: Path, kind: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        detail = printable(f"{type(error).__name__}: {error}", 80)
+        detail = excerpt(f"{type(error).__name__}: {error}", 80)
         raise UserError(
             f"{path} cannot be read as {kind} ({detail}); is it complete? compare its size, and fetch it again"
         ) from error
@@ -117,7 +117,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
             if type(key) is not str:
                 raise UserError(f"{path} is refused: {kind_of(key)} is a key of its tensors")
             if not isinstance(value, Tensor):
-                raise UserError(f"{path} is refused: its entry {printable(key)!r} is {kind_of(value)}, not a tensor")
+                raise UserError(f"{path} is refused: its entry {excerpt(key)!r} is {kind_of(value)}, not a tensor")
         return file.load(found)
 
 

@@ -16,7 +16,7 @@ from jaxft.errors import UserError, shortened
 from jaxft.files import atomic_write, reason
 from jaxft.models.partition import abstract_variables
 from jaxft.models.resnet import ARCHITECTURES, STEMS, ResNet
-from jaxft.pretrained.state_dict import printable
+from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.torch_files import TensorFile, write_safetensors
 
 FORMAT = "jaxft 1"  # in the metadata of a weights file
@@ -38,7 +38,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
     ]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
-        "extra": sorted(map(printable, found.keys() - expected.keys())),
+        "extra": sorted(map(excerpt, found.keys() - expected.keys())),
         "of another shape": reshaped,
     }
     text = [f"{len(keys)} {kind}: {shortened(keys)}" for kind, keys in problems.items() if keys]
@@ -61,7 +61,7 @@ def check_values(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             problem = "are negative variances"
         else:
             continue
-        problems.setdefault(problem, []).append(printable(key))
+        problems.setdefault(problem, []).append(excerpt(key))
     if problems:
         text = [f"numbers that {problem} in {shortened(keys)}" for problem, keys in problems.items()]
         raise UserError(f"{path} is refused: it holds {'; '.join(text)}")
@@ -87,21 +87,21 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | N
         return None
     try:
         if metadata["format"] != FORMAT:
-            raise ValueError(f"format is {printable(metadata['format'])}")
+            raise ValueError(f"format is {excerpt(metadata['format'])}")
         provenance = json.loads(metadata["jaxft"])
         if not isinstance(provenance, dict):
             raise TypeError("it is not an object")
         for key, valid in _VALID.items():
             if key in provenance and not valid(provenance[key]):
-                raise ValueError(f"{key} is {printable(json.dumps(provenance[key]), 40)}")
+                raise ValueError(f"{key} is {excerpt(json.dumps(provenance[key]), 40)}")
         model_of(provenance)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or from a newer jaxft: its metadata is wrong: {error}") from None
     defaults: dict[str, Any] = {"width": 64, "stem": "imagenet", "num_classes": 1000, "source": path.name}
     provenance = defaults | provenance
-    provenance["source"] = printable(provenance["source"], 200)  # shown when a run starts
+    provenance["source"] = excerpt(provenance["source"], 200)  # shown when a run starts
     if "notes" in provenance:
-        provenance["notes"] = [printable(note, 200) for note in provenance["notes"]]
+        provenance["notes"] = [excerpt(note, 200) for note in provenance["notes"]]
     return provenance
 
 

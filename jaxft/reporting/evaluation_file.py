@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     @property
     def display_name(self) -> str:
-        return printable(remote_workdir.display_name(self.workdir.path))
+        return escaped(remote_workdir.display_name(self.workdir.path))
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
     @property
     def class_names(self) -> list[str]:
-        return [printable(name) for name in self.info["class_names"]]
+        return [escaped(name) for name in self.info["class_names"]]
 
     @property
     def epoch(self) -> int:
@@ -73,7 +73,7 @@ class Run(NamedTuple):
         return [row for row in self.rows if row["split"] == name]
 
 
-def printable(name: str) -> str:
+def escaped(name: str) -> str:
     """Returns a name as HTML and SVG can hold it: bytes that are not UTF-8 and control characters as escapes."""
     text = name.encode(errors="backslashreplace" if _has_foreign_surrogates(name) else "surrogateescape")
     decoded = text.decode(errors="backslashreplace")
@@ -92,7 +92,7 @@ def image_path(data: Dataset, index: int, split: str) -> str:
 
 def image_name(data: Dataset, index: int, split: str) -> str:
     """Returns an image's path relative to the dataset's folder, printable, or its `image_path` if it has no file."""
-    return printable(image_path(data, index, split).removeprefix(f"{data.origin.folder}/"))
+    return escaped(image_path(data, index, split).removeprefix(f"{data.origin.folder}/"))
 
 
 def ranked_mistakes(predictions: Predictions) -> np.ndarray:

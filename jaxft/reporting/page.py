@@ -16,7 +16,7 @@ from PIL import Image
 from jaxft.config import default_config, flatten
 from jaxft.files import atomic_write, read_regular
 from jaxft.reporting import charts
-from jaxft.reporting.evaluation_file import Run, printable
+from jaxft.reporting.evaluation_file import Run, escaped
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import (
     CALIBRATION_BINS,
@@ -57,7 +57,7 @@ def render(run: Run) -> str:
     return _template("report").render(
         name=run.name,
         workdir=shlex.quote(run.display_name),
-        config_file=shlex.quote(printable(str(run.workdir.config))),
+        config_file=shlex.quote(escaped(str(run.workdir.config))),
         repeat_workdir=shlex.quote(f"{run.display_name}-again"),
         config=config,
         class_names=names,

@@ -15,7 +15,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from jaxft.config import resolve
 from jaxft.data.batches import replicate
-from jaxft.errors import UserError, write_message
+from jaxft.errors import UserError, one_line, write_message
 from jaxft.files import matches_checksum, open_regular, read_json, reason
 from jaxft.run.metrics_file import read_accuracy
 from jaxft.run.workdir import COMMIT, Workdir, checkpoint_step, local_folder
@@ -247,8 +247,8 @@ class CheckpointReader:
         raise AssertionError
 
     def _damaged(self, step: int, cause: Exception | str) -> DamagedCheckpointError:
-        text = " ".join(str(cause).split())[:60]
-        return DamagedCheckpointError(f"checkpoint {step} in {self.directory} is damaged ({text})", self._remedy(step))
+        text = f"checkpoint {step} in {self.directory} is damaged ({one_line(cause, 60)})"
+        return DamagedCheckpointError(text, self._remedy(step))
 
     def _unreadable(self, step: int, cause: str) -> UserError:
         return UserError(f"checkpoint {step} in {self.directory} cannot be read ({cause}); fix that and try again")

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import PreservationContext, PreservationPolicy
 from orbax.checkpoint.options import AsyncOptions
 
-from jaxft.errors import UserError, write_message
+from jaxft.errors import UserError, one_line, write_message
 from jaxft.files import reason, with_checksum
 from jaxft.main_process import is_main_process
 from jaxft.run.checkpoint_reader import (
@@ -138,7 +138,7 @@ class Checkpoints(CheckpointReader):
     def _report_failure(self, error: Exception) -> None:
         remaining = f"checkpoint {self.steps()[-1]} stays" if self.steps() else "there is none yet"
         number = os_error(error)
-        cause = os.strerror(number) if number else " ".join(str(error).split())[:150]
+        cause = os.strerror(number) if number else one_line(error, 150)
         write_message(
             f"\ncheckpoint {self._saving} could not be written ({cause}); {remaining}; trying again at the next"
         )

@@ -17,7 +17,7 @@ import jax
 from filelock import FileLock
 from orbax.checkpoint.multihost import sync_global_processes
 
-from jaxft.errors import UserError, write_message
+from jaxft.errors import UserError, one_line, write_message
 from jaxft.files import atomic_write, cache_dir, open_regular, read_regular
 from jaxft.main_process import is_main_process
 from jaxft.run.workdir import (
@@ -164,7 +164,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    return one_line(f"{type(error).__name__}: {error}", 120)
 
 
 def _call(function: Callable[[], Any], problem: str) -> Any:

@@ -446,7 +446,7 @@ def test_names_are_printable() -> None:
         os.fsdecode(b"caf\xe9"): "caf\\xe9",
         "\ud800": "\\ud800",
     }.items():
-        assert evaluation_file.printable(name) == expected
+        assert evaluation_file.escaped(name) == expected
 
 
 def test_the_sheet_shows_the_training_images_without_reading_them_again(
