@@ -148,6 +148,6 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         rows["left out"] = summarised(found["left_out"], SHOWN)
     notes = [note for note in found.get("notes", ()) if not note.startswith("left out")]
     rows["note"] = "; ".join(notes)
-    reason = str(found["reason"]).removeprefix(f"{found['file']} ")
+    reason = str(found["reason"]).removeprefix(f"{found['file']} ").removeprefix("is refused: ")
     rows["usable"] = "yes" if found["usable"] else f"no: {reason}"
     return [f"{name:10}{text}" for name, text in rows.items() if text]

@@ -348,6 +348,8 @@ def test_info_says_why_a_file_is_refused(
     found = describe(str(tmp_path / "page.pth"))
     assert (found["format"], found["usable"]) == ("HTML", False)
     assert "it is HTML" in found["reason"]
+    convert.main([str(tmp_path / "page.pth"), "--info"])
+    assert "usable    no: it is HTML" in capsys.readouterr().out
     assert describe(str(WIDTH_4))["usable"]
     assert "no weights file" in fails("-m", "jaxft.convert", tmp_path / "none.pth", "--info")
     assert "--json needs --info" in fails("-m", "jaxft.convert", path, "--json")
