@@ -553,7 +553,11 @@ def _exchange(world: World, path: Path, damage: str, rng: random.Random) -> tupl
     elif damage == "exchanged with another file":
         others = sorted(file for file in world.run.rglob("*") if file.is_file() and file != path)
     elif damage in ("under another number", "under a higher number"):
-        number = _steps(world.run)[-1] + 1 if damage == "under a higher number" else int(path.name) - 1
+        number = int(path.name) - 1
+        while damage == "under another number" and path.with_name(str(number)).exists():
+            number -= 1
+        if damage == "under a higher number":
+            number = _steps(world.run)[-1] + 1
         shutil.copytree(path, path.with_name(str(number)))
         if damage == "under another number":
             shutil.rmtree(path)

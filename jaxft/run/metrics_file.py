@@ -112,9 +112,10 @@ def read_accuracy(path: Path) -> dict[int, float] | None:
     recorded = _read_accuracy_file(path)
     try:
         rows = {row["step"]: row["accuracy"] for row in _read_rows(path, REQUIRED, recorded) if row["split"] == "eval"}
-    except UserError:
+    except UserError as error:
         if recorded is None:
             raise
+        write_message(f"{error}; until then, {ACCURACY} decides which checkpoint is the best")
         return recorded
     if recorded is None and not rows and not path.exists():
         return None

@@ -1,6 +1,7 @@
 """The workdir of a run: the names of its files, its lock and its config."""
 
 import json
+import os
 import re
 import shlex
 import stat
@@ -138,6 +139,9 @@ class Workdir:
         except Timeout:
             raise UserError(f"another run is training in {self.path}; wait for it, or name another --workdir") from None
         except OSError as error:
+            if os.path.lexists(path):
+                text = f"{path} cannot be locked: {reason(error)}; remove it, or name another --workdir"
+                raise UserError(text) from None
             raise self._not_writable(error) from None
         try:
             yield

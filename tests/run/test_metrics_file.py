@@ -108,6 +108,8 @@ def test_no_flipped_bit_changes_an_accuracy(tmp_path: Path, capsys: pytest.Captu
     path.write_bytes(path.read_bytes().replace(b"0.02", b"0.92"))
     with pytest.raises(UserError, match=r"damaged in line 3 \(accuracy 0.92 of step 2, but accuracy.json has 0.02\)"):
         MetricsFile(path)
+    assert read_accuracy(path) == expected
+    assert "until then, accuracy.json decides" in capsys.readouterr().err
     path.unlink()
     assert read_accuracy(path) == expected
     seal.unlink()

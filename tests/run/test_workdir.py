@@ -203,3 +203,12 @@ def test_keys_that_a_recipe_has_gained_do_not_lock_out_an_older_run(
     assert (found.optimizer.learning_rate, found.data.workers) == (0.5, 2)  # the first is refused by resolve_config
     assert "began with an older jaxft without optimizer.adaptive_clip, optimizer.fit_head;" in capsys.readouterr().err
     assert config.optimizer.fit_head == "first"
+
+
+def test_a_lock_that_is_not_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with (
+        pytest.raises(UserError, match=r"/\.lock cannot be locked: Is a directory; remove it"),
+        Workdir(tmp_path).lock(),
+    ):
+        pass
