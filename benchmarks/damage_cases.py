@@ -603,6 +603,8 @@ def _fingerprint(path: Path) -> Any:
 
 def plausible(path: Path) -> bool:
     """Returns whether metrics.jsonl holds only valid rows in order, so that a report of it cannot notice a change."""
+    if not path.is_file():  # a FIFO would be waited for
+        return False
     try:
         rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
         steps = [row["step"] for row in rows if row["split"] == "train"]
@@ -728,11 +730,11 @@ def _difference(case: Case, damaged: list[Path], wanted: Result, got: Result) ->
                 return name
         elif found != value:
             return name
-    after = [re.search(r"resuming after step (\d+)", result.stdout) for result in (wanted, got)]
-    if case.command == "train" and [match and match[1] for match in after[:1]] != [
-        match and match[1] for match in after[1:]
-    ]:
-        return f"resumed from {after[1] and after[1][1]}"
+    if case.damage == "remove":  # without a checkpoint, the run resumes as if it had been killed before it, and says so
+        return ""
+    before, after = (re.search(r"resuming after step (\d+)", result.stdout) for result in (wanted, got))
+    if case.command == "train" and (before and before[1]) != (after and after[1]):
+        return f"resumed from {after and after[1]}"
     return ""
 
 
