@@ -677,7 +677,7 @@ def judge(world: World, case: Case, damaged: list[Path], is_plausible: bool, got
 
 
 def _names(world: World, damaged: list[Path]) -> list[str]:
-    """Returns the names of which a message must hold one: the file's, its folder's, or the checkpoint's."""
+    """Returns names of the file, its folder or its checkpoint. A message must contain one of them."""
     of_run = (world.run, world.run / "config.json", world.run / "checkpoints")
     is_of_run = damaged[0] in of_run or damaged[0].parent == world.run / "checkpoints"
     names = {str(world.run)} if is_of_run else set()

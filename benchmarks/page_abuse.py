@@ -355,7 +355,7 @@ def abuses() -> Iterator[tuple[str, Callable[[Server], str], str]]:
     yield "connected, silent, 100 clients", sends(pause=0.0, times=100), "^no answer, closed"
     yield "600 silent connections", holds(600, b"", 0), "connections"
     yield "30 unfinished bodies of 19 MB", holds(30, bytes(19_000_000), 19_500_000, 8.0), "30 connections"
-    yield "100 bodies of which nothing comes", holds(100, b"", 19_500_000, 6.0), "100 connections"
+    yield "100 bodies without a byte", holds(100, b"", 19_500_000, 6.0), "100 connections"
     yield "disconnects in a body", leaves(post_head(10**6) + bytes(1000), reset=False), "disconnected"
     yield "resets in a body", leaves(post_head(10**6) + bytes(1000), reset=True), "disconnected"
     yield "disconnects before the answer", leaves(post_head(len(HONEST)) + HONEST, reset=True), "disconnected"

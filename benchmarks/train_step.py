@@ -5,7 +5,7 @@
 
 Each contender is a process of its own that keeps its compiled step. They run one after the other, round by round, so
 that other load on the machine affects all of them alike. In its turn each makes one step to warm up, which does not
-count, and then --steps_per_turn steps, of which it waits only for the last. All have their memory in huge pages, as
+count, and then --steps_per_turn steps, and waits only for the last. All have their memory in huge pages, as
 jaxft's commands do. PyTorch's threads wait for each other by spinning, so on a busy machine only images per second of
 CPU time on one core are comparable: --cores 0. Work is pixels x batch size. A train step is forward, backward and SGD
 with momentum (jaxft's from uint8 images, PyTorch's from normalised ones, channels_last); a forward step is evaluation

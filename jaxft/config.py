@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import sys
 import tokenize
 import traceback
@@ -188,6 +189,11 @@ def may_change(key: str, there: Any, here: Any) -> bool:
     if key == "data.name":
         return all(str(name).startswith("folder:") for name in (there, here))
     return key in MAY_CHANGE
+
+
+def count_steps_per_epoch(config: ConfigDict, train_size: int) -> int:
+    """Returns the number of training steps in an epoch; fitting only the head counts as one."""
+    return 1 if config.optimizer.fit_head == "only" else math.ceil(train_size / config.batch_size)
 
 
 def explanations() -> dict[str, str]:

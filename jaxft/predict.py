@@ -29,7 +29,7 @@ from rich.text import Text
 
 from jaxft import interrupts
 from jaxft.classifier import load
-from jaxft.data import image_folder
+from jaxft.data import labelled_files
 from jaxft.errors import ArgumentParser, UserError, counted, printable, shortened
 from jaxft.files import is_folder
 from jaxft.progress import Progress
@@ -46,7 +46,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         if not is_folder(path):
             files.append(path)
             continue
-        inside = image_folder.image_paths(path)
+        inside = labelled_files.image_paths(path)
         if not inside:
             raise UserError(f"there are no images in {path}")
         files.extend(inside)

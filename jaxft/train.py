@@ -10,14 +10,13 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
 
     run("train")
 
-import math
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxft.config import default_config, explanations, flatten, load_config, parse_overrides
+from jaxft.config import count_steps_per_epoch, default_config, explanations, flatten, load_config, parse_overrides
 from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.main_process import is_main_process
 from jaxft.models.partition import make_policy
@@ -83,8 +82,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     # data
     train_data, eval_data = load_splits(config)
     config.batch_size = config.batch_size or find_batch_size(config, train_data, eval_data)
-    only_fit = config.optimizer.fit_head == "only"
-    steps_per_epoch = 1 if only_fit else math.ceil(len(train_data.label) / config.batch_size)
+    steps_per_epoch = count_steps_per_epoch(config, len(train_data.label))
 
     # model and state
     model = make_model(config.model, len(train_data.class_names))
@@ -92,6 +90,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()
     policy = make_policy(config, model, config.num_epochs)
+    only_fit = config.optimizer.fit_head == "only"
     if only_fit and not can_cache_features(config, model, policy):
         raise UserError(ONLY_FIT)
     tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs)

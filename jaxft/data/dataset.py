@@ -1,21 +1,24 @@
 """A labelled dataset, where it comes from, and the options for reading one."""
 
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 
-class Origin(NamedTuple):
+@dataclass(frozen=True)
+class Origin:
     """The folder that a dataset was read from, and facts about its files that the start of a run reports."""
 
     folder: str = ""  # absolute path; "" if the dataset is not a folder's
     layout: str = ""  # "splits" (FOLDER/SPLIT/CLASS) or "classes" (FOLDER/CLASS)
     checksums: tuple[str, ...] = ()  # CRC-32 of the files of each class, in order
-    skipped: dict[str, int] = {}  # counts of skipped files and folders by description, such as ".txt"  # noqa: RUF012
+    skipped: Mapping[str, int] = field(default_factory=dict)  # counts of skipped files by description, such as ".txt"
     files: tuple[Path, ...] = ()  # of each image, below the folder
-    remarks: dict[str, int] = {}  # counts of unusual images by kind, such as "float"  # noqa: RUF012
+    remarks: Mapping[str, int] = field(default_factory=dict)  # counts of unusual images by kind, such as "float"
 
 
 class Dataset(NamedTuple):

@@ -1,4 +1,4 @@
-"""Formulations: ways to compute the same network, each of which XLA compiles to fast code on one platform."""
+"""Defines formulations: ways to compute the same network, one for each platform on which XLA makes it fast."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Keeps XLA from fusing a computation into its consumers, each of which would compute it again."""
+"""Keeps XLA from fusing a computation into its consumers, which would each compute it again."""
 
 from collections.abc import Callable
 from functools import partial, wraps

@@ -14,12 +14,12 @@ from jaxft.pretrained.unpickle import Foreign
 _GROUPS = ("args", "hyper_parameters", "config", "cfg", "opt", "hparams", "meta")  # of a training script's settings
 _NAMES = ("arch", "architecture", "model_name", "model", "backbone", "backbone_name", "network")
 _MAX_CONFIG = 1_000_000  # bytes of a config.json
-# Prefixes of the architecture in names of timm and torch.hub, some of which denote the training data.
+# Prefixes before the architecture in names of timm and torch.hub; some denote the training data.
 _PREFIX = re.compile(r"^(timm/|hf[-_]hub:|torchvision[./]|microsoft/|tv_|gluon_|ssl_|swsl_|ig_|wsl_)+")
 
 
 class Declared(NamedTuple):
-    """What a checkpoint and the config.json beside it say about the network."""
+    """The names and settings of a network in its checkpoint and in the config.json beside it."""
 
     names: dict[str, str]  # place -> name, such as {"arch": "resnet50"}
     config: Mapping[str, Any]  # config.json beside the file, {} without one

@@ -107,7 +107,7 @@ def _text(head: bytes, file: IO[bytes], name: str) -> Format:
 
 
 def _json(file: IO[bytes]) -> Format:
-    """Returns the format of JSON, of which only the first megabyte is looked at."""
+    """Returns the format of a JSON file, judged by its first megabyte."""
     file.seek(0)
     if b'"weight_map"' in file.read(1 << 20):
         return Format("sharded index", f"it is the index of a checkpoint in several files; {_ONE_FILE}")

@@ -230,7 +230,7 @@ class Unpickler:
         self._reduce(None)
 
     def _build(self, _: Any) -> None:
-        """Keeps the attributes of a stand-in. Those of other objects, such as a state_dict's _metadata, are dropped."""
+        """Sets the attributes of a stand-in (pickle's BUILD). Those of other objects are dropped, as of a state_dict."""
         state = self._stack.pop()
         if type(state) is tuple and len(state) == 2:  # __dict__ and __slots__
             state = state[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxft.config import resolve
+from jaxft.config import count_steps_per_epoch, resolve
 from jaxft.data.dataset import Dataset
 from jaxft.errors import UserError
 from jaxft.files import atomic_write, open_regular, reason
@@ -66,8 +65,7 @@ class Run(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        only_fit = self.config.optimizer.fit_head == "only"
-        return 1 if only_fit else math.ceil(self.info["train_size"] / self.config.batch_size)
+        return count_steps_per_epoch(self.config, self.info["train_size"])
 
     def split(self, name: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["split"] == name]

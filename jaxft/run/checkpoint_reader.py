@@ -56,7 +56,7 @@ class DamagedCheckpointError(UserError):
 class CheckpointReader:
     """The checkpoints DIR/checkpoints/STEP/{state,info} of a run, for reading.
 
-    Orbax restores the arrays of a state, each of which is compared with its checksum.
+    Orbax restores the arrays of a state; each is then compared with its checksum.
     """
 
     def __init__(self, workdir: Workdir) -> None:

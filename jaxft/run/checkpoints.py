@@ -203,9 +203,10 @@ class Checkpoints(CheckpointReader):
             except DamagedCheckpointError as error:
                 damaged[step] = error
         else:
+            newest = damaged[max(damaged)]
             raise UserError(
-                f"there is no good checkpoint in {self.directory}, and none was moved: {damaged[max(damaged)].reason}; "
-                "train in another --workdir"
+                f"there is no good checkpoint in {self.directory}, and nothing was moved: {newest.reason}; train in "
+                "another --workdir"
             )
         for step in self.steps():  # Orbax reads this file of all checkpoints
             try:

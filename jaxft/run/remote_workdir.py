@@ -306,7 +306,7 @@ class _Mirror:
             return None
 
     def _files(self) -> list[Path]:
-        """Returns the mirrored files, except for checkpoints, each of which is synchronised as a whole."""
+        """Returns the mirrored files without checkpoints, which are synchronised as whole folders."""
         found = []
         for path in sorted(self._folder.rglob("*")):
             parts = path.relative_to(self._folder).parts

@@ -55,7 +55,7 @@ def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, 
 
 @struct.dataclass
 class Counts:
-    """Sums over images, which the host divides once."""
+    """Sums over images, from which the host computes means at the end."""
 
     loss: Array
     correct: Array

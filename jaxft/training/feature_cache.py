@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxft.data.lazy_images import LazyImages
 from jaxft.data.loader import Loader, ResidentLoader
-from jaxft.errors import write_message
+from jaxft.errors import one_line, write_message
 from jaxft.files import atomic_write, cache_dir, open_regular, reason
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
@@ -33,7 +33,7 @@ def load_or_compute(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray
     except FileNotFoundError:
         pass
     except Exception as error:  # zipfile and NumPy raise exceptions of any type for damaged files
-        write_message(f"{path} is damaged ({' '.join(str(error).split())[:60]}) and is written again")
+        write_message(f"{path} is damaged ({one_line(error, 60)}) and is written again")
     features = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

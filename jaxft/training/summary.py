@@ -1,6 +1,5 @@
 """Prints what a run starts from, and how to continue at its end."""
 
-import math
 import shlex
 from importlib.metadata import version
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxft.config import count_steps_per_epoch
 from jaxft.data import datasets
 from jaxft.data.dataset import Dataset
 from jaxft.errors import printable
@@ -56,8 +56,8 @@ def print_start(
     if "teacher_checkpoint" in info:
         print(f"teacher  checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
     if config.optimizer.freeze:
-        steps_per_epoch = math.ceil(len(train_data.label) / config.batch_size)
-        epoch = min(int(state.step) // steps_per_epoch + 1, config.num_epochs)
+        epochs = int(state.step) // count_steps_per_epoch(config, len(train_data.label))
+        epoch = min(epochs + 1, config.num_epochs)
         print(table(model, make_policy(config, model, epoch)))
         for line in unfreezing(config, epoch):
             print(f"{'':9}{line}")

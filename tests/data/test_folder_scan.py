@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.data.folder_scan import count_strays, describe_skipped, scan, subfolders
-from jaxft.data.image_folder import image_paths
+from jaxft.data.labelled_files import image_paths
 from jaxft.errors import UserError
 
 

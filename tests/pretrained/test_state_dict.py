@@ -1,4 +1,4 @@
-"""Networks in checkpoints of training scripts: found under any prefix, told from others, described."""
+"""Networks in checkpoints of training scripts: found under any prefix, distinguished from others, described."""
 
 import argparse
 import json

@@ -327,7 +327,7 @@ def test_no_checkpoint_is_moved_if_none_is_good(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 5, 6)
     for step in ("5", "6"):
         flip_bytes(tmp_path / "checkpoints" / step)
-    with pytest.raises(UserError, match=r"there is no good checkpoint in .*, and none was moved: checkpoint 6 .*"):
+    with pytest.raises(UserError, match=r"there is no good checkpoint in .*, and nothing was moved: checkpoint 6 .*"):
         checkpoints.restore_latest(abstract_state(), "newest_good")
     assert names(tmp_path / "checkpoints") == {"5", "6"}
 

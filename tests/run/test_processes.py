@@ -175,7 +175,7 @@ def test_a_run_resumes_on_other_devices(run: Run, tmp_path: Path, dtype: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_an_interrupted_run_of_two_processes_ends_with_the_same_bits(tmp_path: Path, scheme: str) -> None:
-    """Also with a workdir that is a URL, of which each process has a synchronised local folder."""
+    """Covers a workdir that is a URL, with a synchronised local folder for each process."""
     for name, steps in (("undisturbed", None), ("killed", 9), ("killed", None)):
         workdir = f"{scheme if name == 'killed' else ''}{tmp_path / name}"
         with together(2, 2, *GENTLE, "--workdir", workdir) as started:
