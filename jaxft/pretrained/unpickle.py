@@ -230,7 +230,7 @@ class Unpickler:
         self._reduce(None)
 
     def _build(self, _: Any) -> None:
-        """Sets the attributes of a stand-in (pickle's BUILD). Those of other objects are dropped, as of a state_dict."""
+        """Sets the attributes of a stand-in, for pickle's BUILD. Those of other objects are dropped."""
         state = self._stack.pop()
         if type(state) is tuple and len(state) == 2:  # __dict__ and __slots__
             state = state[0]

@@ -76,7 +76,7 @@ def test_the_optimum_is_scipys(inverse_penalty: float, smoothing: float, weights
         LossConfig(CLASSES, smoothing, weights),
     )
     kernel = found.x[: 12 * CLASSES].reshape(12, CLASSES)
-    np.testing.assert_allclose(params["kernel"], kernel, atol=0.01 * np.abs(kernel).max())
+    np.testing.assert_allclose(params["kernel"], kernel, atol=0.003 * np.abs(kernel).max())
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1e-6, 0.0), (1e4, 0.0), (1.0, 5.0)])
@@ -87,7 +87,7 @@ def test_the_scale_of_the_features_does_not_matter(scale: float, offset: float) 
     found = fit_logistic_regression(features, label, LossConfig(CLASSES), seed=0)
     assert found.inverse_penalty == expected.inverse_penalty
     logits, expected_logits = (x @ fit.kernel + fit.bias for x, fit in ((features, found), (expected_inputs, expected)))
-    np.testing.assert_allclose(logits, expected_logits, atol=0.1)
+    np.testing.assert_allclose(logits, expected_logits, atol=0.1)  # logits up to 18; L-BFGS stops near the optimum
 
 
 @pytest.mark.parametrize(
