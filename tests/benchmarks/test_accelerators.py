@@ -1,6 +1,13 @@
 """Tests how benchmarks/accelerators.py reads compiled programs."""
 
+import subprocess
+from typing import Any
+
+import pytest
+
+from benchmarks import accelerators
 from benchmarks.accelerators import bytes_of, cycles, kernels
+from benchmarks.gpu.variant_table import Variant
 
 GPU = """HloModule jit_f
 
@@ -40,3 +47,15 @@ def test_a_kernel_moves_its_operands_and_its_results() -> None:
 
 def test_cycles_belong_to_layers() -> None:
     assert list(cycles(TPU)) == [("forward bn", 120), ("backward conv", 7), ("forward copy", 5)]
+
+
+def test_a_variant_that_aborts_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[-3:] == ["--config.model.remat=True", "--formulation", "stem"]
+        assert env["XLA_FLAGS"].endswith("--xla_no")
+        return subprocess.CompletedProcess(command, -6, "", "F1127 flags.cc] Unknown flag in XLA_FLAGS: --xla_no\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    variant = Variant("--xla_no", {"model.remat": True}, "stem")
+    predicted = accelerators.predict_variant(variant, ["--target=h100"])
+    assert predicted == {"failed": "F1127 flags.cc] Unknown flag in XLA_FLAGS: --xla_no"}
