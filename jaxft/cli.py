@@ -41,9 +41,12 @@ def run(name: str, argv: list[str] | None = None) -> NoReturn:
 
     process.reexec_with_huge_pages()
     process.prepare_streams()
+    argv = sys.argv[1:] if argv is None else argv
+    if "--debug" not in argv:
+        process.divert_native_messages()
     from jaxft.errors import run_command
 
-    if code := run_command(process.import_jax, sys.argv[1:] if argv is None else argv):
+    if code := run_command(process.import_jax, argv):
         sys.exit(code)
     runner = run_command
     if name in IN_SEVERAL_PROCESSES:
@@ -63,7 +66,6 @@ def run(name: str, argv: list[str] | None = None) -> NoReturn:
             command.main(argv)
         interrupts.check()
 
-    argv = sys.argv[1:] if argv is None else argv
     try:
         # JAX's own handler of SIGTERM in several processes comes later, so that it replaces ours.
         code = run_command(set_up, argv) or runner(main, argv)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+CLEAR_LINE = "\r\x1b[K"  # a terminal's
 MESSAGE_LENGTH = 240  # characters of an error's line, "error: " included
 _FAILED_WRITES = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -163,14 +164,18 @@ def one_line(text: object, length: int) -> str:
 def write_message(text: str) -> None:
     """Writes to stderr in one call, so that lines of several processes do not mix.
 
-    Does nothing if there is no stderr, or if it cannot be written.
+    On a terminal the line replaces a progress bar, which is drawn again below it. Does nothing if there is no stderr,
+    or if it cannot be written.
     """
     if sys.stderr:
         with suppress(OSError, ValueError):  # ValueError: it is closed
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(f"{CLEAR_LINE if on_terminal() else ''}{text}\n")
             sys.stderr.flush()
 
 
 def on_terminal() -> bool:
     """Returns whether stderr is a terminal, on which progress bars are drawn."""
-    return bool(sys.stderr and not sys.stderr.closed and sys.stderr.isatty())
+    try:
+        return bool(sys.stderr and sys.stderr.isatty())
+    except (AttributeError, ValueError):  # it has no such method, or is closed
+        return False

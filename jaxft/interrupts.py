@@ -144,6 +144,10 @@ def _remove(path: str) -> None:
 
 def _write(text: str) -> None:
     """Writes a line to stderr without Python's buffers, which may be locked by the code that was interrupted."""
-    clear = "\r\x1b[K" if os.isatty(2) else ""  # a terminal's progress bar, and its ^C
+    try:
+        stderr = sys.stderr.fileno()  # not always 2: see process.divert_native_messages
+    except (AttributeError, ValueError, OSError):
+        stderr = 2
+    clear = "\r\x1b[K" if os.isatty(stderr) else ""  # a terminal's progress bar, and its ^C
     with suppress(OSError):
-        os.write(2, f"{clear}{text}\n".encode())
+        os.write(stderr, f"{clear}{text}\n".encode())

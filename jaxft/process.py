@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import interrupts
-from jaxft.errors import UserError, one_line, write_message
+from jaxft.errors import CLEAR_LINE, UserError, on_terminal, one_line, write_message
 from jaxft.files import cache_dir, partial_path, reason
 
 _TUNABLES = "GLIBC_TUNABLES"
@@ -71,6 +72,54 @@ def prepare_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115, for as long as the process runs
         elif isinstance(stream, io.TextIOWrapper):  # a notebook's are not
             stream.reconfigure(errors=errors)
+
+
+def divert_native_messages() -> None:
+    """Lets messages of native code appear on lines of their own, instead of within a terminal's progress bar.
+
+    XLA writes them to file descriptor 2. If that is the terminal, it becomes a pipe to a child process, which writes
+    each line to the terminal; sys.stderr stays there. The child is forked before JAX has threads, and ends with this
+    process, after its last words. Does nothing if stderr is not a terminal, or if the program is not a jaxft command.
+    """
+    if not (on_terminal() and is_command()):
+        return
+    reading, writing = os.pipe()
+    alive, end = os.pipe()  # closed by the kernel at the end; programs that this process starts do not inherit it
+    if not os.fork():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):  # the terminal's, for all of us
+            signal.signal(number, signal.SIG_IGN)
+        os.close(end)
+        terminal = os.dup(2)
+        for wanted, fd in enumerate((reading, terminal, alive)):  # nobody waits for this process's stdout
+            os.dup2(fd, wanted)
+        os.closerange(3, max(reading, writing, alive, end, terminal) + 1)
+        try:
+            _relay(0, 1, 2)
+        finally:
+            os._exit(0)
+    terminal = os.dup(2)
+    os.dup2(writing, 2)
+    for fd in (reading, writing, alive):
+        os.close(fd)
+    assert sys.stderr
+    sys.stderr = os.fdopen(terminal, "w", 1, sys.stderr.encoding, sys.stderr.errors)
+
+
+def _relay(source: int, terminal: int, alive: int) -> None:
+    """Copies lines to the terminal until nothing can write to `source`, or until `alive` is closed."""
+    rest = b""
+    while True:
+        ready = select.select([source, alive], [], [])[0]
+        chunk = os.read(source, 65536) if source in ready else b""
+        *lines, rest = (rest + chunk).split(b"\n")
+        if not chunk and rest:
+            lines, rest = [rest], b""
+        for line in lines:
+            # XLA times its candidates without a delay then: the program may be slower, but works.
+            if b"Delay kernel timed out" not in line:
+                os.write(terminal, CLEAR_LINE.encode() + line + b"\n")
+        if not chunk:
+            return
 
 
 def import_jax(_: list[str]) -> None:

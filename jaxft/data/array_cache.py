@@ -8,12 +8,13 @@ import re
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from jaxft import interrupts
 from jaxft.data.dataset import Dataset
 from jaxft.data.image_file import shrink
 from jaxft.errors import UserError, write_message
@@ -54,7 +55,7 @@ def open_arrays(arrays_dir: Path) -> tuple[Dataset, dict[str, Any]] | None:
         if image_file.stat().st_size != np.prod(shape, dtype=np.int64):
             return None
         if "crc32" not in info:
-            info = _add_checksums(arrays_dir, info, labels)
+            info = _add_checksums(arrays_dir, info, labels, _checksums(image_file))
         elif not (
             matches_checksum(info) and info["label_crc32"] == zlib.crc32(labels) and _is_intact(image_file, info)
         ):
@@ -85,18 +86,19 @@ def write_arrays(
         arrays_dir.unlink()  # not a folder, which could not be replaced
     with atomic_directory(arrays_dir) as partial_dir:
         with (partial_dir / "image.bin").open("wb") as file:
+            writer = _ChecksumWriter(file)
             for image, label in examples:
                 image = as_stored(image, side)
                 shape = shape or image.shape
                 if image.shape != shape:
                     raise ValueError(f"has images of {shape} and of {image.shape}, although it declares one size")
-                file.write(np.ascontiguousarray(image).data)
+                writer.write(np.ascontiguousarray(image).data.cast("B"))
                 labels.append(label)
         if not labels:
             raise ValueError("has no images")
         np.save(partial_dir / "label.npy", np.array(labels, np.int32))
         info = {"class_names": list(class_names), "picture_shape": shape} | source
-        _add_checksums(partial_dir, info, (partial_dir / "label.npy").read_bytes())
+        _add_checksums(partial_dir, info, (partial_dir / "label.npy").read_bytes(), writer.checksums())
 
 
 def open_written(arrays_dir: Path) -> Dataset:
@@ -107,21 +109,53 @@ def open_written(arrays_dir: Path) -> Dataset:
     return opened[0]
 
 
-def _add_checksums(arrays_dir: Path, info: dict[str, Any], labels: bytes) -> dict[str, Any]:
+class _ChecksumWriter:
+    """Writes a file and computes the CRC-32 of each CHUNK meanwhile, so that it need not be read again."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._complete: list[int] = []
+        self._crc, self._filled = 0, 0  # of the last chunk
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            part = data[: CHUNK - self._filled]
+            self._file.write(part)
+            self._crc, self._filled = zlib.crc32(part, self._crc), self._filled + len(part)
+            if self._filled == CHUNK:
+                self._complete.append(self._crc)
+                self._crc, self._filled = 0, 0
+            data = data[len(part) :]
+
+    def checksums(self) -> list[int]:
+        return [*self._complete, self._crc] if self._filled else self._complete
+
+
+def _add_checksums(arrays_dir: Path, info: dict[str, Any], labels: bytes, images: list[int]) -> dict[str, Any]:
     """Writes info.json with checksums of the images, the labels and of itself."""
-    image_file = arrays_dir / "image.bin"
-    info = with_checksum(info | {"image_crc32": _checksums(image_file), "label_crc32": zlib.crc32(labels)})
+    info = with_checksum(info | {"image_crc32": images, "label_crc32": zlib.crc32(labels)})
     with suppress(PermissionError), atomic_write(arrays_dir / "info.json", "w") as file:  # a cache shared read-only
         json.dump(info, file)
-    _remember_check(image_file)
+    _remember_check(arrays_dir / "image.bin")
     return info
 
 
 def _checksums(path: Path) -> list[int]:
     """Returns the CRC-32 of each CHUNK of a file, read by several threads. Raises OSError."""
-    with open_regular(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open_regular(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool, ExitStack() as stack:
         size = os.fstat(file.fileno()).st_size
-        return list(pool.map(lambda at: zlib.crc32(os.pread(file.fileno(), CHUNK, at)), range(0, size, CHUNK)))
+        found = pool.map(lambda at: zlib.crc32(os.pread(file.fileno(), CHUNK, at)), range(0, size, CHUNK))
+        if size <= ALWAYS_CHECKED:
+            return list(found)
+        from jaxft.progress import Progress  # imports JAX, which the process that reads TFDS does not need
+
+        progress = stack.enter_context(Progress("checking the cached images", size >> 20, unit="MB", log_after=5))
+        checksums = []
+        for checksum in found:
+            interrupts.check()
+            checksums.append(checksum)
+            progress.update(CHUNK >> 20)
+        return checksums
 
 
 def _is_intact(image_file: Path, info: dict[str, Any]) -> bool:
@@ -162,5 +196,6 @@ def as_stored(image: np.ndarray, side: int | None) -> np.ndarray:
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise ValueError(f"has an image that is {image.dtype} of shape {image.shape}; expected uint8, 1 or 3 channels")
-    image = np.broadcast_to(image, (*image.shape[:2], 3))
+    if image.shape[2] == 1:
+        image = np.broadcast_to(image, (*image.shape[:2], 3))
     return image if side is None else shrink(np.ascontiguousarray(image), side)

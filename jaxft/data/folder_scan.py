@@ -119,7 +119,7 @@ def _scan(folder: Path, top: str, found: Scan, seen: set[tuple[int, int]], *, li
         elif name.startswith("."):
             found.skipped[HIDDEN_FILE] += 1
         elif _is_image(name):  # also a FIFO or a dangling link, which decoding reports
-            found.images.append(Path(folder, name))
+            found.images.append(folder / name)
             found.per_subfolder[top] += 1
         else:
             found.skipped[_kind(entry)] += 1
@@ -174,7 +174,8 @@ def _file_names(folder: Path) -> Iterator[str]:
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in suffixes()
+    stem, _, suffix = name.rpartition(".")
+    return f".{suffix.lower()}" in suffixes() and stem != "" and not name.startswith(".")
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

@@ -5,8 +5,9 @@ import math
 import os
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -24,6 +25,7 @@ _NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # f
 _SEVERAL_IMAGES = {"MPO", "PSD"}  # formats whose further frames are previews or layers
 _ICONS = {0x10000, 0x20000}  # first four bytes of .ico and .cur
 _BAND_BYTES = 1 << 22  # of an image that is converted at once
+_WHOLE_BYTES = 1 << 22  # of a file that is read into memory before it is decoded
 _BYTES_PER_PIXEL = 8  # of a decoded image and its conversion to RGB
 
 _UNKNOWN = "Pillow does not know its format"
@@ -50,6 +52,10 @@ class ImageError(UserError):
     """A file is not an image, or the image has too many pixels."""
 
 
+class LargeImageError(Exception):
+    """An image is too large or too thin to be stored unchanged."""
+
+
 class _ValuesError(Exception):
     """An image's values cannot be scaled to 8 bits, because their range is unknown; the message lacks the name."""
 
@@ -60,11 +66,13 @@ class Decoded(NamedTuple):
 
 
 @cache
-def load_formats() -> None:
+def load_formats() -> tuple[str, ...]:
     """Loads all of Pillow's formats, and those of plugins that are installed: pillow-heif and pillow-jxl-plugin.
 
-    Image.open would load Pillow's own too, but not safely in several threads.
+    Image.open would load Pillow's own too, but not safely in several threads. Returns the formats that jaxft reads, in
+    the order in which Image.open tries them.
     """
+    Image.preinit()  # so that JPEG and PNG are tried first, not after all formats with names before theirs
     Image.init()
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
@@ -72,6 +80,7 @@ def load_formats() -> None:
         register_heif_opener()
     with suppress(ImportError):
         import pillow_jxl  # noqa: F401, registers itself
+    return tuple(kind for kind in Image.ID if kind not in _NOT_IMAGES)
 
 
 @cache
@@ -109,27 +118,68 @@ def decode_with_remarks(
 ) -> Decoded:
     """Decodes an image as `decode` does, and returns what is unusual about it."""
     name = name or (str(source) if isinstance(source, Path) else "the image")
+    with (
+        _explained_errors(source, name),
+        open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file,
+    ):
+        return _decode(file, name, side, at_most, max_pixels)
+
+
+def read_file(path: Path, side: int | None, limit: int | None = None) -> tuple[Decoded, int]:
+    """Decodes a file as `decode` does and returns the CRC-32 of its content too; most files are opened only once.
+
+    limit: raises LargeImageError, without decoding, for thin images and if both sides have more pixels than this.
+    """
+    name = str(path)
+    with _explained_errors(path, name), open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _WHOLE_BYTES:
+            return _decode(file, name, side, limit=limit), _file_crc32(path)
+        content = file.read()
+        return _decode(io.BytesIO(content), name, side, limit=limit), zlib.crc32(content)
+
+
+def _file_crc32(path: Path) -> int:
+    crc = 0
+    with open_regular(path) as file:
+        while data := file.read(1 << 20):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
+def _decode(
+    file: IO[bytes],
+    name: str,
+    side: int | None,
+    at_most: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    limit: int | None = None,
+) -> Decoded:
+    formats = load_formats()
+    _check_pixels(name, _icon_size(file), max_pixels)
+    with open_image(file, formats) as image:
+        width, height = image.size
+        _check_pixels(name, image.size, max_pixels)
+        if limit and (min(width, height) > limit or is_thin(width, height)):
+            raise LargeImageError
+        deep_colours = image.mode == "RGB" and any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+        side = at_most if at_most and min(width, height) > at_most else side
+        with _decoding.reserve(width * height):
+            remarks = (ANIMATED,) if _is_animated(image) else ()
+            flat, remark = _flatten(_upright(image))
+            if deep_colours and np.asarray(flat).max() < 16:
+                remark = (*remark, DARK_COLOURS)
+            array = np.asarray(_as_rgb(flat)) if side is None else _shrink(flat, side)
+        return Decoded(array, (*remarks, *remark))
+
+
+@contextmanager
+def _explained_errors(source: Path | bytes, name: str) -> Iterator[None]:
+    """Turns every error of opening or decoding an image, except for LargeImageError, into an ImageError."""
     try:
-        load_formats()
-        formats = [kind for kind in Image.ID if kind not in _NOT_IMAGES]
-        with ExitStack() as stack:
-            file = stack.enter_context(open_regular(source) if isinstance(source, Path) else io.BytesIO(source))
-            _check_pixels(name, _icon_size(file), max_pixels)
-            image = stack.enter_context(open_image(file, formats))
-            width, height = image.size
-            _check_pixels(name, image.size, max_pixels)
-            deep_colours = image.mode == "RGB" and any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
-            side = at_most if at_most and min(width, height) > at_most else side
-            with _decoding.reserve(width * height):
-                remarks = (ANIMATED,) if _is_animated(image) else ()
-                flat, remark = _flatten(_upright(image))
-                if deep_colours and np.asarray(flat).max() < 16:
-                    remark = (*remark, DARK_COLOURS)
-                array = np.asarray(_as_rgb(flat)) if side is None else _shrink(flat, side)
-            return Decoded(array, (*remarks, *remark))
+        yield
     except _ValuesError as error:
         raise ImageError(f"{name} {error}") from None
-    except ImageError:
+    except (ImageError, LargeImageError):
         raise
     except Image.DecompressionBombError:  # unless process.allow_large_images has lifted Pillow's limit
         raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels, which jaxft does not read") from None
@@ -142,9 +192,10 @@ def decode_with_remarks(
         raise ImageError(f"{name} cannot be read as an image ({text})") from error
 
 
-def open_image(file: IO[bytes], formats: list[str] | None = None) -> Image.Image:
+def open_image(file: IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:
     """Opens an image as Image.open does, which also decodes icons."""
-    with _decoding.reserve(math.prod(_icon_size(file))):
+    icon_pixels = math.prod(_icon_size(file))
+    with _decoding.reserve(icon_pixels) if icon_pixels else nullcontext():
         return Image.open(file, formats=formats)
 
 
@@ -312,7 +363,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def is_single_colour(image: np.ndarray) -> bool:
     """Returns whether all pixels of an image (H, W, 3) are equal."""
-    return bool((image == image[0, 0]).all())
+    return bool((image[0] == image[0, 0]).all() and (image == image[0, 0]).all())  # most differ in the first row
 
 
 def is_thin(width: int, height: int) -> bool:

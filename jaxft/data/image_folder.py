@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,12 +22,12 @@ from jaxft.data.dataset import DataOptions, Dataset, Origin
 from jaxft.data.image_file import (
     Decoded,
     ImageError,
+    LargeImageError,
     decode,
-    decode_with_remarks,
     is_single_colour,
     is_thin,
-    load_formats,
     open_image,
+    read_file,
 )
 from jaxft.data.labelled_files import SHOWN, LabelledFiles, find_files
 from jaxft.data.lazy_images import LazyImages
@@ -36,6 +37,7 @@ from jaxft.progress import Progress
 
 EXIF_ORIENTATION = 0x0112
 SINGLE_COLOUR, UNREADABLE = "single_colour", "unreadable"  # remarks beside those of image_file
+_TASK_FILES, _TASK_BYTES = 16, 1 << 22  # that a thread reads at once, at most: files, and bytes of decoded images
 Result = TypeVar("Result")
 
 
@@ -50,9 +52,19 @@ class UnreadableError(UserError):
         self.problems, self.num_files = problems, num_files
 
 
+class SizesDifferError(Exception):
+    """Images cannot be stored unchanged, because they differ in size, are large or are thin."""
+
+
 class ReadImage(NamedTuple):
     decoded: Decoded
     crc32: int  # of the file
+    is_single_colour: bool
+
+
+class Unusable(NamedTuple):
+    problem: str
+    size: tuple[int, int] | None  # (height, width) by the header, if it can be read
 
 
 @dataclasses.dataclass
@@ -68,7 +80,7 @@ class Readings:
         self.checksums[label] = zlib.crc32(read.crc32.to_bytes(4, "little"), self.checksums[label])
         self.counts[label] += 1
         self.remarks.update(read.decoded.remarks)
-        self.remarks[SINGLE_COLOUR] += is_single_colour(read.decoded.image)
+        self.remarks[SINGLE_COLOUR] += read.is_single_colour
 
     def to_json(self) -> dict[str, Any]:
         checksums = [f"{crc:08x}" for crc in self.checksums]
@@ -89,17 +101,8 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
         return _with_origin(*opened, root, files)
     try:
         if len(files.paths) * options.side**2 * 3 > room_for_images(options.cache):
-            return _open_lazily(root, files, source, arrays_dir.with_name(f"{arrays_dir.name}.json"))
-        _, side = stored_size(files, options.side)
-        readings = Readings([0] * len(files.class_names))
-        found = dict(source)
-
-        def examples() -> Iterator[tuple[np.ndarray, int]]:
-            for image, number in read_images(files, side, options.unreadable, readings):
-                yield image, files.label[number]
-            found.update(readings.to_json())
-
-        write_arrays(arrays_dir, examples(), files.class_names, None, found)
+            return _open_lazily(root, files, source, options, arrays_dir.with_name(f"{arrays_dir.name}.json"))
+        found = _unchanged_or_square(partial(_write_arrays, arrays_dir, files, source, options), options.side)
     except ValueError as error:
         raise UserError(f"{name} {error}") from None
     except OSError as error:
@@ -125,23 +128,31 @@ def _with_origin(data: Dataset, found: Mapping[str, Any], root: Path, files: Lab
     )
 
 
-def stored_size(files: LabelledFiles, side: int) -> tuple[tuple[int, int], int | None]:
-    """Returns (height, width) of the stored images, and the side of the square they are shrunk to, or None.
+def _unchanged_or_square(read: Callable[[int | None], Result], side: int) -> Result:
+    """Returns read(None), which reads the images unchanged, or read(side) if it finds that their sizes differ.
 
-    Reads only the headers. If all images have one size, are not thin, and their shorter side is at most `side`, they
-    are stored unchanged. Files without a readable header are ignored.
+    In a folder of several sizes that is usually found at the second image, so that reading starts again at no cost.
     """
-    common: tuple[int, int] | None = None
-    load_formats()
-    with ThreadPoolExecutor() as pool:
-        for size in _map_ahead(pool, _header_size, files.paths):
-            if size is None:
-                continue
-            if common is None:
-                common = size
-            if min(size) > side or size != common or is_thin(*size):
-                return (side, side), side
-    return (common, None) if common else ((side, side), side)
+    try:
+        return read(None)
+    except SizesDifferError:
+        return read(side)
+
+
+def _write_arrays(
+    arrays_dir: Path, files: LabelledFiles, source: dict[str, Any], options: DataOptions, side: int | None
+) -> dict[str, Any]:
+    """Reads all images and writes them into the cache; returns the content of its info.json."""
+    readings = Readings([0] * len(files.class_names))
+    found = dict(source)
+
+    def examples() -> Iterator[tuple[np.ndarray, int]]:
+        for image, number in read_images(files, side, options, readings):
+            yield image, files.label[number]
+        found.update(readings.to_json())
+
+    write_arrays(arrays_dir, examples(), files.class_names, None, found)
+    return found
 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
@@ -154,25 +165,34 @@ def _header_size(path: Path) -> tuple[int, int] | None:
 
 
 def read_images(
-    files: LabelledFiles, side: int | None, unreadable: str, readings: Readings
+    files: LabelledFiles, side: int | None, options: DataOptions, readings: Readings
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields each image with the index of its file, shrunk to a square of `side` pixels unless that is None.
 
-    unreadable: "refuse" raises UserError with the files that are not images; "skip" lists them on stderr. readings: is
-    filled meanwhile. Raises UserError if all files of a class are skipped.
+    If it is None, raises SizesDifferError unless all images, including those with only a readable header, have one
+    size, are not thin, and their shorter side is at most options.side. options.unreadable: "refuse" raises UserError
+    with the files that are not images; "skip" lists them on stderr. readings: is filled meanwhile. Raises UserError if
+    all files of a class are skipped.
     """
     problems: list[str] = []
-    with ThreadPoolExecutor() as pool, Progress("reading images", len(files.paths)) as progress:
-        read = partial(_read, side=side)
-        for number, found in enumerate(_map_ahead(pool, read, files.paths)):
+    common: tuple[int, ...] | None = None
+    limit = options.side if side is None else None
+    with ThreadPoolExecutor() as pool, Progress("reading images", len(files.paths), log_after=5) as progress:
+        read = partial(_read, side=side, limit=limit)
+        for number, found in enumerate(_map_ahead(pool, read, files.paths, _files_per_task(files, options.side))):
             progress.update(1)
-            if isinstance(found, ImageError):
-                problems.append(str(found))
+            size = found.size if isinstance(found, Unusable) else found.decoded.image.shape[:2]
+            if limit and size:
+                common = common or size
+                if size != common or min(size) > limit or is_thin(*size):
+                    raise SizesDifferError
+            if isinstance(found, Unusable):
+                problems.append(found.problem)
                 readings.unusable.append(number)
-            elif not problems or unreadable == "skip":
+            elif not problems or options.unreadable == "skip":
                 readings.add(found, files.label[number])
                 yield found.decoded.image, number
-    if problems and unreadable == "refuse":
+    if problems and options.unreadable == "refuse":
         raise UnreadableError(problems, len(files.paths))
     readings.remarks[UNREADABLE] = len(problems)
     for problem in problems[:SHOWN]:
@@ -186,35 +206,51 @@ def read_images(
         )
 
 
-def _read(path: Path, side: int | None) -> ReadImage | ImageError:
+def _read(path: Path, side: int | None, limit: int | None) -> ReadImage | Unusable:
+    """Reads an image. Raises SizesDifferError, before decoding it, if it exceeds `limit` or is thin."""
     try:
-        return ReadImage(decode_with_remarks(path, side=side), _file_crc32(path))
+        decoded, crc32 = read_file(path, side, limit)
+        return ReadImage(decoded, crc32, is_single_colour(decoded.image))
+    except LargeImageError:
+        if _header_size(path):
+            raise SizesDifferError from None
+        return _read(path, limit, None)  # damaged, although Pillow could open it
     except ImageError as error:
-        return error
+        return Unusable(str(error), _header_size(path) if limit else None)
     except OSError as error:
-        return ImageError(f"{path} cannot be read ({reason(error)})")
+        return Unusable(f"{path} cannot be read ({reason(error)})", None)
 
 
-def _file_crc32(path: Path) -> int:
-    crc = 0
-    with open_regular(path) as file:
-        while data := file.read(1 << 20):
-            crc = zlib.crc32(data, crc)
-    return crc
+def _files_per_task(files: LabelledFiles, side: int) -> int:
+    """Returns how many files a thread reads at once: several, because handing over a small image takes as long.
+
+    Few enough for all threads to be busy, and for their images to take little memory.
+    """
+    # NOTES: Reading many small images (docs/notes/input-and-startup.md)
+    by_memory = _TASK_BYTES // (3 * side**2)
+    return max(1, min(_TASK_FILES, by_memory, len(files.paths) // (64 * (os.cpu_count() or 1))))
 
 
-def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[Path], Result], paths: list[Path]) -> Iterator[Result]:
-    """Like pool.map, but holds only a few results at a time instead of all images of the folder."""
-    ahead = 4 * (os.cpu_count() or 1)
-    waiting = [pool.submit(function, path) for path in paths[:ahead]]
-    for i in range(len(paths)):
-        interrupts.check()
-        yield waiting[i % ahead].result()
-        if i + ahead < len(paths):
-            waiting[i % ahead] = pool.submit(function, paths[i + ahead])
+def _map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Path], Result], paths: list[Path], at_once: int
+) -> Iterator[Result]:
+    """Like pool.map, but in tasks of `at_once` paths, and holding only a few results instead of the whole folder's."""
+
+    def task(start: int) -> list[Result]:
+        return [function(path) for path in paths[start : start + at_once]]
+
+    starts = iter(range(0, len(paths), at_once))
+    waiting = deque(pool.submit(task, start) for start in islice(starts, 4 * (os.cpu_count() or 1)))
+    while waiting:
+        for result in waiting.popleft().result():
+            interrupts.check()
+            yield result
+        waiting.extend(pool.submit(task, start) for start in islice(starts, 1))
 
 
-def _open_lazily(root: Path, files: LabelledFiles, source: dict[str, Any], checked: Path) -> Dataset:
+def _open_lazily(
+    root: Path, files: LabelledFiles, source: dict[str, Any], options: DataOptions, checked: Path
+) -> Dataset:
     """Returns a dataset whose images stay in their files. Raises ValueError if no file is an image.
 
     checked: a file in the cache that records which files are images, since finding out means reading all of them.
@@ -224,10 +260,7 @@ def _open_lazily(root: Path, files: LabelledFiles, source: dict[str, Any], check
     except (OSError, ValueError):
         found = {}
     if not (_matches(found, source) and matches_checksum(found)):
-        size, side = stored_size(files, source["side"])
-        readings = Readings([0] * len(files.class_names))
-        numbers = [number for _, number in read_images(files, side, source["unreadable"], readings)]
-        found = with_checksum(source | readings.to_json() | {"numbers": numbers, "size": size, "shrunk_to": side})
+        found = with_checksum(source | _unchanged_or_square(partial(_check_images, files, options), options.side))
         checked.parent.mkdir(parents=True, exist_ok=True)
         if checked.is_dir() and not checked.is_symlink():
             shutil.rmtree(checked)
@@ -241,6 +274,16 @@ def _open_lazily(root: Path, files: LabelledFiles, source: dict[str, Any], check
     image = LazyImages(reader, len(numbers), height, width)
     data = Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
     return _with_origin(data, found, root, files)
+
+
+def _check_images(files: LabelledFiles, options: DataOptions, side: int | None) -> dict[str, Any]:
+    """Reads all images; returns which of them are usable, and their size."""
+    readings = Readings([0] * len(files.class_names))
+    numbers, size = [], (0, 0)
+    for image, number in read_images(files, side, options, readings):
+        numbers.append(number)
+        size = image.shape[:2]
+    return readings.to_json() | {"numbers": numbers, "size": size, "shrunk_to": side}
 
 
 @dataclasses.dataclass(frozen=True)

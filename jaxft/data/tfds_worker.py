@@ -71,14 +71,17 @@ def _check_reachable(builder: tfds.core.DatasetBuilder, data_dir: str) -> None:
 
 
 def _feature_of_type(builder: tfds.core.DatasetBuilder, kind: type) -> str:
-    """Returns the name of the only feature of this type. Raises UserError if there are none or several."""
+    """Returns the name of the only feature of this type, or "label" if several have it (CIFAR-100 has coarse labels).
+
+    Raises UserError if there are none, or several with other names.
+    """
     names = [name for name, feature in builder.info.features.items() if isinstance(feature, kind)]
-    if len(names) != 1:
+    if len(names) != 1 and "label" not in names:
         raise UserError(
             f"'{builder.name}' has {len(names)} features of type {kind.__name__}; "
-            "a dataset for classification has exactly one"
+            "a dataset for classification has exactly one, or one that is named label"
         )
-    return names[0]
+    return "label" if "label" in names else names[0]
 
 
 def _examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterable[Any]:

@@ -2,6 +2,8 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +84,24 @@ def test_tfds_split_syntax_selects_a_part(cache: Path) -> None:
     )
     np.testing.assert_array_equal(part.image, whole.image[:6])
     np.testing.assert_array_equal(part.label, whole.label[:6])
+
+
+def test_of_several_class_labels_tfds_takes_the_one_named_label() -> None:
+    """CIFAR-100 has coarse labels as well."""
+    import tensorflow_datasets as tfds
+
+    from jaxft.data.tfds_worker import _feature_of_type
+
+    fine, coarse = tfds.features.ClassLabel(num_classes=100), tfds.features.ClassLabel(num_classes=20)
+
+    def builder(**features: Any) -> Any:
+        return SimpleNamespace(name="cifar100", info=SimpleNamespace(features=features))
+
+    assert _feature_of_type(builder(coarse_label=coarse, label=fine), tfds.features.ClassLabel) == "label"
+    assert _feature_of_type(builder(kind=fine), tfds.features.ClassLabel) == "kind"
+    for features in ({}, {"fine": fine, "coarse": coarse}):
+        with pytest.raises(UserError, match=f"has {len(features)} features of type ClassLabel"):
+            _feature_of_type(builder(**features), tfds.features.ClassLabel)
 
 
 def test_tfds_is_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

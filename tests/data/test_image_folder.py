@@ -1,20 +1,23 @@
 """Folders of images: splits, classes, the holdout, and errors for wrong folders."""
 
+import io
 import os
 import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxft.data import datasets
+from jaxft.data import datasets, image_file
 from jaxft.data.dataset import DataOptions
 from jaxft.data.identity import differences
 from jaxft.errors import UserError
+from jaxft.files import open_regular
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -71,10 +74,66 @@ def test_large_images_of_one_size_become_squares_too(root: Path) -> None:
     assert load(root, "train", side=4).image.shape == (6, 4, 4, 3)
 
 
+@pytest.mark.parametrize("cache_images", ["auto", "never"])
+def test_each_file_is_opened_once(root: Path, monkeypatch: pytest.MonkeyPatch, cache_images: str) -> None:
+    opened: Counter[Path] = Counter()
+
+    def counting(path: Path) -> IO[bytes]:
+        opened[path] += 1
+        return open_regular(path)
+
+    monkeypatch.setattr(image_file, "open_regular", counting)
+    train = load(root, "train", cache=cache_images)
+    assert opened == dict.fromkeys(train.origin.files, 1)
+    assert len(opened) == 6
+
+
+def gradients(root: Path, sizes: list[tuple[int, int]]) -> list[Path]:
+    """Writes one image of each size (width, height), divided into two classes."""
+    paths = [root / "train" / "ab"[2 * i // len(sizes)] / f"{i:02}.png" for i in range(len(sizes))]
+    for path, (width, height) in zip(paths, sizes, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.arange(3 * width * height).reshape(height, width, 3) % 251
+        Image.fromarray(values.astype(np.uint8)).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("cache_images", ["auto", "never"])
+@pytest.mark.parametrize("position", [0, 1, 9])
+@pytest.mark.parametrize("size", [(12, 11), (40, 41), (40, 1)])
+def test_one_image_of_another_size_makes_all_squares(
+    tmp_path: Path, position: int, size: tuple[int, int], cache_images: str
+) -> None:
+    sizes = [(12, 10)] * 10
+    sizes[position] = size
+    paths = gradients(tmp_path / "mixed", sizes)
+    train = load(tmp_path / "mixed", "train", side=20, cache=cache_images)
+    expected = np.stack([image_file.decode(path, side=20) for path in paths])
+    np.testing.assert_array_equal(train.image[np.arange(10)], expected)
+
+
+@pytest.mark.parametrize("position", [0, 9])
+@pytest.mark.parametrize("shape", [(10, 12, 3), (20, 20, 3)])
+def test_a_damaged_image_counts_by_the_size_in_its_header(
+    tmp_path: Path, position: int, shape: tuple[int, int, int]
+) -> None:
+    """A size of its own makes the others squares, as if it could be decoded."""
+    sizes = [(12, 10)] * 10
+    sizes[position] = (12, 10) if shape == (10, 12, 3) else (13, 10)
+    path = gradients(tmp_path / "root", sizes)[position]
+    buffer = io.BytesIO()
+    Image.open(path).save(buffer, "JPEG")
+    path.unlink()
+    path.with_suffix(".jpg").write_bytes(buffer.getvalue()[:-30])
+    with pytest.raises(UserError, match=rf"1 of 10 files cannot be used: .*{position:02}\.jpg"):
+        load(tmp_path / "root", "train", side=20)
+    assert load(tmp_path / "root", "train", side=20, unreadable="skip").image.shape == (9, *shape)
+
+
 def test_the_cache_is_rebuilt_when_files_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(root, "train")
     with monkeypatch.context() as patch:
-        patch.setattr("jaxft.data.image_folder.decode_with_remarks", None)
+        patch.setattr("jaxft.data.image_folder.read_file", None)
         load(root, "train")  # from the cache
     save(root / "train" / "röd" / "0.png", BLUE)
     np.testing.assert_array_equal(load(root, "train").image[2, 0, 0], BLUE)
