@@ -2,9 +2,8 @@
 
 python -m jaxft.train --config configs/cifar100.py
 
-Not measured. TFDS's CIFAR-100 has two labels per image, which jaxft refuses, so the images have to come from a folder:
---config.data.name=folder:PATH. Published for a fine-tuned ImageNet ResNet-50: 86.4 % (Chen et al. 2020, SimCLR, table
-8).
+Not measured. Of TFDS's two labels per image, the fine one of 100 classes is used. Published for a fine-tuned ImageNet
+ResNet-50: 86.4 % (Chen et al. 2020, SimCLR, table 8).
 """
 
 from ml_collections import ConfigDict

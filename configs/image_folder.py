@@ -10,9 +10,9 @@ are refused; --config.data.unreadable=skip skips them.
 
 On two CPU cores, 250 images of CIFAR-10 at 64 pixels and the small ResNet-18 that ships with jaxft give 54 % on 1,000
 test images, as much as a linear probe. It is the same if the backbone's features are scaled by 0.1 or 10, or its
-kernels by 0.1 (python -m benchmarks.recipes --safety). Version 0.1 had neither fit_head nor adaptive_clip nor
-unfreeze_warmup; 500 images at 96 pixels and ImageNet weights of 72.2 % top-1 gave 69.4 % in 559 s. With those weights,
-a ResNet-50's, 250 images at 64 pixels give 59.2 %, and 58.5 % with a linear probe. Not measured on a GPU.
+kernels by 0.1 (python -m benchmarks.recipes --safety). With a ResNet-50 and ImageNet weights of 72.2 % top-1, 500
+images at 96 pixels give 69.9 % in 286 s (python -m benchmarks.recipes --only image_folder, two idle Intel cores,
+2026-11-26, jax 0.10.2), and 250 at 64 pixels 59.2 %, or 58.5 % with a linear probe. Not measured on a GPU.
 """
 
 from ml_collections import ConfigDict

@@ -28,9 +28,9 @@ def default_config() -> ConfigDict:
         {
             "note": "",  # printed at the end of a run
             "seed": 0,  # random seed of the new head, the order of images and augmentation
-            "num_epochs": 10,  # passes over the training images
+            "num_epochs": 10,  # passes over the training images; 0: by their number (jaxft/training/auto.py)
             "batch_size": 64,  # over all devices; 0: the largest power of two per device that fits into its memory
-            "image_size": 224,  # pixels: the shorter side is resized to this, then the central square is cropped
+            "image_size": 224,  # pixels: the shorter side after resizing and the side of the crop; 0: by the data
             "model": {
                 "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ...
                 "pretrained": "",  # a name (`jaxft convert --list`), a file, a workdir, or '' for random weights
@@ -42,6 +42,7 @@ def default_config() -> ConfigDict:
                 "remat": False,  # recompute each block's activations in the backward pass: less memory, more time
                 "test_flip": False,  # average the logits of each image and its mirror image, except in training
                 "batch_norm": "update",  # update (per device), sync (all devices), frozen, recalibrate (after training)
+                "head_norm": False,  # standardise the head's input by the training set's statistics, computed once
             },
             "data": {
                 "name": "cifar10",  # a TFDS name, folder:PATH, or sample:cifar10
@@ -59,7 +60,7 @@ def default_config() -> ConfigDict:
             },
             "optimizer": {
                 "name": "sgd",  # sgd, adamw, adabelief, lamb or lion
-                "learning_rate": 0.001,  # peak value, if a schedule changes it
+                "learning_rate": 0.001,  # peak value, if a schedule changes it; -1: by the batch size
                 "momentum": 0.9,  # momentum of sgd
                 "nesterov": False,  # Nesterov momentum for sgd
                 "weight_decay": 0.0,  # added to the gradient by sgd, as torch does; decoupled in the other optimizers
@@ -67,7 +68,7 @@ def default_config() -> ConfigDict:
                 "schedule": "constant",  # constant, cosine or linear (to 0 at the end), or step
                 "step_epochs": 30.0,  # epochs between two drops of the step schedule
                 "step_factor": 0.1,  # factor of each drop of the step schedule
-                "warmup_epochs": 0.0,  # epochs of linear warm-up from 0
+                "warmup_epochs": 0.0,  # epochs of linear warm-up from 0; -1: a fraction of num_epochs
                 "clip_norm": 0.0,  # largest global norm of the gradient; 0: no clipping
                 "adaptive_clip": 0.0,  # largest norm of a unit's gradient relative to its weights' norm; 0: no clipping
                 "ema_decay": 0.0,  # decay of an EMA of the weights, for evaluation, prediction and export; 0: no EMA
@@ -85,11 +86,12 @@ def default_config() -> ConfigDict:
                 "flip": False,  # mirror half of the images
                 "shift": 0.0,  # largest random shift, as a fraction of the side
                 "first_image_size": 0,  # image size of the first epoch, growing to image_size in the last; 0: constant
+                "num_image_sizes": 0,  # sizes from first_image_size to image_size, in equal shares; 0: one per epoch
                 "crop_area": 1.0,  # smallest area of a random crop, as a fraction of the image; 1: no cropping
                 "crop_ratio": 1.0,  # largest aspect ratio of a random crop; its inverse is the smallest
                 "trivial": False,  # TrivialAugment: one random operation for each image (shear, rotate, brighten, ...)
                 "erase": 0.0,  # probability that a random rectangle is erased
-                "mixup": 0.0,  # alpha of mixup, which blends pairs of images and labels; 0: off
+                "mixup": 0.0,  # alpha of mixup, which blends pairs of images and labels; 0: off; -1: by their number
                 "cutmix": 0.0,  # alpha of CutMix, which pastes a rectangle of another image; 0: off
             },
             "distill": {
@@ -143,6 +145,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, 1024),
     "label_smoothing": (0, 1),
     "augment.first_image_size": (0, 4096),
+    "augment.num_image_sizes": (0, 4096),
     "augment.shift": (0, 1),
     "augment.crop_area": (0.01, 1),
     "augment.crop_ratio": (1, 10),
@@ -171,6 +174,17 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+# Values that stand for one that depends on the data or the device. It is derived when a run begins, and stored.
+AUTO: dict[str, float] = {
+    "num_epochs": 0,
+    "batch_size": 0,
+    "image_size": 0,
+    "augment.mixup": -1,
+    "optimizer.learning_rate": -1,
+    "optimizer.warmup_epochs": -1,
+}
+
+
 # Keys that may change when a run is resumed: they do not affect its results.
 MAY_CHANGE = {
     "note",
@@ -194,6 +208,12 @@ def may_change(key: str, there: Any, here: Any) -> bool:
 def count_steps_per_epoch(config: ConfigDict, train_size: int) -> int:
     """Returns the number of training steps in an epoch; fitting only the head counts as one."""
     return 1 if config.optimizer.fit_head == "only" else math.ceil(train_size / config.batch_size)
+
+
+def auto_keys(config: ConfigDict) -> list[str]:
+    """Returns the keys whose value is still to be derived, in the order of AUTO."""
+    values = flatten(config)
+    return [key for key, value in AUTO.items() if values[key] == value]
 
 
 def explanations() -> dict[str, str]:
@@ -357,10 +377,14 @@ def _check_values(config: ConfigDict) -> None:
             hint = f"did you mean '{matches[0]}'?" if matches else f"one of {', '.join(choices)}"
             raise UserError(f"config key '{key}' cannot be '{values[key]}'; {hint}")
     for key, (low, high) in RANGES.items():
-        if not low <= values[key] <= high:
+        if not low <= values[key] <= high and values[key] != AUTO.get(key):
             bounds = f"at least {low}" if values[key] < low else f"at most {high}"
+            if AUTO.get(key, low) < low:
+                bounds += f", or {AUTO[key]} to derive it from the data"
             raise UserError(f"config key '{key}' must be {bounds}, not {values[key]}")
     resize, image_size, stored_size = (values[key] for key in ("data.resize", "image_size", "data.stored_size"))
+    if resize and not image_size:
+        raise UserError(f"config key 'data.resize' is {resize} and image_size is 0; set both, or data.resize to 0")
     if resize and resize < image_size:
         raise UserError(
             f"config key 'data.resize' is {resize}, less than the image_size of {image_size} that is cropped from it; "

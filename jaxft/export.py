@@ -33,7 +33,7 @@ from jaxft.config import resolve
 from jaxft.data.batches import replicate
 from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.files import atomic_write, output_argument, reason
-from jaxft.models.fold import fold_norms
+from jaxft.models.fold import fold_head_norm, fold_norms
 from jaxft.models.policy import eval_logits
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import TORCHVISION_VARIANT, to_torch
@@ -67,7 +67,7 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
     A network of another width or stem has no counterpart there, which is reported on stderr.
     """
     state = jax.device_get(checkpoint.state)
-    weights = Weights(state.variables(), checkpoint.info["weights"])
+    weights = Weights(fold_head_norm(state.variables()), checkpoint.info["weights"])
     write_tensors(out, to_torch(weights))
     preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
     stored, arch = resolve(checkpoint.info["config"]).data.stored_size, checkpoint.info["config"]["model"]["arch"]
@@ -91,7 +91,7 @@ def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: s
     """Writes a jaxft weights file for another run's model.pretrained, with its provenance."""
     step, info, model, _, state = checkpoint
     state = jax.device_get(state)
-    variables = state.variables()
+    variables = fold_head_norm(state.variables())
     accuracy = read_accuracy(Workdir(workdir).metrics) or {}
     config = info["config"]
     provenance = {

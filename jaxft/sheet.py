@@ -19,6 +19,7 @@ from jaxft.data import datasets
 from jaxft.errors import ArgumentParser, UserError
 from jaxft.files import atomic_write, output_argument, reason
 from jaxft.reporting.sheet_image import draw_sheet
+from jaxft.training.auto import IMAGE_SIZE, resolve_auto
 
 
 def image_format(path: Path) -> str:
@@ -40,8 +41,8 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     kind = image_format(args.out)
     config = load_config(args.config, parse_overrides(rest))
-    data = datasets.load_config_data(config.data, config.data.train_split, config.image_size)
-    sheet = Image.fromarray(draw_sheet(config, data))
+    data = datasets.load_config_data(config.data, config.data.train_split, config.image_size or IMAGE_SIZE)
+    sheet = Image.fromarray(draw_sheet(resolve_auto(config, data), data))
     try:
         with atomic_write(args.out) as file:
             sheet.save(file, kind)

@@ -16,11 +16,20 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxft.config import count_steps_per_epoch, default_config, explanations, flatten, load_config, parse_overrides
+from jaxft.config import (
+    auto_keys,
+    count_steps_per_epoch,
+    default_config,
+    explanations,
+    flatten,
+    load_config,
+    parse_overrides,
+)
 from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.main_process import is_main_process
 from jaxft.models.partition import make_policy
 from jaxft.models.resnet import make_model
+from jaxft.ops.formulation import on_cpu
 from jaxft.process import disable_compilation_cache
 from jaxft.reporting.reporter import Reporter
 from jaxft.run import remote_workdir
@@ -29,24 +38,27 @@ from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers, check_trackers
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import count_predictions
+from jaxft.training.auto import resolve_auto
 from jaxft.training.batch_size import check_batch_size, find_batch_size
+from jaxft.training.compilation import Compiler
 from jaxft.training.evaluation import (
     cache_features,
     choose_formulation,
     evaluate_images,
-    pmap_eval_steps,
+    make_eval_program,
     recalibrate,
 )
+from jaxft.training.head import prepare_head
 from jaxft.training.loop import (
     Trainer,
     epochs_evaluated,
-    make_train_steps,
+    make_train_programs,
     metrics_row,
     report_divergence,
     train_epoch,
 )
 from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxft.training.probe import ONLY_FIT, fit_head, fit_head_as_epoch, without_epochs
+from jaxft.training.probe import ONLY_FIT, fit_head_as_epoch, without_epochs
 from jaxft.training.start import (
     begin_or_resume,
     can_cache_features,
@@ -57,7 +69,7 @@ from jaxft.training.start import (
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig, make_step_config
 from jaxft.training.steps_per_call import choose_steps_per_call
-from jaxft.training.summary import print_end, print_start
+from jaxft.training.summary import print_auto, print_end, print_start
 from jaxft.transforms.preprocessing import Preprocessing
 
 
@@ -75,13 +87,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 # More than 60 lines: the whole course of a run, from data to the last checkpoint, in one place.
 def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     """Trains in a locked workdir on this machine."""
-    config = workdir.resolve_config(without_epochs(workdir.without_newer_keys(config)))
+    config = without_epochs(workdir.without_newer_keys(config))
+    auto = auto_keys(config)
+    config = workdir.resolve_config(config)
     check_batch_size(config.batch_size)
     check_trackers(config.log)
 
     # data
     train_data, eval_data = load_splits(config)
-    config.batch_size = config.batch_size or find_batch_size(config, train_data, eval_data)
+    config = resolve_auto(config, train_data)
+    if not config.batch_size:
+        config.batch_size = find_batch_size(config, train_data, eval_data)
+        config = resolve_auto(config, train_data)  # the learning rate follows from the batch size
     steps_per_epoch = count_steps_per_epoch(config, len(train_data.label))
 
     # model and state
@@ -99,6 +116,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
     print_start(config, workdir, model, state, info, (train_data, eval_data))
+    print_auto(config, auto)
 
     # steps and loaders
     preprocessing = Preprocessing(**info["preprocessing"])
@@ -106,7 +124,6 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     step_config = make_step_config(config, model, policy, tx, preprocessing, teacher)
     step_config = step_config._replace(class_weights=class_weights(config, train_data))
     eval_config = EvalConfig(model, preprocessing, policy)
-    p_eval_steps = pmap_eval_steps(eval_config)
     loaders, features_seconds = make_loaders(config, train_data, eval_data), 0.0
     if first_epoch <= config.num_epochs and can_cache_features(config, model, policy):
         started = time.monotonic()
@@ -114,13 +131,24 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
         loaders = cache_features(eval_config, state, loaders, config.batch_size, eval_per_call, keep=keep)
         features_seconds = time.monotonic() - started
     train_loader, eval_loader = loaders
-    if config.optimizer.fit_head == "first" and not int(state.step):
-        state, _ = fit_head(config, eval_config, state, train_loader, step_config.class_weights, eval_per_call)
+    if not int(state.step):
+        weights, keeps_head = step_config.class_weights, info["weights"].get("head") == "kept"
+        state = prepare_head(config, eval_config, state, train_loader, weights, eval_per_call, keeps_head=keeps_head)
+
+    # programs
+    teacher_variables = teacher and teacher.variables
+    programs = make_train_programs(config, step_config, state, train_loader, per_call, teacher_variables)
+    eval_program = make_eval_program(eval_config, state, eval_loader, config.batch_size, eval_per_call)
+    compiler = Compiler()
+    if not on_cpu(model.formulation) and not only_fit:  # NOTES: Compiling ahead (docs/notes/input-and-startup.md)
+        for program in programs.values():
+            compiler.start([program, eval_program])
 
     # loop
     trainer = Trainer(
         config,
-        make_train_steps(config, step_config, train_loader, teacher and teacher.variables),
+        programs,
+        compiler,
         train_loader,
         steps_per_epoch,
         per_call,
@@ -141,8 +169,9 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
             else:
                 state = train_epoch(trainer, state, epoch, stop)
             stop.protect_results()
+            compiler.wait(eval_program)
             started = time.monotonic()
-            predictions = evaluate_images(p_eval_steps, state, eval_loader, config.batch_size, eval_per_call)
+            predictions = evaluate_images(eval_program.call, state, eval_loader, config.batch_size, eval_per_call)
             seconds = time.monotonic() - started
             row = metrics_row(int(state.step), epoch, "eval", count_predictions(predictions), seconds)
             trainer.record(row)

@@ -85,7 +85,8 @@ def test_unknown_keys_are_refused_with_the_nearest_key() -> None:
         ("optimizer.learning_rate", "", "takes a number, not ''"),
         ("optimizer.nesterov", "1", "takes True or False, not 1"),
         ("batch_size", "-1", "must be at least 0"),
-        ("optimizer.learning_rate", "-1", "must be at least 0"),
+        ("optimizer.learning_rate", "-2", "must be at least 0, or -1 to derive it from the data, not -2"),
+        ("num_epochs", "-1", "must be at least 1, or 0 to derive it from the data, not -1"),
         ("optimizer.learning_rate", "1e999", "must be at most"),
         ("seed", str(2**64), "must be at most 2147483647"),
         ("optimizer.momentum", "1.5", "must be at most 1, not 1.5"),
@@ -136,7 +137,7 @@ def test_a_shipped_config_is_found_by_its_name(path: Path, tmp_path: Path, monke
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = "cifar10, cifar100, cifar10_fast, image_folder, linear_probe, pretrain_tiny, quickstart"
+    names = "auto, cifar10, cifar100, cifar10_fast, image_folder, linear_probe, pretrain_tiny, quickstart"
     assert ", ".join(shipped_configs()) == names
     text = message("quikstart", {})
     assert text == f"there is no config named quikstart; did you mean quickstart? jaxft ships {names}"
@@ -167,7 +168,7 @@ def test_overrides_are_parsed_and_other_arguments_refused() -> None:
 def test_every_config_key_has_an_explanation() -> None:
     found = explanations()
     assert found.keys() == flatten(default_config()).keys()
-    assert found["image_size"] == "pixels: the shorter side is resized to this, then the central square is cropped"
+    assert found["image_size"].startswith("pixels: the shorter side after resizing")
     assert found["data.dir"].startswith("folder of prepared TFDS datasets")
     assert [key for key, meaning in found.items() if not meaning] == []
 

@@ -33,6 +33,10 @@ class ResidentLoader:
         """Yields batches in this order: of each, this process's shard with shape (local devices, B)."""
         return local_shard(make_batches(order, batch_size, jax.device_count()))
 
+    def blank_batch(self, batch_size: int) -> Batch:
+        """Returns a batch of the shapes and dtypes of all others."""
+        return next(self.batches(np.zeros(1, int), batch_size))
+
 
 @dataclasses.dataclass(frozen=True)
 class StreamingLoader:
@@ -65,6 +69,12 @@ class StreamingLoader:
             stream = stream.mp_prefetch(workers, worker_init_fn=_start_worker)
         with closing(iter(stream)) as batches:
             yield from batches
+
+    def blank_batch(self, batch_size: int) -> Batch:
+        """Returns a batch of the shapes and dtypes of all others, without reading an image."""
+        blank = self.data._replace(image=np.broadcast_to(np.uint8(0), self.data.image.shape))
+        (shard,) = local_shard(make_batches(np.zeros(1, int), batch_size, jax.device_count()))
+        return BatchReader(blank, [shard], self.partners)[0]
 
 
 Loader = ResidentLoader | StreamingLoader

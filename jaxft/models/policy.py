@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.data.batches import AXIS_NAME
+from jaxft.models.heads import HEAD_NORM
 
 BatchNormMode = Literal["update", "sync", "frozen"]
 
@@ -21,11 +22,11 @@ class Policy(NamedTuple):
     axis_name: str = AXIS_NAME  # of the mapped axis over the devices
 
     def norm_is_frozen(self, path: str) -> bool:
-        """Returns whether the BatchNorm at 'layer1/0/bn1' keeps its running statistics in training.
+        """Returns whether the norm at 'layer1/0/bn1' keeps its statistics in training; that of the head's input does.
 
-        It does if both of its parameters are frozen, too.
+        A BatchNorm does if both of its parameters are frozen, too.
         """
-        return self.batch_norm == "frozen" or {f"{path}/scale", f"{path}/bias"} <= self.frozen
+        return path == HEAD_NORM or self.batch_norm == "frozen" or {f"{path}/scale", f"{path}/bias"} <= self.frozen
 
 
 def eval_features(model: nn.Module, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:

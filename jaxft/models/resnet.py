@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxft.models.architectures import RESNETS, Architecture
-from jaxft.models.heads import linear_init
+from jaxft.models.heads import HEAD_NORM, Standardize, linear_init
 from jaxft.models.policy import Policy
 from jaxft.ops.batch_norm import NormOptions, batch_norm
 from jaxft.ops.conv import conv as convolve
@@ -247,6 +247,7 @@ class ResNet(nn.Module):
     remat: bool = False  # recompute a block's activations in the backward pass instead of keeping them
     formulation: Formulation = "plain"  # how its layers are computed: see jaxft/ops/README.md
     folded: bool = False  # BatchNorm is folded into the convolutions, for evaluation only: see fold.py
+    head_norm: bool = False  # standardise the head's input by statistics of the training set: see heads.py
     dtype: Any = jnp.float32
     precision: str = "high"  # of float32 products on accelerators, as in jax.default_matmul_precision
 
@@ -262,7 +263,7 @@ class ResNet(nn.Module):
     ) -> jax.Array:
         """Returns the logits (N, num_classes), at least float32, of normalised images (N, H, W, 3) or pooled features.
 
-        features_only: returns the pooled features (N, F), which the head reads, instead.
+        features_only: returns the pooled features (N, F), before head_norm, instead.
         mask: (N,), 0 for padding, which is then left out of the batch statistics in training.
         policy: matters in training only.
         """
@@ -271,6 +272,8 @@ class ResNet(nn.Module):
             x = image if image.ndim == 2 else self._features(image, mask, train, policy)
             if features_only:
                 return x
+            if self.head_norm:
+                x = Standardize(name=HEAD_NORM)(x)
             init = linear_init(x.shape[-1])
             return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
 
@@ -286,9 +289,24 @@ class ResNet(nn.Module):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
 
-@cache
 def abstract_variables(model: ResNet) -> Any:
-    """Returns the shapes and dtypes of the model's variables."""
+    """Returns the shapes and dtypes of the model's variables.
+
+    They do not depend on how its layers are computed, so that all formulations share a trace, and so do all heads.
+    """
+    plain = model.clone(num_classes=0, formulation="plain", dtype=jnp.float32, precision="high", remat=False)
+    variables = _abstract_variables(plain)
+    params = variables["params"]
+    head = {
+        name: jax.ShapeDtypeStruct((*leaf.shape[:-1], model.num_classes), leaf.dtype)
+        for name, leaf in params["fc"].items()
+    }
+    return variables | {"params": params | {"fc": head}}
+
+
+@cache
+def _abstract_variables(model: ResNet) -> Any:
+    # NOTES: Where a start spends its time (docs/notes/input-and-startup.md)
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
 
@@ -311,6 +329,7 @@ def make_model(config: ConfigDict, num_classes: int, formulation: Formulation | 
         width=config.width,
         stem=config.stem,
         remat=config.remat,
+        head_norm=config.head_norm,
         formulation=formulation or default_formulation(),
         dtype=jnp.dtype(config.dtype),
         precision=config.precision,

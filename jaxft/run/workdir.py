@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from jaxft.config import default_config, flatten, may_change, resolve
+from jaxft.config import auto_keys, default_config, flatten, may_change, resolve
 from jaxft.errors import UserError, shortened, write_message
 from jaxft.files import atomic_write, expand_user, read_json, reason
 from jaxft.main_process import is_main_process
@@ -253,7 +253,7 @@ class Workdir:
         return config
 
     def resolve_config(self, config: ConfigDict) -> ConfigDict:
-        """Returns a copy of `config` in which batch_size 0 is replaced by the size found when the run began, if it has.
+        """Returns a copy of `config` with the values that were derived when the run began, if it has; see config.AUTO.
 
         Raises UserError if the workdir belongs to a run with another config; keys that `may_change` may differ, and
         num_epochs may be higher if the run then ends as if it had begun with it.
@@ -262,7 +262,8 @@ class Workdir:
         stored = self.read_config()
         if stored is None:
             return config
-        config.batch_size = config.batch_size or stored.batch_size
+        derived = flatten(stored)
+        config.update_from_flattened_dict({key: derived[key] for key in auto_keys(config)})
         differences = config_differences(stored, config)
         if [key for key, _, _ in differences] == ["num_epochs"]:
             if not (obstacle := _obstacle_to_more_epochs(stored, config)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,12 @@ from jaxft.process import disable_compilation_cache
 from jaxft.progress import Progress
 from jaxft.run.processes import with_compile_barrier
 from jaxft.targets.classification import Predictions
+from jaxft.training.compilation import Compiler, Program, abstract
 from jaxft.training.feature_cache import features_path, load_or_compute
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig, EvalStep, eval_step, features_step, map_batches, statistics_step
-from jaxft.training.steps_per_call import StepsPerCall, choose_steps_per_call, stack_batches
+from jaxft.training.steps_per_call import StepsPerCall, abstract_calls, choose_steps_per_call, stack_batches
 from jaxft.transforms.preprocessing import Preprocessing
 
 EvalSteps = Callable[[TrainState, Examples | None, Batch, Any], Any]  # the last: the num_steps of `map_batches`
@@ -112,13 +114,12 @@ def _per_image(
     p_steps: EvalSteps, state: TrainState, loader: Loader, batch_size: int, per_call: StepsPerCall, description: str
 ) -> Any:
     """Joins a step's results (num_devices, B, ...) of all images on the host: (N, ...)."""
-    devices = jax.device_count()
 
     def p_checked_steps(*arguments: Any) -> Any:
         interrupts.check()
         return p_steps(*arguments)
 
-    per_batch = _per_batch(p_checked_steps, state, loader, -(-batch_size // devices) * devices, per_call, description)
+    per_batch = _per_batch(p_checked_steps, state, loader, shared_equally(batch_size), per_call, description)
     # Padding is only at the end of the last batch.
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(loader.label)], per_batch)
 
@@ -134,6 +135,8 @@ def _per_batch(
         batches = loader.batches(np.arange(size), batch_size)
         for call, count in stack_batches(batches, -(-size // batch_size), per_call):
             results.append(p_steps(state, loader.examples, call, per_call.scan_length(count)))
+            if not counts:  # the first call may have compiled
+                progress.restart_clock()
             counts.append(count)
             done = len(results) - 1 - per_call.ahead
             if done >= 0:
@@ -150,11 +153,29 @@ def pmap_eval_steps(config: EvalConfig) -> EvalSteps:
     return _pmap_steps(eval_step, config)
 
 
+def make_eval_program(
+    config: EvalConfig, state: TrainState, loader: Loader, batch_size: int, per_call: StepsPerCall
+) -> Program:
+    """Returns the program of `evaluate_images`."""
+    function, batch_size = _pmap(eval_step, config), shared_equally(batch_size)
+    calls = abstract_calls(loader, batch_size, [-(-len(loader.label) // batch_size)], per_call)
+    arguments = [(abstract(state), *call) for call in calls]
+    return Program("evaluation step", with_compile_barrier(function), function, arguments)
+
+
 def _pmap_steps(step: EvalStep, config: EvalConfig) -> EvalSteps:
+    return with_compile_barrier(_pmap(step, config))
+
+
+def _pmap(step: EvalStep, config: EvalConfig) -> Any:
     steps = partial(map_batches, step=step, config=config)
-    return with_compile_barrier(
-        jax.pmap(steps, axis_name=config.policy.axis_name, in_axes=(None, None, 0, None), out_axes=None)
-    )
+    return jax.pmap(steps, axis_name=config.policy.axis_name, in_axes=(None, None, 0, None), out_axes=None)
+
+
+def shared_equally(batch_size: int) -> int:
+    """Returns the batch size rounded up to a multiple of the number of devices."""
+    devices = jax.device_count()
+    return -(-batch_size // devices) * devices
 
 
 class Evaluation(NamedTuple):
@@ -210,9 +231,12 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     model = model.clone(formulation=choose_formulation(model, config, info["train_size"]))
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()
-    p_eval_steps = pmap_eval_steps(EvalConfig(model, Preprocessing(**info["preprocessing"]), policy))
-    per_call = choose_steps_per_call(config, model, train=False)
-    predictions = evaluate_images(p_eval_steps, state, make_loader(dataset, data), config.batch_size, per_call)
+    per_call, loader = choose_steps_per_call(config, model, train=False), make_loader(dataset, data)
+    eval_config = EvalConfig(model, Preprocessing(**info["preprocessing"]), policy)
+    program = make_eval_program(eval_config, state, loader, config.batch_size, per_call)
+    with closing(Compiler()) as compiler:
+        compiler.wait(program)
+    predictions = evaluate_images(program.call, state, loader, config.batch_size, per_call)
     return Evaluation(step, data.eval_split, dataset.class_names, predictions)
 
 

@@ -19,6 +19,7 @@ from jaxft.data.lazy_images import LazyImages
 from jaxft.data.loader import Loader, ResidentLoader
 from jaxft.errors import one_line, write_message
 from jaxft.files import atomic_write, cache_dir, open_regular, reason
+from jaxft.models.heads import HEAD_NORM
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
 
@@ -65,7 +66,8 @@ def features_path(config: EvalConfig, state: TrainState, loader: Loader, batch_s
     digest.update(repr((settings, tuple(config.preprocessing), config.policy.test_flip, rounding)).encode())
     variables = state.variables()
     backbone = {name: part for name, part in variables["params"].items() if name != "fc"}
-    for path, array in jax.tree_util.tree_leaves_with_path((backbone, variables["batch_stats"])):
+    statistics = {name: part for name, part in variables["batch_stats"].items() if name != HEAD_NORM}
+    for path, array in jax.tree_util.tree_leaves_with_path((backbone, statistics)):
         _update(digest, np.asarray(array.addressable_shards[0].data), jax.tree_util.keystr(path))
     for chunk in images:
         _update(digest, chunk)

@@ -2,21 +2,21 @@
 
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
+from jaxft.config import count_steps_per_epoch
 from jaxft.data.batches import Batch, epoch_order
 from jaxft.data.loader import Loader
-from jaxft.errors import Interrupted, UserError, write_message
-from jaxft.main_process import is_main_process
+from jaxft.errors import Interrupted, UserError
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
 from jaxft.progress import Progress
@@ -26,9 +26,10 @@ from jaxft.run.processes import with_compile_barrier
 from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers
 from jaxft.targets.classification import Counts
+from jaxft.training.compilation import Compiler, Program, abstract
 from jaxft.training.state import TrainState
 from jaxft.training.steps import StepConfig, train_step, train_steps
-from jaxft.training.steps_per_call import StepsPerCall, stack_batches
+from jaxft.training.steps_per_call import StepsPerCall, abstract_calls, stack_batches
 from jaxft.transforms.preprocessing import epoch_image_size
 
 TrainSteps = Callable[[TrainState, Batch, Any], tuple[TrainState, Counts]]  # (state, stacked batches, num_steps)
@@ -49,26 +50,49 @@ def pmap_train_steps(config: StepConfig, devices: Sequence[jax.Device] | None = 
     )
 
 
-def make_train_steps(
-    config: ConfigDict, step_config: StepConfig, loader: Loader, teacher_variables: Any
-) -> Callable[[int], TrainSteps]:
-    """Returns a function from an epoch to its mapped steps.
+def make_train_programs(
+    config: ConfigDict,
+    step_config: StepConfig,
+    state: TrainState,
+    loader: Loader,
+    per_call: StepsPerCall,
+    teacher_variables: Any,
+) -> dict[int, Program]:
+    """Returns the program of each epoch that has steps left after `state`.
 
-    The frozen parameters and the image size depend on the epoch; each combination is compiled once.
+    The frozen parameters and the image size depend on the epoch; each combination is one program.
     """
+    steps_per_epoch = count_steps_per_epoch(config, len(loader.label))
+    settings: dict[int, tuple[Policy, int]] = {}  # by epoch
+    numbers = defaultdict[tuple[Policy, int], list[int]](list)  # of steps between two checkpoints
+    for epoch in range(int(state.step) // steps_per_epoch + 1, config.num_epochs + 1):
+        size = epoch_image_size(
+            config.augment.first_image_size,
+            config.image_size,
+            epoch,
+            config.num_epochs,
+            config.augment.num_image_sizes,
+        )
+        settings[epoch] = make_policy(config, step_config.model, epoch), size
+        first, last = max(int(state.step), (epoch - 1) * steps_per_epoch), epoch * steps_per_epoch
+        numbers[settings[epoch]] += steps_between_checkpoints(first, last, config.checkpoint.every_steps)
+    abstract_state = abstract(state)
 
-    @cache
-    def compiled(policy: Policy, image_size: int) -> TrainSteps:
+    def program(first: int, policy: Policy, image_size: int) -> Program:
         preprocessing = step_config.preprocessing.at_size(image_size)
-        steps = with_compile_barrier(pmap_train_steps(step_config._replace(policy=policy, preprocessing=preprocessing)))
-        return lambda state, batches, num_steps: steps(state, loader.examples, batches, teacher_variables, num_steps)
+        function = pmap_train_steps(step_config._replace(policy=policy, preprocessing=preprocessing))
+        steps = with_compile_barrier(function)
+        calls = abstract_calls(loader, config.batch_size, numbers[policy, image_size], per_call)
+        return Program(
+            f"train step for {image_size} pixels" + (f", from epoch {first}" if first > 1 else ""),
+            lambda state, batches, num_steps: steps(state, loader.examples, batches, teacher_variables, num_steps),
+            function,
+            [(abstract_state, examples, batches, teacher_variables, steps) for examples, batches, steps in calls],
+        )
 
-    def steps_of_epoch(epoch: int) -> TrainSteps:
-        policy = make_policy(config, step_config.model, epoch)
-        first, last = config.augment.first_image_size, config.image_size
-        return compiled(policy, epoch_image_size(first, last, epoch, config.num_epochs))
-
-    return steps_of_epoch
+    firsts = {key: epoch for epoch, key in reversed(settings.items())}
+    programs = {key: program(firsts[key], *key) for key in numbers}
+    return {epoch: programs[key] for epoch, key in settings.items()}
 
 
 @dataclass(frozen=True)
@@ -76,7 +100,8 @@ class Trainer:
     """Everything that training an epoch needs besides the state."""
 
     config: ConfigDict
-    train_steps: Callable[[int], TrainSteps]  # of an epoch
+    programs: dict[int, Program]  # train steps, by epoch
+    compiler: Compiler
     loader: Loader
     steps_per_epoch: int
     per_call: StepsPerCall
@@ -92,9 +117,9 @@ class Trainer:
             writer.write(row)
 
     def close(self) -> None:
-        """Waits for the checkpoint that is being written and closes the files."""
+        """Waits for the checkpoint that is being written, closes the files and drops what is left to compile."""
         with ExitStack() as stack:
-            for resource in (*self.writers, self.checkpoints):
+            for resource in (*self.writers, self.checkpoints, self.compiler):
                 stack.callback(resource.close)
 
 
@@ -109,9 +134,8 @@ def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSigna
     order = epoch_order(config.seed, epoch, len(trainer.loader.label))
     order = order[(int(state.step) - (last_step - trainer.steps_per_epoch)) * config.batch_size :]  # the rest of it
     batches = trainer.loader.batches(order, config.batch_size)
-    p_train_steps = trainer.train_steps(epoch)
-    if int(state.step) == trainer.first_step and is_main_process():
-        write_message("compiling the first step, which takes a while")
+    if int(state.step) < last_step:
+        trainer.compiler.wait(trainer.programs[epoch])
     with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress:
 
         def on_step(step: int, counts: Counts, seconds: float) -> None:
@@ -124,7 +148,7 @@ def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSigna
         for num_steps in steps_between_checkpoints(int(state.step), last_step, config.checkpoint.every_steps):
             is_first = int(state.step) == trainer.first_step
             calls = stack_batches(batches, num_steps, trainer.per_call, first=is_first)
-            state = run_steps(p_train_steps, state, calls, trainer.per_call, stop, on_step)
+            state = run_steps(trainer.programs[epoch].call, state, calls, trainer.per_call, stop, on_step)
             if config.model.batch_norm == "recalibrate" and int(state.step) == last_step and epoch == config.num_epochs:
                 state = trainer.recalibrate(state)
             checkpoints.save(state, trainer.info)

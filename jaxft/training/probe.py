@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from jaxft import interrupts
 from jaxft.data.batches import replicate
-from jaxft.data.loader import Loader
+from jaxft.data.loader import Loader, ResidentLoader
 from jaxft.errors import UserError
 from jaxft.main_process import is_main_process
+from jaxft.models.heads import HEAD_NORM, unfold_standardize
 from jaxft.targets.classification import Counts, count_batch, cross_entropy
 from jaxft.training.evaluation import extract_features
 from jaxft.training.loop import Trainer, metrics_row
@@ -165,6 +166,27 @@ def without_epochs(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def extract_training_features(
+    config: ConfigDict, eval_config: EvalConfig, state: TrainState, loader: Loader, per_call: StepsPerCall
+) -> ResidentLoader:
+    """Returns a loader of the training set's features, float32 (N, F). The given one may hold them already.
+
+    Raises UserError if a feature is not finite.
+    """
+    if loader.examples is None or loader.examples.shape is not None:
+        eval_config = eval_config._replace(policy=eval_config.policy._replace(test_flip=False))
+        keep = config.data.cache != "never"
+        loader = ResidentLoader(extract_features(eval_config, state, loader, config.batch_size, per_call, keep=keep))
+    assert isinstance(loader, ResidentLoader), "features are resident"
+    finite = np.isfinite(np.asarray(jax.device_get(loader.examples.image))).all(1)
+    if wrong := int((~finite).sum()):
+        raise UserError(
+            f"the backbone's features of {wrong:,} of {len(finite):,} images are not finite; choose another "
+            "model.pretrained, or set model.dtype=float32"
+        )
+    return loader
+
+
 def fit_head(
     config: ConfigDict,
     eval_config: EvalConfig,
@@ -175,25 +197,19 @@ def fit_head(
 ) -> tuple[TrainState, Counts]:
     """Returns the state with a head fitted to all training images, and the head's counts on them.
 
-    The loader holds images or cached features. Raises UserError if a feature is not finite.
+    The loader holds images or cached features. With head_norm, the head is converted to its outputs. Raises UserError
+    if a feature is not finite.
     """
-    policy = eval_config.policy._replace(test_flip=False)
-    examples = loader.examples
-    if examples is None or examples.shape is not None:
-        eval_config = eval_config._replace(policy=policy)
-        keep = config.data.cache != "never"
-        examples = extract_features(eval_config, state, loader, config.batch_size, per_call, keep=keep)
+    examples = extract_training_features(config, eval_config, state, loader, per_call).examples
     features, label = (np.asarray(jax.device_get(array)) for array in (examples.image, examples.label))
     features = features.astype(np.float32)
-    if wrong := int((~np.isfinite(features).all(1)).sum()):
-        raise UserError(
-            f"the backbone's features of {wrong:,} of {len(label):,} images are not finite; choose another "
-            "model.pretrained, or set model.dtype=float32"
-        )
     num_classes = state.params["fc"]["bias"].shape[0]
     loss_config = LossConfig(num_classes, config.label_smoothing, class_weights)
     fit = fit_logistic_regression(features, label, loss_config, config.seed)
     head = {"kernel": fit.kernel, "bias": fit.bias}
+    logits = jnp.asarray(features @ head["kernel"] + head["bias"])
+    if HEAD_NORM in state.batch_stats:
+        head = unfold_standardize(head, jax.device_get(state.batch_stats[HEAD_NORM]))
     if jax.process_count() > 1:  # all processes must have the same bits
         head = multihost_utils.broadcast_one_to_all(head)
     if is_main_process():
@@ -202,7 +218,6 @@ def fit_head(
             f"{HELD_OUT:.0%} sample",
             flush=True,
         )
-    logits = jnp.asarray(features @ head["kernel"] + head["bias"])
     counts = jax.device_get(count_batch(logits, label, np.ones(len(label), np.float32)))
     state = dataclasses.replace(state, params={**state.params, "fc": replicate(head)})
     if state.ema:

@@ -11,6 +11,7 @@ import jax
 from jaxft.config import resolve
 from jaxft.errors import UserError
 from jaxft.files import expand_user
+from jaxft.models.fold import fold_head_norm
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet, make_model
@@ -112,7 +113,8 @@ def is_workdir(source: str) -> bool:
 def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns (variables, provenance) of a run's best checkpoint, or of its latest if none is evaluated, on the host.
 
-    The provenance has the class names. Raises UserError if there is no checkpoint or if it is of another architecture.
+    head_norm is folded into the head. The provenance has the class names. Raises UserError if there is no checkpoint or
+    if it is of another architecture.
     """
     try:
         folder = Workdir(reading_folder(workdir))
@@ -138,4 +140,4 @@ def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any
         "weights": info["weights"],
         "num_batches_tracked": info["weights"].get("num_batches_tracked", {}),
     }
-    return jax.device_get(state.variables()), provenance
+    return fold_head_norm(jax.device_get(state.variables())), provenance

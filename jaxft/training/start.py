@@ -18,6 +18,7 @@ from jaxft.data.image_folder import UnreadableError
 from jaxft.data.loader import Loader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
+from jaxft.models.heads import HEAD_NORM
 from jaxft.models.partition import make_policy, trains_only_head
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import ResNet
@@ -30,6 +31,7 @@ from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import broadcast_bool
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import balanced_class_weights, replace_head
+from jaxft.training.auto import IMAGE_SIZE
 from jaxft.training.distill import Teacher
 from jaxft.training.restore import is_workdir, load_checkpoint, load_weights, named_after
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state, initial_train_state
@@ -55,7 +57,7 @@ def load_splits(config: ConfigDict) -> tuple[Dataset, Dataset]:
     for split in (config.data.train_split, config.data.eval_split):
         try:
             class_names = splits[0].class_names if splits else None
-            splits.append(datasets.load_config_data(config.data, split, config.image_size, class_names))
+            splits.append(datasets.load_config_data(config.data, split, config.image_size or IMAGE_SIZE, class_names))
         except UnreadableError as error:
             unreadable.append(error)
         except UserError as error:
@@ -164,6 +166,10 @@ def initial_state(
         provenance = provenance | {"head": "kept" if keeps_head else "new"}
     if not keeps_head:
         variables = replace_head(variables, model.num_classes, rng)
+    if model.head_norm:  # the identity, until training/head.py sets it
+        num_features = variables["params"]["fc"]["kernel"].shape[0]
+        identity = {"mean": np.zeros(num_features, np.float32), "deviation": np.float32(1)}
+        variables = {**variables, "batch_stats": {**variables["batch_stats"], HEAD_NORM: identity}}
     return initial_train_state(tx, variables, policy, ema=ema), provenance
 
 

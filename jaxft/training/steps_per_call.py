@@ -1,6 +1,6 @@
 """Chooses how many batches the devices get in one call, and stacks them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxft.data.batches import Batch
+from jaxft.data.batches import Batch, Examples
+from jaxft.data.loader import Loader
 from jaxft.models.resnet import ResNet, multiply_adds
 from jaxft.ops.formulation import on_cpu
 
@@ -61,3 +62,21 @@ def stack_batches(
         padding = [call[-1]] * (per_call.steps - count) if per_call.padded else []
         yield jax.tree.map(lambda *arrays: np.stack(arrays, 1), *call, *padding), count
         number, first = number - count, False
+
+
+def abstract_calls(
+    loader: Loader, batch_size: int, numbers: Sequence[int], per_call: StepsPerCall
+) -> list[tuple[Examples | None, Batch, np.int32 | None]]:
+    """Returns (examples, stacked batches, num_steps) of each program that calls of `stack_batches` need.
+
+    The batches are only shapes and dtypes. numbers: the numbers of batches that will be stacked.
+    """
+    full = per_call.padded or any(number >= per_call.steps for number in numbers)
+    single = not per_call.padded and any(number % per_call.steps for number in numbers)
+    lengths = [per_call.steps] * full + [1] * single
+    batch = loader.blank_batch(batch_size)
+
+    def stacked(steps: int) -> Batch:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(a), steps, *a.shape[1:]), a.dtype), batch)
+
+    return [(loader.examples, stacked(steps), per_call.scan_length(1)) for steps in lengths]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxft.config import count_steps_per_epoch
+from jaxft.config import count_steps_per_epoch, flatten
 from jaxft.data import datasets
 from jaxft.data.dataset import Dataset
 from jaxft.errors import printable
@@ -63,6 +63,13 @@ def print_start(
             print(f"{'':9}{line}")
     resumes = f", resuming after step {int(state.step)}" if state.step else ""
     print(f"workdir  {remote_workdir.display_name(workdir.path)}{resumes}", flush=True)
+
+
+def print_auto(config: ConfigDict, keys: list[str]) -> None:
+    """Prints the values of keys that were derived from the data, if any."""
+    values = flatten(config)
+    if texts := [f"{key} {values[key]:.4g}" for key in keys if key != "batch_size"]:  # the search prints that
+        print(f"auto     {', '.join(texts)}", flush=True)
 
 
 def print_end(config: ConfigDict, workdir: Workdir) -> None:

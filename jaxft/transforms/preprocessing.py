@@ -35,15 +35,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def epoch_image_size(first: int, last: int, epoch: int, num_epochs: int) -> int:
-    """Returns the image size of an epoch (1 to num_epochs): linear from `first` to `last`, in steps of `last` / 8.
+def epoch_image_size(first: int, last: int, epoch: int, num_epochs: int, num_sizes: int = 0) -> int:
+    """Returns the image size of an epoch (1 to num_epochs), which grows from `first` to `last` in steps of `last` / 8.
 
+    num_sizes: that many sizes, each for an equal share of the epochs and `last` at the end; 0 means one per epoch.
     first = 0 means `last` in every epoch. Small images in early epochs save time at little cost in accuracy (Tan and
     Le 2021, EfficientNetV2).
     """
-    if not first or num_epochs == 1:
+    num_sizes = min(num_sizes or num_epochs, num_epochs)
+    if not first or num_sizes == 1:
         return last
-    size = first + (last - first) * (epoch - 1) / (num_epochs - 1)
+    size = first + (last - first) * ((epoch - 1) * num_sizes // num_epochs) / (num_sizes - 1)
     eighth = last / 8
     return round(round(size / eighth) * eighth)
 

@@ -64,3 +64,14 @@ def test_image_size_grows_over_the_epochs() -> None:
     assert [epoch_image_size(0, 224, epoch, 3) for epoch in (1, 2, 3)] == [224, 224, 224]
     assert [epoch_image_size(128, 224, epoch, 5) for epoch in range(1, 6)] == [140, 140, 168, 196, 224]
     assert epoch_image_size(128, 224, 1, 1) == 224
+
+
+def test_a_few_image_sizes_have_equal_shares_of_the_epochs() -> None:
+    def sizes(num_epochs: int, num_sizes: int) -> list[int]:
+        return [epoch_image_size(112, 224, epoch, num_epochs, num_sizes) for epoch in range(1, num_epochs + 1)]
+
+    assert sizes(6, 2) == [112, 112, 112, 224, 224, 224]
+    assert sizes(7, 3) == [112, 112, 112, 168, 168, 224, 224]
+    assert sizes(2, 5) == sizes(2, 0) == [112, 224]
+    assert sizes(3, 1) == [224, 224, 224]
+    assert epoch_image_size(0, 224, 1, 4, 2) == 224
