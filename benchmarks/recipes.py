@@ -13,12 +13,21 @@ Trains configs/image_folder.py on 250 images, as it is and as in version 0.1, fr
 variants of the shipped ResNet-18 (or of other weights) with the residual stream or all kernels scaled, which compute
 the same function, with the scales of all norms multiplied, which do not, and random weights. Prints the test accuracy
 on 1,000 images in percent, of a linear probe, of the last epoch and of the best one, or the error.
+
+    python -m benchmarks.recipes --auto --workdir DIR [--weights resnet50.pth] [--images 500 2000] [--image_size 64]
+        [--data cifar10] [--backbone "as it is"] [--only auto image_folder linear_probe cifar10]
+
+Compares configs/auto.py with other recipes on subsets of the sample, or of a folder with train/CLASS and test/CLASS, at
+the same image size; everything else is as the recipes have it. --backbone scales the weights as --safety does. Prints a
+JSON object per run: the test accuracy on 1,000 images in percent after each epoch, and the seconds.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +50,7 @@ from jaxft.train import train_and_evaluate
 ORIGINAL = {"batch_size": "50", "optimizer.schedule": "cosine"}
 FEW = 50  # images per class
 SHIPPED = "resnet18_tiny_in200"
+COMPARED = ("auto", "image_folder", "linear_probe", "cifar10")
 RECIPES: dict[str, dict[str, str]] = {
     "linear probe": ORIGINAL
     | {
@@ -89,6 +99,14 @@ def scale_stream(variables: Flat, factor: float) -> Flat:
     last = "bn3" if any("/bn3/" in path for path in variables) else "bn2"
     scaled = rf"params/(bn1|layer\d/\d+/({last}|downsample/1))/(scale|bias)"
     powers = {inside + "mean": 1, inside + "var": 2, scaled: 1}
+    return scale_by_pattern(variables, factor, powers)
+
+
+def scale_last_stage(variables: Flat, factor: float) -> Flat:
+    """Multiplies the residual stream of the last stage, and so the features; the rest of the network is unchanged."""
+    last = "bn3" if any("/bn3/" in path for path in variables) else "bn2"
+    inside = r"batch_stats/layer4/[1-9]\d*/bn1/"
+    powers = {inside + "mean": 1, inside + "var": 2, rf"params/layer4/\d+/({last}|downsample/1)/(scale|bias)": 1}
     return scale_by_pattern(variables, factor, powers)
 
 
@@ -163,18 +181,72 @@ def measure_safety(source: str, workdir: Path, image_size: int, backbones: list[
         print(json.dumps(result | {"image_size": image_size, "jax": version("jax")}), flush=True)
 
 
+def write_subset(source: Path, folder: Path, train: int) -> None:
+    """Copies the first `train` training images and 1,000 test images, as many of each class, to folder/{train,val}."""
+    for split, name, count in (("train", "train", train), ("test", "val", 1000)):
+        classes = sorted(path for path in (source / split).iterdir() if path.is_dir())
+        for path in classes:
+            (folder / name / path.name).mkdir(parents=True, exist_ok=True)
+            for file in sorted(path.iterdir())[: count // len(classes)]:
+                shutil.copy(file, folder / name / path.name)
+
+
+def compare_auto(args: argparse.Namespace) -> None:
+    """Trains each of COMPARED on each number of images, and prints a JSON object per run."""
+    weights, change = load_pretrained(args.weights), BACKBONES[args.backbone]
+    assert change, "random weights are not compared"
+    variables = unflatten_dict(change(flatten_dict(weights.variables, sep="/")), sep="/")
+    file = args.workdir / "backbone.safetensors"
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    write_weights(file, Weights(variables, weights.provenance))
+    for count, name in itertools.product(args.images, args.only):
+        folder = args.workdir / f"images{count}"
+        if args.data:
+            write_subset(args.data, folder, count)
+        else:
+            write_few(folder, count // 10)
+        overrides = {
+            "data.name": f"folder:{folder}",
+            "data.train_split": "train",
+            "data.eval_split": "val",
+            "data.stored_size": "0",
+            "image_size": str(args.image_size),
+            "model.arch": weights.provenance["arch"],
+            "model.width": str(weights.provenance["width"]),
+            "model.pretrained": str(file),
+            "model.onednn": "never",
+        }
+        workdir = args.workdir / f"{name}-{count}-{args.backbone}".replace(" ", "-")
+        started = time.monotonic()
+        with contextlib.redirect_stdout(sys.stderr):
+            train_and_evaluate(load_config(f"configs/{name}.py", overrides), workdir)
+        seconds = round(time.monotonic() - started)
+        rows = read_lines(workdir / "metrics.jsonl")
+        accuracies = [round(100 * row["accuracy"], 1) for row in rows if row["split"] == "eval"]
+        result = {"recipe": name, "images": count, "backbone": args.backbone, "image_size": args.image_size}
+        result |= {"accuracies": accuracies, "seconds": seconds, "jax": version("jax")}
+        print(json.dumps(result), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", default=SHIPPED, help="an ImageNet ResNet-50; with --safety any ResNet")
+    parser.add_argument("--weights", default=SHIPPED, help="an ImageNet ResNet-50; with --safety or --auto any ResNet")
     parser.add_argument("--safety", action="store_true", help="train image_folder.py from backbones of any scale")
+    parser.add_argument("--auto", action="store_true", help="compare configs/auto.py with other recipes")
+    parser.add_argument("--images", type=int, nargs="*", default=[500, 2000], help="with --auto: to train on")
+    parser.add_argument("--data", type=Path, help="with --auto: a folder with train/CLASS and test/CLASS")
+    parser.add_argument("--backbone", default="as it is", choices=BACKBONES, help="with --auto: scaled weights")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--image_size", type=int, help="96 by default; 64 with --safety")
-    parser.add_argument("--only", nargs="*", choices=[*RECIPES, *BACKBONES], help="some of the recipes or backbones")
+    parser.add_argument("--image_size", type=int, help="96 by default; 64 with --safety or --auto")
+    parser.add_argument("--only", nargs="*", choices=[*RECIPES, *BACKBONES, *COMPARED], help="some of them")
     args = parser.parse_args()
-    args.only = args.only or list(BACKBONES if args.safety else RECIPES)
-    args.image_size = args.image_size or (64 if args.safety else 96)
+    args.only = args.only or list(BACKBONES if args.safety else COMPARED if args.auto else RECIPES)
+    args.image_size = args.image_size or (64 if args.safety or args.auto else 96)
     if args.safety:
         measure_safety(args.weights, args.workdir, args.image_size, args.only)
+        return
+    if args.auto:
+        compare_auto(args)
         return
     if args.weights == SHIPPED:
         parser.error("name an ImageNet ResNet-50 with --weights")
