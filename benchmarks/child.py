@@ -1,6 +1,5 @@
 """Child processes of benchmarks: each leads a process group, reports JSON lines, and never outlives its parent."""
 
-import ctypes
 import fcntl
 import json
 import os
@@ -14,21 +13,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-_LIBC = ctypes.CDLL(None)  # loaded before any fork
 _PR_SET_PDEATHSIG = 1
+# A program that lets Linux kill it when its parent ends, and then becomes the command. A preexec_fn would do the same,
+# but needs a fork of this process, which may have threads.
+_DIE_WITH_PARENT = (
+    sys.executable,
+    "-c",
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)}); "
+    "os.execvp(sys.argv[1], sys.argv[1:])",
+)
 _running: set["Child"] = set()
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Child:
     """A process whose standard output is read as JSON objects and lists, one a line, with time limits.
 
-    Other lines are ignored.
-    Start it from the main thread: Linux kills it when the thread that started it ends.
+    Other lines are ignored. Start it from the main thread: Linux kills it when the thread that started it ends.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
@@ -37,7 +37,7 @@ class Child:
         fcntl.fcntl(self._errors, fcntl.F_SETFL, flags | os.O_APPEND)  # the child shares the file's position
         self._all_errors = ""  # once it is closed
         self.process = subprocess.Popen(
-            command,
+            [*(_DIE_WITH_PARENT if sys.platform == "linux" else ()), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -45,7 +45,6 @@ class Child:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
         _running.add(self)
         self._answers: queue.Queue[Any] = queue.Queue()  # JSON values; None at the end
