@@ -39,8 +39,8 @@ from benchmarks.kernels import formulations
 from jaxft.config import load_config, parse_overrides
 from jaxft.data.batches import Batch, Examples
 from jaxft.errors import ArgumentParser, UserError, run_command
+from jaxft.models.build import make_model
 from jaxft.models.partition import make_policy
-from jaxft.models.resnet import make_model
 from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import abstract_train_state
@@ -90,7 +90,7 @@ def compile_step(config: Any, which: str, devices: list[Any], share: int) -> Any
     """Compiles one step with `share` images per device, and with all of CIFAR-10's training images on the devices."""
     model = make_model(config.model, num_classes=10, formulation=devices[0].platform)
     policy = make_policy(config, model, config.num_epochs)
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
     state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD)
     shapes = jax.ShapeDtypeStruct

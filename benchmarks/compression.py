@@ -24,8 +24,8 @@ import optax
 
 from jaxft.config import load_config
 from jaxft.export import DTYPES, export_stablehlo
+from jaxft.models.build import make_model
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import make_model
 from jaxft.training.restore import LoadedCheckpoint
 from jaxft.training.state import create_train_state
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD

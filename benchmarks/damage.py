@@ -194,7 +194,7 @@ def damage_checkpoints(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     from benchmarks.damage_kinds import damage_checkpoint
     from jaxft.config import default_config
     from jaxft.data.batches import replicate
-    from jaxft.models.resnet import make_model
+    from jaxft.models.build import make_model
     from jaxft.run.checkpoint_reader import CheckpointReader, DamagedCheckpointError
     from jaxft.run.checkpoints import Checkpoints
     from jaxft.run.metrics_file import MetricsFile
@@ -208,7 +208,7 @@ def damage_checkpoints(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     config = default_config()
     config.model.arch, config.model.width = "resnet18", 8
     model = make_model(config.model, num_classes=10)
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
     state = jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)).replace(step=np.int32(STEP))
     saved = bits(state)
     pristine = folder / "pristine"

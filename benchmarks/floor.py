@@ -21,7 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.models.resnet import ARCHITECTURES, BasicBlock, Bottleneck, Conv, ResNet
+from jaxft.models.layers import Conv
+from jaxft.models.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet
 from jaxft.ops import onednn
 from jaxft.ops.formulation import default_formulation
 from jaxft.process import disable_compilation_cache

@@ -23,9 +23,10 @@ import optax
 
 from jaxft.config import default_config
 from jaxft.data.batches import Batch, Examples
+from jaxft.models.build import make_model
+from jaxft.models.network import Network
 from jaxft.models.partition import make_policy, merge, split_frozen
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ResNet, make_model
 from jaxft.training.state import create_train_state
 from jaxft.training.steps import StepConfig, train_step
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -39,7 +40,7 @@ FROZEN = {
 }
 
 
-def kept_megabytes(model: ResNet, policy: Policy, image: Any) -> float:
+def kept_megabytes(model: Network, policy: Policy, image: Any) -> float:
     """Returns the megabytes of activations that the forward pass keeps, without the parameters."""
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)
 

@@ -42,7 +42,7 @@ def main() -> None:
 
     from jaxft.config import default_config
     from jaxft.data.batches import Batch, replicate
-    from jaxft.models.resnet import make_model
+    from jaxft.models.build import make_model
     from jaxft.run.checkpoint_reader import checksums
     from jaxft.run.checkpoints import Checkpoints, not_finite, to_host
     from jaxft.run.metrics_file import MetricsFile
@@ -54,7 +54,7 @@ def main() -> None:
 
     config = default_config()
     model = make_model(config.model, num_classes=10)
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
     abstract = abstract_train_state(model, tx)
     state = replicate(jax.jit(partial(create_train_state, model, tx))(jax.random.key(0)))
     host = to_host(state)

@@ -23,8 +23,8 @@ from jaxft.config import load_config
 from jaxft.data import datasets
 from jaxft.data.batches import epoch_order
 from jaxft.data.dataset import DataOptions
+from jaxft.models.build import make_model
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import make_model
 from jaxft.pretrained.torch_files import read_tensors
 from jaxft.train import train_and_evaluate
 from jaxft.training.optimizer import make_optimizer
@@ -112,7 +112,8 @@ def main() -> None:
         train_and_evaluate(config, args.workdir)
     jaxft_rows = [json.loads(line) for line in (args.workdir / "metrics.jsonl").read_text().splitlines()]
 
-    state, _ = initial_state(config, make_model(config.model, 10), Policy(), make_optimizer(config.optimizer, 1, 1))
+    model = make_model(config.model, 10)
+    state, _ = initial_state(config, model, Policy(), make_optimizer(config.optimizer, 1, 1, model.parts))
     head = {name: np.array(value) for name, value in state.params["fc"].items()}
     train, test = (
         datasets.load("cifar10", split, DataOptions(dir=args.data_dir))

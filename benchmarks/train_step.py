@@ -78,8 +78,8 @@ def jaxft_steps(task: Task, options: list[str]) -> Steps:
 
     from jaxft.config import default_config
     from jaxft.data.batches import Batch, Examples, replicate
+    from jaxft.models.build import make_model
     from jaxft.models.partition import make_policy
-    from jaxft.models.resnet import make_model
     from jaxft.ops import onednn
     from jaxft.process import disable_compilation_cache, set_up
     from jaxft.training.evaluation import pmap_eval_steps

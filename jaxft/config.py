@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
 from jaxft.files import open_regular, reason
-from jaxft.models.architectures import RESNETS
+from jaxft.models.architectures import NAMES
 
 
 # More than 60 lines: one line per key, with all keys in one place.
@@ -32,7 +32,7 @@ def default_config() -> ConfigDict:
             "batch_size": 64,  # over all devices; 0: the largest power of two per device that fits into its memory
             "image_size": 224,  # pixels: the shorter side after resizing and the side of the crop; 0: by the data
             "model": {
-                "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, ...
+                "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, vgg11 to vgg19_bn, ...
                 "pretrained": "",  # a name (`jaxft convert --list`), a file, a workdir, or '' for random weights
                 "stem": "imagenet",  # imagenet, or small: one 3x3 convolution, for images of about 32 pixels
                 "width": 64,  # channels of the first stage; 64 in torchvision's networks
@@ -115,7 +115,7 @@ def default_config() -> ConfigDict:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.arch": tuple(RESNETS),
+    "model.arch": NAMES,
     "model.stem": ("imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.precision": ("default", "high", "highest"),

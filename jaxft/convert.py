@@ -18,25 +18,27 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
 
 import argparse
 import json
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxft.errors import ArgumentParser, UserError
 from jaxft.files import output_argument
-from jaxft.models.resnet import ARCHITECTURES
+from jaxft.models.build import ARCHITECTURES
+from jaxft.models.network import options_of
 from jaxft.pretrained import catalog
-from jaxft.pretrained.convert import TORCHVISION_VARIANT, to_torch
+from jaxft.pretrained.convert import to_torch
 from jaxft.pretrained.describe import describe, lines
+from jaxft.pretrained.families import family_of
 from jaxft.pretrained.load import load_pretrained, read_network
 from jaxft.pretrained.torch_files import write_tensors
-from jaxft.pretrained.weights_file import Weights, write_weights
+from jaxft.pretrained.weights_file import Weights, model_of, write_weights
 
-# torchvision's module -> jaxft's, whose conv1 includes the norm and the ReLU
-STAGES = {"relu": "conv1"} | {name: name for name in ("layer1", "layer2", "layer3", "layer4", "fc")}
 VERIFIED_IN_FLOAT64 = 1e-9  # relative; a wrong padding, epsilon or order of channels gives far larger differences
 
 
@@ -48,45 +50,47 @@ def largest_differences(tensors: dict[str, np.ndarray], weights: Weights, dtype:
     """
     torch, models = _torchvision()
     arch, num_classes = weights.provenance["arch"], weights.provenance["num_classes"]
-    stages = {module: name for module, name in STAGES.items() if num_classes or name != "fc"}
+    family = family_of(arch)
+    stages = dict(family.stages(model_of(weights.provenance)))
+    if not num_classes:
+        del stages[family.head]
     as_dtype = torch.from_numpy(np.ones(1, dtype)).dtype
     reference = getattr(models, arch)(num_classes=num_classes or 1000).to(as_dtype)
     state = {key: torch.from_numpy(array.astype(dtype)) for key, array in tensors.items()}
     missing, extra = reference.load_state_dict(state, strict=False)
-    assert not extra and all(key.endswith("num_batches_tracked") or key.startswith("fc.") for key in missing)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    assert not extra and all(key.startswith(f"{family.head}.") for key in missing)
     outputs: dict[str, Any] = {}
     for module, name in stages.items():
-        getattr(reference, module).register_forward_hook(
+        reference.get_submodule(module).register_forward_hook(
             lambda _module, _inputs, output, name=name: outputs.update({name: output.numpy().copy()})
         )
     image = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(dtype)
     with torch.no_grad():
         reference.eval()(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
     differences = {}
-    for name, ours in _stages(weights, image).items():
-        if name in outputs:
-            theirs = outputs[name].transpose(0, 2, 3, 1) if outputs[name].ndim == 4 else outputs[name]
-            differences[name] = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(dtype).tiny))
+    for name, ours in _stages(weights, image, stages.values()).items():
+        theirs = outputs[name].transpose(0, 2, 3, 1) if outputs[name].ndim == 4 else outputs[name]
+        differences[name] = float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(dtype).tiny))
     return differences
 
 
-def _stages(weights: Weights, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the outputs of jaxft's network after each stage, computed in the image's dtype."""
+def _stages(weights: Weights, image: np.ndarray, paths: Collection[str]) -> dict[str, np.ndarray]:
+    """Returns the outputs of the modules of jaxft's network at these paths, computed in the image's dtype."""
     with jax.enable_x64(True):
-        model = ARCHITECTURES[weights.provenance["arch"]](
-            num_classes=weights.provenance["num_classes"], dtype=image.dtype
-        )
+        model = model_of(weights.provenance).clone(dtype=image.dtype)
         variables = jax.tree.map(lambda array: array.astype(image.dtype), weights.variables)
         _, captured = jax.jit(
             lambda variables, image: model.apply(
                 variables,
                 image,
                 train=False,
-                capture_intermediates=lambda module, _: module.name in STAGES.values(),
+                capture_intermediates=lambda module, _: "/".join(module.path) in paths,
                 mutable=["intermediates"],
             )
         )(variables, image)
-    return {name: np.asarray(captured["intermediates"][name]["__call__"][0]) for name in STAGES.values()}
+    outputs = flatten_dict(captured["intermediates"], sep="/")
+    return {path: np.asarray(outputs[f"{path}/__call__"][0]) for path in paths}
 
 
 def _torchvision() -> tuple[Any, Any]:
@@ -101,14 +105,17 @@ def _torchvision() -> tuple[Any, Any]:
     return torch, torchvision.models
 
 
+def _other_options(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a network that are not those of torchvision's."""
+    model = model_of(provenance)
+    return {key: value for key, value in options_of(model).items() if value != model.options[key]}
+
+
 def verify(source: str, weights: Weights) -> Weights:
     """Returns the weights with the result in their provenance. Raises UserError if the networks differ."""
     provenance = weights.provenance
-    for key, value in TORCHVISION_VARIANT.items():
-        if provenance[key] != value:
-            raise UserError(
-                f"--verify: torchvision has no {provenance['arch']} of {key} {provenance[key]} to compare with"
-            )
+    for key, value in _other_options(provenance).items():
+        raise UserError(f"--verify: torchvision has no {provenance['arch']} of {key} {value} to compare with")
     named = catalog.find(source)
     tensors = read_network(catalog.weights_file(named) if named else source)
     if tensors is None:
@@ -116,9 +123,10 @@ def verify(source: str, weights: Weights) -> Weights:
     single, double = (largest_differences(tensors, weights, dtype) for dtype in (np.float32, np.float64))
     against = f"torchvision {version('torchvision')} with torch {version('torch')}"
     print(f"largest difference from {against}, relative to the largest value\n")
-    print(f"{'after':8}{'float32':>10}{'float64':>10}")
+    width = max(8, *(len(name) + 1 for name in single))
+    print(f"{'after':{width}}{'float32':>10}{'float64':>10}")
     for name in single:
-        print(f"{name:8}{single[name]:10.1e}{double[name]:10.1e}")
+        print(f"{name:{width}}{single[name]:10.1e}{double[name]:10.1e}")
     print()
     if not max(double.values()) <= VERIFIED_IN_FLOAT64:  # NaN differs too
         raise UserError(f"{source} converted differs from torchvision's network; nothing was written; please report it")
@@ -156,7 +164,7 @@ def _summary(source: str, out: Path, weights: Weights, layout: str) -> str:
         origin += f" (SHA-256 {provenance['source_sha256'][:16]}...)"
     notes = list(provenance.get("notes", ()))
     if layout == "torchvision":
-        other = [f"{key} {provenance[key]}" for key, value in TORCHVISION_VARIANT.items() if provenance[key] != value]
+        other = [f"{key} {value}" for key, value in _other_options(provenance).items()]
         if other:
             notes.append(
                 f"torchvision has no {provenance['arch']} of {' and '.join(other)}: only jaxft reads this file"

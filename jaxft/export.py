@@ -34,9 +34,10 @@ from jaxft.data.batches import replicate
 from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.files import atomic_write, output_argument, reason
 from jaxft.models.fold import fold_head_norm, fold_norms
+from jaxft.models.network import options_of
 from jaxft.models.policy import eval_logits
 from jaxft.ops.formulation import Formulation
-from jaxft.pretrained.convert import TORCHVISION_VARIANT, to_torch
+from jaxft.pretrained.convert import to_torch
 from jaxft.pretrained.torch_files import write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.run.metrics_file import read_accuracy
@@ -67,10 +68,10 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
     A network of another width or stem has no counterpart there, which is reported on stderr.
     """
     state = jax.device_get(checkpoint.state)
-    weights = Weights(fold_head_norm(state.variables()), checkpoint.info["weights"])
-    write_tensors(out, to_torch(weights))
-    preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
     stored, arch = resolve(checkpoint.info["config"]).data.stored_size, checkpoint.info["config"]["model"]["arch"]
+    variables = fold_head_norm(state.variables(), checkpoint.model.head)
+    write_tensors(out, to_torch(Weights(variables, checkpoint.info["weights"] | {"arch": arch})))
+    preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
     sizes = [(stored, stored)] if stored else []
     sizes.append((preprocessing.resize or preprocessing.image_size, preprocessing.image_size))
     steps = [f"Resize({resize}), CenterCrop({size})" for resize, size in sizes]
@@ -79,11 +80,12 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
         f"{', '.join(steps)}, ToTensor() and Normalize({preprocessing.mean}, {preprocessing.std})",
         flush=True,
     )
-    width, stem = TORCHVISION_VARIANT["width"], TORCHVISION_VARIANT["stem"]
-    if (checkpoint.model.width, checkpoint.model.stem) != (width, stem):
+    theirs, ours = checkpoint.model.options, options_of(checkpoint.model)
+    if ours != theirs:
+        named = " and ".join(f"model.{key} {value}" for key, value in theirs.items())
         write_message(
-            f"warning: torchvision's {arch} cannot load {out}: it has model.width {width} and model.stem {stem}, this "
-            f"run {checkpoint.model.width} and {checkpoint.model.stem}"
+            f"warning: torchvision's {arch} cannot load {out}: it has {named}, this run "
+            f"{' and '.join(map(str, ours.values()))}"
         )
 
 
@@ -91,13 +93,12 @@ def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: s
     """Writes a jaxft weights file for another run's model.pretrained, with its provenance."""
     step, info, model, _, state = checkpoint
     state = jax.device_get(state)
-    variables = fold_head_norm(state.variables())
+    variables = fold_head_norm(state.variables(), model.head)
     accuracy = read_accuracy(Workdir(workdir).metrics) or {}
     config = info["config"]
     provenance = {
         "arch": config["model"]["arch"],
-        "width": model.width,
-        "stem": model.stem,
+        **options_of(model),
         "num_classes": model.num_classes,
         "source": f"step {step} of a jaxft run on {config['data']['name'].split('/')[-1]}",
         "mean": info["preprocessing"]["mean"],

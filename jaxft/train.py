@@ -27,8 +27,8 @@ from jaxft.config import (
 )
 from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.main_process import is_main_process
+from jaxft.models.build import make_model
 from jaxft.models.partition import make_policy
-from jaxft.models.resnet import make_model
 from jaxft.ops.formulation import on_cpu
 from jaxft.process import disable_compilation_cache
 from jaxft.reporting.reporter import Reporter
@@ -110,7 +110,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     only_fit = config.optimizer.fit_head == "only"
     if only_fit and not can_cache_features(config, model, policy):
         raise UserError(ONLY_FIT)
-    tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs)
+    tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs, model.parts)
     metrics = MetricsFile(workdir.metrics)
     (state, info, teacher), checkpoints = begin_or_resume(config, workdir, model, tx, (train_data, eval_data), metrics)
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))

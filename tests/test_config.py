@@ -18,7 +18,7 @@ from jaxft.config import (
     shipped_configs,
 )
 from jaxft.errors import UserError
-from jaxft.models.resnet import ARCHITECTURES
+from jaxft.models.build import ARCHITECTURES
 from tests.helpers.runs import ROOT
 
 CIFAR10 = str(ROOT / "configs" / "cifar10.py")

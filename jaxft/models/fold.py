@@ -1,16 +1,18 @@
 """Folds norms into the layers beside them: BatchNorm for evaluation, which saves a pass, and a head's input norm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxft.models.heads import HEAD_NORM, fold_standardize
-from jaxft.models.resnet import ResNet, bn_name, fold
+from jaxft.models.heads import HEAD_NORM, fold_standardize, get_head, set_head
+from jaxft.models.layers import FoldedNorm, fold
+from jaxft.models.network import Network
 
 
-def fold_norms(model: ResNet, variables: Any) -> tuple[ResNet, dict[str, Any]]:
+def fold_norms(model: Network, variables: Any) -> tuple[Network, dict[str, Any]]:
     """Folds every BatchNorm into its convolution (inference only): its scale into the kernel, its shift into a bias.
 
     head_norm, if there is one, is folded into the head. Returns the folded model and its variables; a folded model is
@@ -18,28 +20,34 @@ def fold_norms(model: ResNet, variables: Any) -> tuple[ResNet, dict[str, Any]]:
     """
     if model.folded:
         return model, variables
-    return model.clone(folded=True, head_norm=False), {"params": _fold(variables["params"], variables["batch_stats"])}
+    folded = _fold(variables["params"], variables["batch_stats"], model.head, model.norm_of)
+    return model.clone(folded=True, head_norm=False), {"params": folded}
 
 
-def fold_head_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the variables with a plain head, which contains head_norm; those without head_norm are unchanged."""
+def fold_head_norm(variables: Mapping[str, Any], path: tuple[str, ...] = ("fc",)) -> dict[str, Any]:
+    """Returns the variables with a plain head, which contains head_norm; those without head_norm are unchanged.
+
+    path: the network's `head`.
+    """
     params, statistics = variables["params"], dict(variables["batch_stats"])
     if HEAD_NORM not in statistics:
         return dict(variables)
-    head = fold_standardize(params["fc"], statistics.pop(HEAD_NORM))
-    return {**variables, "params": {**params, "fc": head}, "batch_stats": statistics}
+    head = fold_standardize(get_head(params, path), statistics.pop(HEAD_NORM))
+    return {**variables, "params": set_head(params, path, head), "batch_stats": statistics}
 
 
-@jax.jit
-def _fold(params: Any, batch_stats: Any) -> dict[str, Any]:
-    variables = fold_head_norm({"params": params, "batch_stats": batch_stats})
+@partial(jax.jit, static_argnums=(2, 3))
+def _fold(
+    params: Any, batch_stats: Any, head: tuple[str, ...], norm_of: Callable[[tuple[str, ...]], tuple[str, ...]]
+) -> dict[str, Any]:
+    variables = fold_head_norm({"params": params, "batch_stats": batch_stats}, head)
     flat, statistics = (flatten_dict(variables[collection]) for collection in ("params", "batch_stats"))
-    for *block, conv, name in list(flat):
-        if name != "kernel" or conv == "fc":
+    for *conv, name in list(flat):
+        norm = norm_of(tuple(conv))
+        if name != "kernel" or (*norm, "scale") not in flat:
             continue
-        norm = (*block, bn_name(conv))
-        scale, bias = (flat.pop((*norm, name)) for name in ("scale", "bias"))
-        mean, var = (statistics[*norm, name] for name in ("mean", "var"))
-        kernel, bias = fold(flat[*block, conv, "kernel"], scale, bias, mean, var)
-        flat |= {(*block, conv, "kernel"): kernel, (*block, conv, "bias"): bias}
+        parameters = (flat.pop((*norm, name)) for name in ("scale", "bias"))
+        folded = FoldedNorm(*parameters, *(statistics[*norm, name] for name in ("mean", "var")))
+        kernel, bias = fold(flat[*conv, "kernel"], flat.get((*conv, "bias")), folded)
+        flat |= {(*conv, "kernel"): kernel, (*conv, "bias"): bias}
     return unflatten_dict(flat)

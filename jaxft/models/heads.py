@@ -1,4 +1,4 @@
-"""Heads: initialisers, and the standardisation of a head's input."""
+"""Heads: initialisers, their place among a network's parameters, and the standardisation of their input."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +15,19 @@ def linear_init(fan_in: int) -> Callable[..., jax.Array]:
     """Returns the initialiser of torch's nn.Linear: weight and bias are uniform in +-1/sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def get_head(params: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+    """Returns the head's parameters, {"kernel": ..., "bias": ...}. path: the network's `head`."""
+    for name in path:
+        params = params[name]
+    return params
+
+
+def set_head(params: Mapping[str, Any], path: tuple[str, ...], head: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters with another head; the rest is unchanged."""
+    name, *rest = path
+    return {**params, name: set_head(params[name], tuple(rest), head) if rest else head}
 
 
 class Standardize(nn.Module):

@@ -11,32 +11,25 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
+from jaxft.models.network import Network, abstract_variables
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ResNet, abstract_variables
 
-STAGES = {
-    "stem": r"^(conv1|bn1)/",
-    "stage1": r"^layer1/",
-    "stage2": r"^layer2/",
-    "stage3": r"^layer3/",
-    "stage4": r"^layer4/",
-    "head": r"^fc/",
-}
+Parts = Mapping[str, str]  # a network's `parts`
 
 BACKBONE = "backbone"  # everything but the head
 
 
-def parameter_paths(model: ResNet) -> list[str]:
+def parameter_paths(model: Network) -> list[str]:
     """Returns the sorted paths of the parameters: 'conv1/kernel' and so on."""
     return sorted(flatten_dict(abstract_variables(model)["params"], sep="/"))
 
 
-def stage_of(path: str) -> str:
+def stage_of(path: str, parts: Parts) -> str:
     """Returns the part that a parameter belongs to: 'stage1' for 'layer1/0/conv1/kernel'."""
-    return next(name for name, pattern in STAGES.items() if re.match(pattern, path))
+    return next(name for name, pattern in parts.items() if re.match(pattern, path))
 
 
-def select(paths: list[str], names: str) -> frozenset[str]:
+def select(paths: list[str], names: str, parts: Parts) -> frozenset[str]:
     """Selects the paths that match `names`: parts and regular expressions, separated by commas.
 
     Raises UserError for a name that matches no path.
@@ -44,14 +37,16 @@ def select(paths: list[str], names: str) -> frozenset[str]:
     selected: set[str] = set()
     for name in filter(None, (name.strip() for name in names.split(","))):
         try:
-            pattern = re.compile(STAGES.get(name, name))
+            pattern = re.compile(parts.get(name, name))
         except re.error as error:
-            raise UserError(f"'{name}' is not a pattern ({error}); parts are {', '.join(STAGES)}, {BACKBONE}") from None
-        found = {path for path in paths if (stage_of(path) != "head" if name == BACKBONE else pattern.search(path))}
+            raise UserError(f"'{name}' is not a pattern ({error}); parts are {', '.join(parts)}, {BACKBONE}") from None
+        found = {
+            path for path in paths if (stage_of(path, parts) != "head" if name == BACKBONE else pattern.search(path))
+        }
         if not found:
             raise UserError(
                 f"'{name}' is neither a part of the network nor a pattern that matches a parameter such as {paths[0]}; "
-                f"parts are {', '.join(STAGES)}, {BACKBONE}"
+                f"parts are {', '.join(parts)}, {BACKBONE}"
             )
         selected |= found
     return frozenset(selected)
@@ -71,7 +66,7 @@ def parse_unfreeze(text: str) -> list[tuple[int, str]]:
     return phases
 
 
-def first_epoch(config: ConfigDict, path: str) -> float:
+def first_epoch(config: ConfigDict, path: str, parts: Parts) -> float:
     """Returns the epoch from which a parameter trains: 1 if it is not frozen, infinity if it always is.
 
     config: the `optimizer` section, which `make_policy` has accepted.
@@ -79,15 +74,15 @@ def first_epoch(config: ConfigDict, path: str) -> float:
 
     def named(name: str) -> bool:
         if name == BACKBONE:
-            return stage_of(path) != "head"
-        return re.search(STAGES.get(name, name), path) is not None
+            return stage_of(path, parts) != "head"
+        return re.search(parts.get(name, name), path) is not None
 
     if not any(named(name.strip()) for name in config.freeze.split(",") if name.strip()):
         return 1
     return min((epoch for epoch, name in parse_unfreeze(config.unfreeze) if named(name)), default=math.inf)
 
 
-def make_policy(config: ConfigDict, model: ResNet, epoch: int) -> Policy:
+def make_policy(config: ConfigDict, model: Network, epoch: int) -> Policy:
     """Makes the policy of an epoch, counted from 1, from the config's `model` and `optimizer` sections.
 
     Raises UserError if optimizer.freeze or unfreeze matches no parameters, or if nothing is left to train.
@@ -100,9 +95,9 @@ def make_policy(config: ConfigDict, model: ResNet, epoch: int) -> Policy:
     if not freeze and not unfreeze:
         return policy
     paths = parameter_paths(model)
-    frozen = select(paths, freeze)
+    frozen = select(paths, freeze, model.parts)
     for first_epoch, name in parse_unfreeze(unfreeze):
-        unfrozen = select(paths, name)
+        unfrozen = select(paths, name, model.parts)
         if not unfrozen & frozen:
             raise UserError(
                 f"optimizer.unfreeze names '{name}', which is not frozen in that epoch; see optimizer.freeze"
@@ -114,9 +109,9 @@ def make_policy(config: ConfigDict, model: ResNet, epoch: int) -> Policy:
     return policy._replace(frozen=frozen)
 
 
-def trains_only_head(model: ResNet, policy: Policy) -> bool:
+def trains_only_head(model: Network, policy: Policy) -> bool:
     """Returns whether nothing before the head changes in training: neither parameters nor statistics."""
-    return all(stage_of(path) == "head" or path in policy.frozen for path in parameter_paths(model))
+    return all(stage_of(path, model.parts) == "head" or path in policy.frozen for path in parameter_paths(model))
 
 
 def split_frozen(params: Mapping[str, Any], frozen: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -154,13 +149,13 @@ def unfreezing(config: ConfigDict, epoch: int) -> list[str]:
     ]
 
 
-def table(model: ResNet, policy: Policy) -> str:
+def table(model: Network, policy: Policy) -> str:
     """Returns a table with a line per part: its parameters, how many train, and whether its statistics move."""
     variables = abstract_variables(model)
     lines = [f"{'':9}{'part':8}{'parameters':>12}{'trained':>12}  statistics"]
     params = flatten_dict(variables["params"], sep="/")
-    for part in STAGES:
-        own = {path: int(np.prod(array.shape)) for path, array in params.items() if stage_of(path) == part}
+    for part in model.parts:
+        own = {path: int(np.prod(array.shape)) for path, array in params.items() if stage_of(path, model.parts) == part}
         trained = sum(size for path, size in own.items() if path not in policy.frozen)
         norms = {path.removesuffix("/scale") for path in own if path.endswith("/scale")}
         moving = sum(not policy.norm_is_frozen(norm) for norm in norms)

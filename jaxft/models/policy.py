@@ -2,12 +2,12 @@
 
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxft.data.batches import AXIS_NAME
 from jaxft.models.heads import HEAD_NORM
+from jaxft.models.network import Network
 
 BatchNormMode = Literal["update", "sync", "frozen"]
 
@@ -29,7 +29,7 @@ class Policy(NamedTuple):
         return path == HEAD_NORM or self.batch_norm == "frozen" or {f"{path}/scale", f"{path}/bias"} <= self.frozen
 
 
-def eval_features(model: nn.Module, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
+def eval_features(model: Network, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
     """Returns the pooled features (N, F) of normalised images (N, H, W, 3) in evaluation mode.
 
     With test_flip they are the mean over each image and its mirror image; the head is linear, so its logits are the
@@ -41,10 +41,10 @@ def eval_features(model: nn.Module, variables: Any, image: jax.Array, policy: Po
     return both.reshape(2, image.shape[0], both.shape[-1]).mean(0)
 
 
-def eval_logits(model: nn.Module, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
+def eval_logits(model: Network, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
     """Returns the logits (N, num_classes) of normalised images (N, H, W, 3) or of their features (N, F)."""
     return _apply(model, variables, eval_features(model, variables, image, policy) if image.ndim == 4 else image)
 
 
-def _apply(model: nn.Module, variables: Any, image: jax.Array, *, features_only: bool = False) -> Any:
+def _apply(model: Network, variables: Any, image: jax.Array, *, features_only: bool = False) -> Any:
     return model.apply(variables, image, train=False, features_only=features_only)

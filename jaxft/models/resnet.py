@@ -5,23 +5,20 @@ A parameter's path is torchvision's key split at its dots: params['layer1']['0']
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from jaxft.models.architectures import RESNETS, Architecture
+from jaxft.models.architectures import RESNETS, ResNetArchitecture
 from jaxft.models.heads import HEAD_NORM, Standardize, linear_init
+from jaxft.models.layers import BatchNorm, Conv
+from jaxft.models.network import num_params
 from jaxft.models.policy import Policy
-from jaxft.ops.batch_norm import NormOptions, batch_norm
-from jaxft.ops.conv import conv as convolve
-from jaxft.ops.conv import conv_and_add
-from jaxft.ops.elementwise import scale_kernel
-from jaxft.ops.formulation import Formulation, default_formulation
+from jaxft.ops.formulation import Formulation
 from jaxft.ops.pool import max_pool
 
 Stem = Literal["imagenet", "small"]
@@ -30,99 +27,6 @@ STEMS: dict[Stem, tuple[int, int]] = {  # size and stride of conv1
     "imagenet": (7, 2),  # followed by a max-pool of stride 2
     "small": (3, 1),  # without one, for images of about 32 pixels (He et al. 2015, section 4.2)
 }
-
-EPSILON = 1e-5  # of BatchNorm
-
-# torch: kaiming_normal_(mode="fan_out", nonlinearity="relu")
-conv_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-class Conv(nn.Module):
-    """A convolution padded by size // 2 on each side. It has a bias only after BatchNorm has been folded into it."""
-
-    features: int
-    size: int
-    stride: int = 1
-    groups: int = 1
-    dtype: Any = jnp.float32
-    formulation: Formulation = "plain"
-    folded: bool = False  # the parameters contain its norm: see fold.py
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, norm: "BatchNorm | None" = None, relu: bool = False, shortcut: jax.Array | None = None
-    ) -> jax.Array:
-        """Convolves x. norm: folded into the convolution, with the `shortcut` and the ReLU that follow it."""
-        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", conv_kernel_init, shape, jnp.float32)
-        bias = None
-        if self.folded:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        elif norm:
-            kernel, bias = norm.folded_into(kernel)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        options = self.stride, self.groups, self.formulation
-        if bias is None:
-            return convolve(x, kernel, *options)
-        return conv_and_add(x, kernel, bias, shortcut, relu, *options)
-
-
-class BatchNorm(nn.Module):
-    """torch's BatchNorm2d, which normalises with the biased variance and averages the unbiased one.
-
-    `policy.batch_norm` selects the statistics in training: of this device's share of the batch ("update"), of the
-    whole batch over the devices ("sync"), or the running ones ("frozen").
-    """
-
-    features: int
-    policy: Policy = Policy()
-    dtype: Any = jnp.float32
-    formulation: Formulation = "plain"
-
-    def setup(self) -> None:
-        shape = (self.features,)
-        self.scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        self.bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        self.running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-
-    def is_frozen(self) -> bool:
-        return self.policy.norm_is_frozen("/".join(self.path))
-
-    def folded_into(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Folds the norm with its running statistics into a convolution's kernel; returns kernel and bias."""
-        statistics = self.running_mean.value, self.running_var.value
-        return fold(kernel, self.scale, self.bias, *statistics, self.formulation)
-
-    def __call__(
-        self, x: jax.Array, mask: jax.Array | None, relu: bool = False, shortcut: jax.Array | None = None
-    ) -> jax.Array:
-        """Normalises x by its own statistics and updates the running ones; then adds `shortcut` and applies a ReLU.
-
-        mask: (N,), 0 for padding.
-        """
-        axis_name = self.policy.axis_name if self.policy.batch_norm == "sync" else None
-        options = NormOptions(relu, axis_name, EPSILON, self.formulation)
-        y, (mean, var, count) = batch_norm(x, shortcut, self.scale, self.bias, self.running_mean.value, mask, options)
-        unbiased = var * (count / jnp.maximum(count - 1, 1))
-        # A device whose share is all padding has no statistics to contribute.
-        weight = 0 if self.is_initializing() else self.policy.norm_momentum * (count > 0)
-        self.running_mean.value += weight * (mean - self.running_mean.value)
-        self.running_var.value += weight * (unbiased - self.running_var.value)
-        return y.astype(self.dtype)
-
-
-def fold(
-    kernel: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    formulation: Formulation = "plain",
-) -> tuple[jax.Array, jax.Array]:
-    """Folds BatchNorm into a convolution: its scale into the kernel, its shift into a bias (F,)."""
-    slope = scale * jax.lax.rsqrt(var + EPSILON)
-    return scale_kernel(kernel, slope, formulation), bias - mean * slope
 
 
 def bn_name(conv: str) -> str:
@@ -251,6 +155,28 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     precision: str = "high"  # of float32 products on accelerators, as in jax.default_matmul_precision
 
+    options: ClassVar[Mapping[str, Any]] = {"width": 64, "stem": "imagenet"}
+    parts: ClassVar[Mapping[str, str]] = {
+        "stem": r"^(conv1|bn1)/",
+        "stage1": r"^layer1/",
+        "stage2": r"^layer2/",
+        "stage3": r"^layer3/",
+        "stage4": r"^layer4/",
+        "head": r"^fc/",
+    }
+    head: ClassVar[tuple[str, ...]] = ("fc",)
+
+    @staticmethod
+    def norm_of(conv: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the path of a convolution's norm: layer1/0/bn1 for layer1/0/conv1."""
+        return (*conv[:-1], bn_name(conv[-1]))
+
+    @nn.nowrap
+    def multiply_adds(self, image_size: int) -> float:
+        """Estimates the multiply-adds of one image's forward pass, within 20 %."""
+        side_behind_stem = image_size / (4 if self.stem == "imagenet" else 1)
+        return num_params(self) * side_behind_stem**2 / 20
+
     @nn.compact
     def __call__(
         self,
@@ -289,29 +215,7 @@ class ResNet(nn.Module):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
 
-def abstract_variables(model: ResNet) -> Any:
-    """Returns the shapes and dtypes of the model's variables.
-
-    They do not depend on how its layers are computed, so that all formulations share a trace, and so do all heads.
-    """
-    plain = model.clone(num_classes=0, formulation="plain", dtype=jnp.float32, precision="high", remat=False)
-    variables = _abstract_variables(plain)
-    params = variables["params"]
-    head = {
-        name: jax.ShapeDtypeStruct((*leaf.shape[:-1], model.num_classes), leaf.dtype)
-        for name, leaf in params["fc"].items()
-    }
-    return variables | {"params": params | {"fc": head}}
-
-
-@cache
-def _abstract_variables(model: ResNet) -> Any:
-    # NOTES: Where a start spends its time (docs/notes/input-and-startup.md)
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
-
-
-def _block(architecture: Architecture) -> Callable[..., BasicBlock | Bottleneck]:
+def _block(architecture: ResNetArchitecture) -> Callable[..., BasicBlock | Bottleneck]:
     if architecture.block == "basic":
         return BasicBlock
     return partial(Bottleneck, groups=architecture.groups, width_per_group=architecture.width_per_group)
@@ -320,24 +224,3 @@ def _block(architecture: Architecture) -> Callable[..., BasicBlock | Bottleneck]
 ARCHITECTURES: dict[str, Callable[..., ResNet]] = {
     name: partial(ResNet, _block(architecture), architecture.depths) for name, architecture in RESNETS.items()
 }
-
-
-def make_model(config: ConfigDict, num_classes: int, formulation: Formulation | None = None) -> ResNet:
-    """Makes the model of a config's `model` section. formulation: by default that of this platform."""
-    return ARCHITECTURES[config.arch](
-        num_classes=num_classes,
-        width=config.width,
-        stem=config.stem,
-        remat=config.remat,
-        head_norm=config.head_norm,
-        formulation=formulation or default_formulation(),
-        dtype=jnp.dtype(config.dtype),
-        precision=config.precision,
-    )
-
-
-def multiply_adds(model: ResNet, image_size: int) -> float:
-    """Estimates the multiply-adds of one image's forward pass, within 20 %."""
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(model)["params"]))
-    side_behind_stem = image_size / (4 if model.stem == "imagenet" else 1)
-    return num_params * side_behind_stem**2 / 20

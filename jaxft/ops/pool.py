@@ -1,9 +1,10 @@
-"""3x3 max-pooling with stride 2: as reduce_window, and in a formulation with a fast gradient."""
+"""Pooling: max-pools of stride 2, as reduce_window and with a fast gradient, and torch's adaptive average-pool."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxft.ops.formulation import Formulation
@@ -86,3 +87,32 @@ def _max_pool_gradient(index: jax.Array, like: jax.Array, dy: jax.Array) -> jax.
 
 
 _max_pool_by_index.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def max_pool_2x2(x: jax.Array, formulation: Formulation = "plain") -> jax.Array:
+    """Max-pools 2x2 pixels with stride 2; an odd last row or column is left out, as in torch.
+
+    Equal pixels share the gradient, except in the plain formulation; after a ReLU these are zeros, which have none.
+    """
+    if formulation in ("plain", "tpu"):
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
+    """Average-pools (N, H, W, C) to (N, size, size, C), as torch.nn.AdaptiveAvgPool2d; also enlarges."""
+    rows, columns = (_averages(side, size) for side in x.shape[1:3])
+    if rows.shape[0] != rows.shape[1]:
+        x = jnp.einsum("ih,nhwc->niwc", rows.astype(x.dtype), x)
+    return x if columns.shape[0] == columns.shape[1] else jnp.einsum("jw,niwc->nijc", columns.astype(x.dtype), x)
+
+
+def _averages(side: int, size: int) -> np.ndarray:
+    """Returns weights (size, side): row i averages pixels i * side / size to (i + 1) * side / size, rounded apart."""
+    weights = np.zeros((size, side))
+    for i in range(size):
+        low, high = i * side // size, -(-(i + 1) * side // size)
+        weights[i, low:high] = 1 / (high - low)
+    return weights

@@ -42,10 +42,19 @@ PARAMETERS = {
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x8d": 88_791_336,
     "resnext101_64x4d": 83_455_272,
+    "vgg11": 132_863_336,
+    "vgg11_bn": 132_868_840,
+    "vgg13": 133_047_848,
+    "vgg13_bn": 133_053_736,
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
 }
 
 # name, file, resize_size, crop_size, top1; all bilinear.
-# Source: the weights enums of torchvision 0.28 (torchvision/models/resnet.py); V1 and V2 are its IMAGENET1K_V1 and _V2.
+# Source: the weights enums of torchvision 0.28 (torchvision/models/resnet.py, vgg.py); V1 and V2 are its IMAGENET1K_V1
+# and _V2.
 _TORCHVISION = (
     ("resnet18.tv_in1k_v1", "resnet18-f37072fd.pth", 256, 224, 69.758),
     ("resnet34.tv_in1k_v1", "resnet34-b627a593.pth", 256, 224, 73.314),
@@ -64,6 +73,14 @@ _TORCHVISION = (
     ("resnext101_32x8d.tv_in1k_v1", "resnext101_32x8d-8ba56ff5.pth", 256, 224, 79.312),
     ("resnext101_32x8d.tv_in1k_v2", "resnext101_32x8d-110c445d.pth", 232, 224, 82.834),
     ("resnext101_64x4d.tv_in1k_v1", "resnext101_64x4d-173b62eb.pth", 232, 224, 83.246),
+    ("vgg11.tv_in1k_v1", "vgg11-8a719046.pth", 256, 224, 69.020),
+    ("vgg11_bn.tv_in1k_v1", "vgg11_bn-6002323d.pth", 256, 224, 70.370),
+    ("vgg13.tv_in1k_v1", "vgg13-19584684.pth", 256, 224, 69.928),
+    ("vgg13_bn.tv_in1k_v1", "vgg13_bn-abd245e5.pth", 256, 224, 71.586),
+    ("vgg16.tv_in1k_v1", "vgg16-397923af.pth", 256, 224, 71.592),
+    ("vgg16_bn.tv_in1k_v1", "vgg16_bn-6c64b313.pth", 256, 224, 73.360),
+    ("vgg19.tv_in1k_v1", "vgg19-dcbb9e9d.pth", 256, 224, 72.376),
+    ("vgg19_bn.tv_in1k_v1", "vgg19_bn-c79401a0.pth", 256, 224, 74.218),
 )
 
 # The same columns; all bicubic. resize_size is floor(test_input_size / test_crop_pct) of timm's configs.

@@ -1,4 +1,4 @@
-"""Converts variables between torchvision's state_dict and Flax, following the tables of pretrained/resnet.py."""
+"""Converts variables between torch's state_dicts and Flax, as the families' layouts say."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,37 +6,37 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxft.models.partition import abstract_variables
-from jaxft.models.resnet import ResNet
-from jaxft.pretrained.resnet import LAYOUT, NUM_BATCHES_TRACKED, TORCH_NAMES
+from jaxft.models.network import Network, abstract_variables
+from jaxft.pretrained.families import family_of, family_of_model
+from jaxft.pretrained.layout import NUM_BATCHES_TRACKED
 from jaxft.pretrained.weights_file import Weights, check_shapes
 
-TORCHVISION_VARIANT = {"width": 64, "stem": "imagenet"}  # model.width and model.stem of torchvision's networks
 
-
-def torch_shapes(model: ResNet) -> dict[str, tuple[int, ...]]:
-    """Returns {torchvision's key: torch's shape} of all the model's variables."""
-    shapes = {}
-    for (collection, *path, leaf), array in flatten_dict(abstract_variables(model)).items():
-        name = TORCH_NAMES[collection, leaf, array.ndim]
-        axes = LAYOUT[name, array.ndim][2]
-        shapes[".".join([*path, name])] = tuple(array.shape[i] for i in np.argsort(axes))
+def torch_shapes(model: Network) -> dict[str, tuple[int, ...]]:
+    """Returns {torch's key: torch's shape} of all the model's variables."""
+    layout, shapes = family_of_model(model).layout, {}
+    for path, array in flatten_dict(abstract_variables(model)).items():
+        key, axes = layout(path, array.ndim)
+        shapes[key] = tuple(array.shape[i] for i in axes)
     return shapes
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], model: ResNet) -> dict[str, Any]:
-    """Returns the model's variables from a torchvision state_dict; dtypes stay as they are.
+def from_torch(tensors: Mapping[str, np.ndarray], model: Network) -> dict[str, Any]:
+    """Returns the model's variables from a state_dict with the family's own names; dtypes stay as they are.
 
     Raises UserError with all keys that are missing, extra or of another shape.
     """
     tensors = {key: array for key, array in tensors.items() if not key.endswith(NUM_BATCHES_TRACKED)}
     check_shapes({key: array.shape for key, array in tensors.items()}, torch_shapes(model))
-    variables = {}
-    for key, array in tensors.items():
-        *path, name = key.split(".")
-        collection, leaf, axes = LAYOUT[name, array.ndim]
-        variables[(collection, *path, leaf)] = np.asarray(array.transpose(axes), order="C")
-    return unflatten_dict(variables)
+    layout, places = family_of_model(model).layout, {}
+    for path, variable in flatten_dict(abstract_variables(model)).items():
+        key, axes = layout(path, variable.ndim)
+        places[key] = path, np.argsort(axes)
+    variables: dict[tuple[str, ...], np.ndarray] = {}
+    for key, tensor in tensors.items():
+        path, order = places[key]
+        variables[path] = np.asarray(tensor.transpose(order), order="C")
+    return {"params": {}, "batch_stats": {}} | unflatten_dict(variables)
 
 
 def to_torch(weights: Weights) -> dict[str, np.ndarray]:
@@ -44,14 +44,14 @@ def to_torch(weights: Weights) -> dict[str, np.ndarray]:
 
     A head for 0 classes is left out, as there is none.
     """
-    tensors = {}
-    for (collection, *path, leaf), array in flatten_dict(weights.variables).items():
+    layout, tensors = family_of(weights.provenance["arch"]).layout, {}
+    counts = weights.provenance.get("num_batches_tracked", {})
+    for path, array in flatten_dict(weights.variables).items():
         if not np.size(array):
             continue
-        name = TORCH_NAMES[collection, leaf, array.ndim]
-        axes = np.argsort(LAYOUT[name, array.ndim][2])
-        tensors[".".join([*path, name])] = np.asarray(np.asarray(array).transpose(axes), order="C")
-        if collection == "batch_stats":
-            key = ".".join(path) + NUM_BATCHES_TRACKED
-            tensors[key] = np.array(weights.provenance.get("num_batches_tracked", {}).get(key, 0), np.int64)
+        key, axes = layout(path, array.ndim)
+        tensors[key] = np.asarray(np.asarray(array).transpose(axes), order="C")
+        if path[0] == "batch_stats":
+            count = key.rpartition(".")[0] + NUM_BATCHES_TRACKED
+            tensors[count] = np.array(counts.get(count, 0), np.int64)
     return tensors

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.files import open_regular, read_json
-from jaxft.models.architectures import RESNETS
-from jaxft.pretrained.resnet import DILATED, HUGGING_FACE_CONFIG, LOOK_ALIKES, TIMM_ARGUMENTS
+from jaxft.pretrained.family import Declarations
 from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.unpickle import Foreign
 
@@ -59,27 +58,24 @@ def _config_beside(path: Path) -> Mapping[str, Any]:
     return config if "model_type" in config or "architecture" in config else {}
 
 
-def look_alike(declared: Declared, arch: str) -> str | None:
+def look_alike(declared: Declared, arch: str, family: Declarations) -> str | None:
     """Returns why the network is not the `arch` whose keys and shapes it has, or None."""
     for place, name in declared.names.items():
-        for pattern, meaning in LOOK_ALIKES.items():
+        for pattern, meaning in family.look_alikes.items():
             if re.search(pattern, name.lower()):
                 return f"{place} calls it {name}: {meaning}"
-    for key, (plain, meaning) in _options(declared.config, arch).items():
+    for key, (plain, meaning) in _options(declared.config, arch, family).items():
         value = _settings(declared.config).get(key, plain)
         if value != plain:
             return f"config.json says {key}={excerpt(value, 20)}: {meaning}"
     return None
 
 
-def _options(config: Mapping[str, Any], arch: str) -> dict[str, tuple[Any, str]]:
+def _options(config: Mapping[str, Any], arch: str, family: Declarations) -> Mapping[str, tuple[Any, str]]:
     """Returns the keys of config.json that change what a network with these keys and shapes computes."""
     if "architecture" in config:
-        return TIMM_ARGUMENTS
-    if config.get("model_type") != "resnet":
-        return {}
-    basic = RESNETS[arch].block == "basic"  # has no first 1x1
-    return {key: option for key, option in HUGGING_FACE_CONFIG.items() if not (basic and key.endswith("in_bottleneck"))}
+        return family.timm_arguments
+    return family.hugging_face_config(arch) if config.get("model_type") == family.model_type else {}
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -87,17 +83,17 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def doubts(declared: Declared, arch: str) -> list[str]:
+def doubts(declared: Declared, arch: str, family: Declarations) -> list[str]:
     """Returns warnings about declared names other than `arch`, since keys and shapes do not show every difference."""
     found = []
     for place, name in declared.names.items():
         plain = _PREFIX.sub("", name.lower()).split(".")[0]
         plain = re.sub(r"_(v1b|ssl|swsl|wsl|in1k|imagenet)$", "", plain)
-        if re.search(DILATED, plain):
-            found.append(f"{place} calls it {name}, whose last stages are dilated; jaxft's are not")
-        elif re.search(r"resne(t|xt)\d+", plain) and plain != arch:
+        if remark := next((text for pattern, text in family.remarks.items() if re.search(pattern, plain)), None):
+            found.append(f"{place} calls it {name}, {remark}")
+        elif re.search(family.own_names, plain) and plain != arch:
             found.append(f"{place} calls it {name}, but it is taken as a {arch}, as its keys and shapes say")
-    kind = declared.config.get("model_type", "resnet")
-    if kind not in ("resnet", "timm_wrapper"):
-        found.append(f"the config.json beside it is of a {excerpt(kind, 30)}, not of a resnet")
+    kind = declared.config.get("model_type", family.model_type)
+    if kind not in (family.model_type, "timm_wrapper"):
+        found.append(f"the config.json beside it is of a {excerpt(kind, 30)}, not of a {family.model_type}")
     return found

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import UserError, shortened
+from jaxft.models.build import ARCHITECTURES
+from jaxft.models.network import options_of
 from jaxft.pretrained import catalog, formats
 from jaxft.pretrained.declared import read_declared
+from jaxft.pretrained.families import FAMILIES, family_of
+from jaxft.pretrained.layout import NUM_BATCHES_TRACKED
 from jaxft.pretrained.load import locate, read_numbers
-from jaxft.pretrained.recognise import FAMILIES, infer_arch, recognise, without_unusable_head
-from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED
+from jaxft.pretrained.recognise import check, examine
 from jaxft.pretrained.state_dict import (
-    choose,
     distinct,
     excerpt,
     find_networks,
@@ -25,7 +27,7 @@ from jaxft.pretrained.state_dict import (
 )
 from jaxft.pretrained.torch_files import TensorFile, open_tensors, open_weights
 from jaxft.pretrained.unpickle import Tensor, children
-from jaxft.pretrained.weights_file import read_jaxft_file, read_metadata
+from jaxft.pretrained.weights_file import model_of, read_jaxft_file, read_metadata
 
 SHOWN = 8  # names in a line
 MOST_ENTRIES = 100  # of a checkpoint
@@ -62,9 +64,10 @@ def _describe(found: dict[str, Any], path: Path, file: TensorFile, name: str, ar
     """Adds facts to `found` one after the other. Raises UserError where the file is refused."""
     provenance = read_metadata(path, file.metadata)
     if provenance is not None:
-        found |= {"format": "jaxft", "family": FAMILIES[0].name}
-        found |= {key: provenance.get(key) for key in ("arch", "width", "stem", "num_classes", "source")}
-        found["head"] = "fc" if provenance.get("num_classes") else None
+        family, model = family_of(provenance["arch"]), model_of(provenance)
+        found |= {"format": "jaxft", "family": family.name, "arch": provenance["arch"], **options_of(model)}
+        found |= {"num_classes": model.num_classes, "source": provenance["source"]}
+        found["head"] = family.head if model.num_classes else None
         found |= _sizes(file.content)
         read_jaxft_file(path, file, provenance, arch)
         return
@@ -72,23 +75,23 @@ def _describe(found: dict[str, Any], path: Path, file: TensorFile, name: str, ar
     found["declared"] = read_declared(file.content, path).names
     networks = find_networks(file.content, FAMILIES)
     found["networks"] = [excerpt(name) for name in names_of(distinct(networks))]
-    if networks:
-        network, notes = without_unusable_head(choose(networks, path, name))
-        found |= {
-            "wrapper": ".".join(network.wrappers),
-            "prefix": excerpt(network.prefix),
-            "names": network.naming.library,
-            "family": network.family.name,
-            "left_out": network.left_out,
-            "notes": notes,
-        }
-        found |= _sizes(network.tensors)
-        if known := infer_arch(network.tensors):
-            found["arch"] = known
-    recognised = recognise(file, path, name, arch)
+    examined = examine(networks, file, path, name)
+    network = examined.network
+    found |= {
+        "wrapper": ".".join(network.wrappers),
+        "prefix": excerpt(network.prefix),
+        "names": network.naming.library,
+        "family": network.family.name,
+        "left_out": network.left_out,
+        "notes": examined.notes,
+    }
+    found |= _sizes(network.tensors)
+    if examined.arch:
+        found["arch"] = examined.arch
+    recognised = check(examined, networks, file, path, name, arch)
     model = recognised.model
-    found |= {"width": model.width, "stem": model.stem}
-    found |= {"head": "fc" if model.num_classes else None, "num_classes": model.num_classes, "notes": recognised.notes}
+    head = network.family.head if model.num_classes else None
+    found |= {**options_of(model), "head": head, "num_classes": model.num_classes, "notes": recognised.notes}
     read_numbers(file, recognised)
 
 
@@ -136,8 +139,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         rows["network"] = ", ".join(filter(None, [*place, f"keys as in {found['names']}"]))
     if "arch" in found:
         rows["arch"] = f"{found['arch']} ({found['family']})"
-    if "width" in found:
-        rows["arch"] += f", width {found['width']}, stem {found['stem']}"
+    if "head" in found:
+        options = ARCHITECTURES[found["arch"]](num_classes=0).options
+        rows["arch"] += "".join(f", {key} {found[key]}" for key in options)
         rows["head"] = f"{found['head']}, {found['num_classes']:,} classes" if found["head"] else "none"
     if found.get("declared"):
         rows["declared"] = ", ".join(f"{place}: {name}" for place, name in found["declared"].items())

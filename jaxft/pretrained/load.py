@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxft.errors import UserError, shortened
 from jaxft.files import is_folder
+from jaxft.models.network import options_of
 from jaxft.pretrained import catalog
 from jaxft.pretrained.convert import from_torch, torch_shapes
+from jaxft.pretrained.layout import NUM_BATCHES_TRACKED
 from jaxft.pretrained.recognise import Recognised, recognise
-from jaxft.pretrained.resnet import NUM_BATCHES_TRACKED
 from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.torch_files import TensorFile, open_tensors
 from jaxft.pretrained.weights_file import Weights, check_values, read_jaxft_file, read_metadata, write_weights
@@ -61,7 +62,7 @@ def read_weights(source: str | Path, arch: str | None = None) -> Weights:
 
 
 def read_network(source: str | Path) -> dict[str, np.ndarray] | None:
-    """Returns a network's unconverted tensors by torchvision's names; None for a jaxft file."""
+    """Returns a network's unconverted tensors by its family's names; None for a jaxft file."""
     path, name = locate(source)
     with open_tensors(path) as file:
         if read_metadata(path, file.metadata) is not None:
@@ -126,12 +127,11 @@ def read_numbers(file: TensorFile, recognised: Recognised) -> Weights:
     tensors = file.load(network.tensors)
     check_values(path, {network.keys[key]: array for key, array in tensors.items() if not _is_count(key)})
     if not model.num_classes:
-        features = torch_shapes(model)["fc.weight"]
-        tensors |= {"fc.weight": np.zeros(features, np.float32), "fc.bias": np.zeros(0, np.float32)}
+        head, shapes = f"{network.family.head}.", torch_shapes(model)
+        tensors |= {key: np.zeros(shape, np.float32) for key, shape in shapes.items() if key.startswith(head)}
     provenance = {
         "arch": arch,
-        "width": model.width,
-        "stem": model.stem,
+        **options_of(model),
         "num_classes": model.num_classes,
         "source": path.name,
         "source_sha256": file.sha256(),

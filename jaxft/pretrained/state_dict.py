@@ -8,10 +8,12 @@ import re
 import shlex
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import islice
 from typing import Any, NamedTuple
 
 from jaxft.errors import UserError, shortened
+from jaxft.pretrained.family import Family, Naming
 from jaxft.pretrained.unpickle import Foreign, Tensor, children
 
 # Components of keys that torch.compile, FSDP, activation checkpointing and Fabric insert before or inside a network,
@@ -38,24 +40,6 @@ _PARTS = {
     r"\.(base_layer|lora_\w+)\.": "merge_and_unload of PEFT",
 }
 UNPREFIXED = "."  # names a network that is not in a dict of its own and has no prefix
-
-
-class Naming(NamedTuple):
-    """How a library names the tensors of a family."""
-
-    library: str
-    anchors: tuple[str, ...]  # keys that each network of the family has, and no other network
-    renamed: Mapping[str, str] = {}  # pattern of a key without its last component -> the family's own name
-
-
-class Family(NamedTuple):
-    """A family of networks: how to find one in a checkpoint, and how to tell it from other families."""
-
-    name: str
-    namings: tuple[Naming, ...]
-    body: str  # pattern of keys that belong to the network or change it; other keys may be left out
-    head: str  # the dense layer, which may be missing
-    others: Mapping[str, str]  # pattern of a key -> the reason why it is another family
 
 
 class Network(NamedTuple):
@@ -145,16 +129,17 @@ def largest(content: Any) -> dict[Any, Any] | None:
 
 
 def find_networks(content: Any, families: Sequence[Family]) -> list[Network]:
-    """Returns the networks of known families in a checkpoint; incomplete ones only if there is no complete one.
+    """Returns the networks of known families in a checkpoint that have the largest part of their family's anchors.
 
-    A network that was saved under two names is found twice; `distinct` drops the second.
+    So an incomplete network is returned only if there is no complete one. A network that was saved under two names is
+    found twice; `distinct` drops the second.
     """
     found = [
-        (anchors, place, wrappers, table)
+        (Fraction(anchors, len(families[i].namings[j].anchors)), (i, j, prefix), wrappers, table)
         for wrappers, table in tables(content)
-        for place, anchors in _anchored(table, families).items()
+        for (i, j, prefix), anchors in _anchored(table, families).items()
     ]
-    most = max((anchors for anchors, *_ in found), default=0)
+    most = max((part for part, *_ in found), default=0)
     networks = []
     plain: dict[Any, _Plain] = {}  # of all text keys, once for all networks
     for _, (i, j, prefix), wrappers, table in [entry for entry in found if entry[0] == most][:MAX_NETWORKS]:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from jaxft.errors import UserError, shortened
 from jaxft.files import atomic_write, reason
-from jaxft.models.partition import abstract_variables
-from jaxft.models.resnet import ARCHITECTURES, STEMS, ResNet
+from jaxft.models.build import ARCHITECTURES
+from jaxft.models.network import Network, abstract_variables, options_of
+from jaxft.models.resnet import STEMS
 from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.torch_files import TensorFile, write_safetensors
 
@@ -26,7 +27,7 @@ _FLOATS = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np
 
 class Weights(NamedTuple):
     variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, with the file's dtypes
-    provenance: dict[str, Any]  # arch, width, stem, num_classes, source (file name), source_sha256, mean, std, ...
+    provenance: dict[str, Any]  # arch, its family's options, num_classes, source (file name), source_sha256, mean, ...
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -72,10 +73,10 @@ def _is_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array.astype(np.float32, copy=False)).all())
 
 
-def model_of(provenance: Mapping[str, Any]) -> ResNet:
+def model_of(provenance: Mapping[str, Any]) -> Network:
     """Returns the network that the weights belong to, computing in float32."""
-    keys = ("num_classes", "width", "stem")
-    return ARCHITECTURES[provenance["arch"]](**{key: provenance[key] for key in keys if key in provenance})
+    model = ARCHITECTURES[provenance["arch"]](num_classes=provenance["num_classes"])
+    return model.clone(**{key: provenance[key] for key in model.options if key in provenance})
 
 
 def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -94,11 +95,10 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | N
         for key, valid in _VALID.items():
             if key in provenance and not valid(provenance[key]):
                 raise ValueError(f"{key} is {excerpt(json.dumps(provenance[key]), 40)}")
-        model_of(provenance)
+        model = model_of(provenance)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or from a newer jaxft: its metadata is wrong: {error}") from None
-    defaults: dict[str, Any] = {"width": 64, "stem": "imagenet", "num_classes": 1000, "source": path.name}
-    provenance = defaults | provenance
+    provenance = {**options_of(model), "source": path.name} | provenance
     provenance["source"] = excerpt(provenance["source"], 200)  # shown when a run starts
     if "notes" in provenance:
         provenance["notes"] = [excerpt(note, 200) for note in provenance["notes"]]
@@ -121,7 +121,7 @@ def read_jaxft_file(path: Path, file: TensorFile, provenance: dict[str, Any], ar
     if checksum is not None and checksum != _checksum(tensors, file.metadata["jaxft"]):
         raise UserError(f"{path} is damaged: its tensors or its metadata do not match its checksum; fetch it again")
     check_values(path, tensors)
-    return Weights(unflatten_dict(tensors, sep="/"), provenance)
+    return Weights({"params": {}, "batch_stats": {}} | unflatten_dict(tensors, sep="/"), provenance)
 
 
 def write_weights(path: str | Path, weights: Weights) -> None:

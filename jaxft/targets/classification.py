@@ -11,7 +11,7 @@ import optax
 from flax import struct
 
 from jaxft.data.batches import Array
-from jaxft.models.heads import linear_init
+from jaxft.models.heads import get_head, linear_init, set_head
 
 TOP_K = (3, 5)  # reported if there are at least twice as many classes
 CALIBRATION_BINS = 15
@@ -19,13 +19,18 @@ CALIBRATION_BINS = 15
 # ---- head ----
 
 
-def replace_head(variables: Mapping[str, Any], num_classes: int, rng: jax.Array) -> dict[str, Any]:
-    """Returns the variables with a new dense head, initialised like torch's nn.Linear; the rest is unchanged."""
-    features = variables["params"]["fc"]["kernel"].shape[0]
+def replace_head(
+    variables: Mapping[str, Any], num_classes: int, rng: jax.Array, path: tuple[str, ...] = ("fc",)
+) -> dict[str, Any]:
+    """Returns the variables with a new dense head, initialised like torch's nn.Linear; the rest is unchanged.
+
+    path: the network's `head`.
+    """
+    features = get_head(variables["params"], path)["kernel"].shape[0]
     kernel_rng, bias_rng = jax.random.split(rng)
     init = linear_init(features)
     head = {"kernel": init(kernel_rng, (features, num_classes)), "bias": init(bias_rng, (num_classes,))}
-    return {**variables, "params": {**variables["params"], "fc": head}}
+    return {**variables, "params": set_head(variables["params"], path, head)}
 
 
 # ---- loss ----

@@ -13,8 +13,8 @@ from jaxft.data.budget import device_memory, is_streamed
 from jaxft.data.dataset import Dataset
 from jaxft.data.loader import ResidentLoader
 from jaxft.errors import UserError
+from jaxft.models.build import make_model
 from jaxft.models.partition import make_policy
-from jaxft.models.resnet import make_model
 from jaxft.ops.formulation import on_cpu
 from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
@@ -44,7 +44,7 @@ def find_batch_size(config: ConfigDict, train_data: Dataset, eval_data: Dataset)
     """Finds the batch size for config.batch_size = 0 on the devices of this run."""
     model = make_model(config.model, len(train_data.class_names))
     policy = make_policy(config, model, config.num_epochs)
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
     state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
     teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, config.data.resize)

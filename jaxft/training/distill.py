@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxft.models.network import Network
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ResNet
 from jaxft.transforms.preprocessing import Preprocessing
 
 
 class Teacher(NamedTuple):
     """A trained network, with its variables on every device."""
 
-    model: ResNet
+    model: Network
     policy: Policy
     preprocessing: Preprocessing
     variables: Any
@@ -23,7 +23,7 @@ class Teacher(NamedTuple):
 class Distillation(NamedTuple):
     """Static settings of distillation in a train step: the teacher without its variables."""
 
-    model: ResNet
+    model: Network
     policy: Policy
     preprocessing: Preprocessing
     weight: float  # of the teacher's predictions in the loss; the labels have the rest

@@ -19,7 +19,7 @@ from jaxft.data.identity import differences
 from jaxft.data.loader import Loader, ResidentLoader, make_loader
 from jaxft.errors import UserError, write_message
 from jaxft.files import is_folder
-from jaxft.models.resnet import ResNet, multiply_adds
+from jaxft.models.network import Network
 from jaxft.ops import onednn
 from jaxft.ops.formulation import Formulation
 from jaxft.process import disable_compilation_cache
@@ -198,14 +198,14 @@ def evaluate(
     return evaluate_checkpoint(checkpoint, data_dir)
 
 
-def choose_formulation(model: ResNet, config: ConfigDict, train_size: int) -> Formulation:
+def choose_formulation(model: Network, config: ConfigDict, train_size: int) -> Formulation:
     """Returns the model's formulation, with oneDNN if it is on a CPU and its run is long enough to repay compilation.
 
     The choice depends on the whole run, so that evaluation decides as training did.
     """
     if model.formulation != "cpu":
         return model.formulation
-    work = 3 * multiply_adds(model, config.image_size) * train_size * config.num_epochs
+    work = 3 * model.multiply_adds(config.image_size) * train_size * config.num_epochs
     return "cpu-onednn" if onednn.is_worthwhile(config.model.onednn, work) else "cpu"
 
 

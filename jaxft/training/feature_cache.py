@@ -4,6 +4,7 @@ A file is named by a hash of everything that the features depend on, images and 
 CRC-32 of its content, which is checked when it is read.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -14,16 +15,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxft.data.lazy_images import LazyImages
 from jaxft.data.loader import Loader, ResidentLoader
 from jaxft.errors import one_line, write_message
 from jaxft.files import atomic_write, cache_dir, open_regular, reason
 from jaxft.models.heads import HEAD_NORM
+from jaxft.models.partition import stage_of
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
 
 CHUNK = 256  # images that are hashed at once
+NO_SETTINGS = ("num_classes", "head_norm", "parent", "name")  # fields of a network that its features do not depend on
 
 
 def load_or_compute(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
@@ -56,16 +60,14 @@ def features_path(config: EvalConfig, state: TrainState, loader: Loader, batch_s
     if jax.process_count() > 1 or images is None:
         return None
     digest = hashlib.blake2b(digest_size=16)
-    model = config.model
-    settings = {
-        name: getattr(model, name)
-        for name in ("block", "stage_depths", "width", "stem", "formulation", "dtype", "precision")
-    }
-    settings["block"], settings["dtype"] = repr(model.block), np.dtype(model.dtype).name
+    model: Any = config.model
+    names = [field.name for field in dataclasses.fields(model) if field.name not in NO_SETTINGS]
+    settings = {name: repr(getattr(model, name)) for name in names} | {"dtype": np.dtype(model.dtype).name}
     rounding = (batch_size, jax.device_count(), jax.local_devices()[0].device_kind, os.uname().machine, jax.__version__)
     digest.update(repr((settings, tuple(config.preprocessing), config.policy.test_flip, rounding)).encode())
     variables = state.variables()
-    backbone = {name: part for name, part in variables["params"].items() if name != "fc"}
+    params = flatten_dict(variables["params"], sep="/")
+    backbone = {path: array for path, array in params.items() if stage_of(path, model.parts) != "head"}
     statistics = {name: part for name, part in variables["batch_stats"].items() if name != HEAD_NORM}
     for path, array in jax.tree_util.tree_leaves_with_path((backbone, statistics)):
         _update(digest, np.asarray(array.addressable_shards[0].data), jax.tree_util.keystr(path))

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jaxft.data.batches import replicate
 from jaxft.data.loader import Loader
 from jaxft.main_process import is_main_process
-from jaxft.models.heads import HEAD_NORM, unfold_standardize
+from jaxft.models.heads import HEAD_NORM, get_head, set_head, unfold_standardize
 from jaxft.training.probe import extract_training_features, fit_head, standardization
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
@@ -42,20 +42,24 @@ def prepare_head(
     if standardise or fit:
         loader = features = extract_training_features(config, eval_config, state, loader, per_call)
         if standardise:
-            state = set_head_norm(state, np.asarray(jax.device_get(features.examples.image)), keeps_head=keeps_head)
+            inputs, path = np.asarray(jax.device_get(features.examples.image)), eval_config.model.head
+            state = set_head_norm(state, inputs, keeps_head=keeps_head, path=path)
     if fit:
         state, _ = fit_head(config, eval_config, state, loader, class_weights, per_call)
     return state
 
 
-def set_head_norm(state: TrainState, features: np.ndarray, *, keeps_head: bool) -> TrainState:
+def set_head_norm(
+    state: TrainState, features: np.ndarray, *, keeps_head: bool, path: tuple[str, ...] = ("fc",)
+) -> TrainState:
     """Returns the state with the statistics of these features, float32 (N, F), in head_norm.
 
-    keeps_head: convert the head, so that it computes the same logits; else its arrays stay as they are.
+    keeps_head: convert the head, so that it computes the same logits; else its arrays stay as they are. path: the
+    network's `head`.
     """
     center, scale = standardization(features)
     statistics = {"mean": np.float32(center), "deviation": np.float32(scale / np.sqrt(features.shape[1]))}
-    head: Any = jax.device_get(state.params["fc"])
+    head: Any = jax.device_get(get_head(state.params, path))
     if keeps_head:
         head = unfold_standardize(head, statistics)
     if jax.process_count() > 1:  # all processes must have the same bits
@@ -70,7 +74,10 @@ def set_head_norm(state: TrainState, features: np.ndarray, *, keeps_head: bool) 
     def prepared(variables: Any) -> dict[str, Any]:
         params, batch_stats = variables["params"], variables["batch_stats"]
         own_head, own_statistics = replicate((head, statistics))  # each a copy, since a step donates its state
-        return {"params": {**params, "fc": own_head}, "batch_stats": {**batch_stats, HEAD_NORM: own_statistics}}
+        return {
+            "params": set_head(params, path, own_head),
+            "batch_stats": {**batch_stats, HEAD_NORM: own_statistics},
+        }
 
     newest = prepared({"params": state.params, "batch_stats": state.batch_stats})
     return dataclasses.replace(state, **newest, ema=prepared(state.ema) if state.ema else {})

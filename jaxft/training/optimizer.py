@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jaxft.models.partition import STAGES, first_epoch, map_with_path, stage_of
+from jaxft.models.partition import Parts, first_epoch, map_with_path, stage_of
 
 # optimizer.name -> scaling of the gradients, before weight decay and learning rate
 SCALERS = {
@@ -39,14 +39,14 @@ def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, num_epochs:
     return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), schedule], [warmup])
 
 
-def learning_rate_factor(config: ConfigDict, path: str) -> float:
+def learning_rate_factor(config: ConfigDict, path: str, parts: Parts) -> float:
     """Returns a parameter's learning rate factor: layer_decay once per later part, and head_factor for the head."""
-    part = stage_of(path)
-    later_parts = len(STAGES) - 1 - list(STAGES).index(part)
+    part = stage_of(path, parts)
+    later_parts = len(parts) - 1 - list(parts).index(part)
     return config.layer_decay**later_parts * (config.head_factor if part == "head" else 1.0)
 
 
-def unfreeze_warmup(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
+def unfreeze_warmup(config: ConfigDict, steps_per_epoch: int, parts: Parts) -> optax.GradientTransformation:
     """Multiplies the updates of a part by a factor that grows linearly from 0 to 1 after the part is unfrozen.
 
     The warm-up takes optimizer.unfreeze_warmup epochs. The updates of parts that train from the beginning do not
@@ -60,7 +60,7 @@ def unfreeze_warmup(config: ConfigDict, steps_per_epoch: int) -> optax.GradientT
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByScheduleState]:
         def scaled(path: str, array: jax.Array) -> jax.Array:
-            epoch = first_epoch(config, path)
+            epoch = first_epoch(config, path, parts)
             if epoch <= 1:
                 return array
             since = state.count - (epoch - 1) * updates_per_epoch
@@ -71,8 +71,12 @@ def unfreeze_warmup(config: ConfigDict, steps_per_epoch: int) -> optax.GradientT
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.GradientTransformation:
-    """Makes the optimizer of a config's `optimizer` section. Parameters are nested dicts with the network's names.
+def make_optimizer(
+    config: ConfigDict, steps_per_epoch: int, num_epochs: int, parts: Parts
+) -> optax.GradientTransformation:
+    """Makes the optimizer of a config's `optimizer` section.
+
+    parts: those of the network, whose parameters are nested dicts.
 
     sgd is torch.optim.SGD: g += weight_decay * p; m = momentum * m + g; p -= learning_rate * m, and with Nesterov
     p -= learning_rate * (g + momentum * m). The others decouple the decay, as torch.optim.AdamW does.
@@ -89,13 +93,13 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int, num_epochs: int) ->
         trust = [optax.scale_by_trust_ratio()] if config.name == "lamb" else []
         direction = [SCALERS[config.name](), decay, *trust]
     if config.layer_decay != 1 or config.head_factor != 1:
-        direction.append(
-            optax.stateless(
-                lambda updates, _: map_with_path(lambda path, u: u * learning_rate_factor(config, path), updates)
-            )
-        )
+
+        def scaled(path: str, update: jax.Array) -> jax.Array:
+            return update * learning_rate_factor(config, path, parts)
+
+        direction.append(optax.stateless(lambda updates, _: map_with_path(scaled, updates)))
     if config.unfreeze_warmup and config.unfreeze:
-        direction.append(unfreeze_warmup(config, steps_per_epoch))
+        direction.append(unfreeze_warmup(config, steps_per_epoch, parts))
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.adaptive_clip:
         clip.append(optax.adaptive_grad_clip(config.adaptive_clip))

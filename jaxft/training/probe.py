@@ -21,7 +21,7 @@ from jaxft.data.batches import replicate
 from jaxft.data.loader import Loader, ResidentLoader
 from jaxft.errors import UserError
 from jaxft.main_process import is_main_process
-from jaxft.models.heads import HEAD_NORM, unfold_standardize
+from jaxft.models.heads import HEAD_NORM, set_head, unfold_standardize
 from jaxft.targets.classification import Counts, count_batch, cross_entropy
 from jaxft.training.evaluation import extract_features
 from jaxft.training.loop import Trainer, metrics_row
@@ -203,8 +203,7 @@ def fit_head(
     examples = extract_training_features(config, eval_config, state, loader, per_call).examples
     features, label = (np.asarray(jax.device_get(array)) for array in (examples.image, examples.label))
     features = features.astype(np.float32)
-    num_classes = state.params["fc"]["bias"].shape[0]
-    loss_config = LossConfig(num_classes, config.label_smoothing, class_weights)
+    loss_config = LossConfig(eval_config.model.num_classes, config.label_smoothing, class_weights)
     fit = fit_logistic_regression(features, label, loss_config, config.seed)
     head = {"kernel": fit.kernel, "bias": fit.bias}
     logits = jnp.asarray(features @ head["kernel"] + head["bias"])
@@ -219,9 +218,10 @@ def fit_head(
             flush=True,
         )
     counts = jax.device_get(count_batch(logits, label, np.ones(len(label), np.float32)))
-    state = dataclasses.replace(state, params={**state.params, "fc": replicate(head)})
+    path = eval_config.model.head
+    state = dataclasses.replace(state, params=set_head(state.params, path, replicate(head)))
     if state.ema:
-        averages = {**state.ema, "params": {**state.ema["params"], "fc": replicate(head)}}
+        averages = {**state.ema, "params": set_head(state.ema["params"], path, replicate(head))}
         state = dataclasses.replace(state, ema=averages)
     return state, counts
 

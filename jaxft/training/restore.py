@@ -11,10 +11,11 @@ import jax
 from jaxft.config import resolve
 from jaxft.errors import UserError
 from jaxft.files import expand_user
+from jaxft.models.build import make_model
 from jaxft.models.fold import fold_head_norm
+from jaxft.models.network import Network, options_of
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ResNet, make_model
 from jaxft.run.checkpoint_reader import NEWEST_GOOD, CheckpointReader, DamagedCheckpointError
 from jaxft.run.metrics_file import read_accuracy
 from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
@@ -31,7 +32,7 @@ class LoadedCheckpoint(NamedTuple):
 
     step: int
     info: dict[str, Any]  # config, class_names, preprocessing, weights, versions
-    model: ResNet
+    model: Network
     policy: Policy
     state: TrainState  # on every local device
 
@@ -40,7 +41,7 @@ class _Template(NamedTuple):
     """The parts that all checkpoints of a run share."""
 
     config: dict[str, Any]
-    model: ResNet
+    model: Network
     policy: Policy
     abstract_state: TrainState
 
@@ -75,7 +76,8 @@ def _make_template(info: dict[str, Any]) -> _Template:
     config = resolve(info["config"])
     model = make_model(config.model, len(info["class_names"]))
     policy = make_policy(config, model, config.num_epochs)
-    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1)  # for the structure of its state
+    # for the structure of its state
+    tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
     abstract_state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
     return _Template(info["config"], model, policy, abstract_state)
 
@@ -129,8 +131,7 @@ def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any
     scored = f", accuracy {accuracy[step]:.2%}" if step in accuracy else ""
     provenance = {
         "arch": found,
-        "width": model.width,
-        "stem": model.stem,
+        **options_of(model),
         "num_classes": model.num_classes,
         "source": f"checkpoint {step} ({which}{scored}) of {workdir}",
         "checkpoint": step,
@@ -140,4 +141,4 @@ def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any
         "weights": info["weights"],
         "num_batches_tracked": info["weights"].get("num_batches_tracked", {}),
     }
-    return fold_head_norm(jax.device_get(state.variables())), provenance
+    return fold_head_norm(jax.device_get(state.variables()), model.head), provenance

@@ -18,10 +18,10 @@ from jaxft.data.image_folder import UnreadableError
 from jaxft.data.loader import Loader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
-from jaxft.models.heads import HEAD_NORM
+from jaxft.models.heads import HEAD_NORM, get_head
+from jaxft.models.network import Network
 from jaxft.models.partition import make_policy, trains_only_head
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ResNet
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.load import load_pretrained
 from jaxft.run import remote_workdir
@@ -80,7 +80,7 @@ def make_loaders(config: ConfigDict, train_data: Dataset, eval_data: Dataset) ->
 def begin_or_resume(
     config: ConfigDict,
     workdir: Workdir,
-    model: ResNet,
+    model: Network,
     tx: optax.GradientTransformation,
     splits: tuple[Dataset, Dataset],
     metrics: MetricsFile,
@@ -138,7 +138,7 @@ def check_not_trained(workdir: Workdir, metrics: MetricsFile) -> None:
 
 def initial_state(
     config: ConfigDict,
-    model: ResNet,
+    model: Network,
     policy: Policy,
     tx: optax.GradientTransformation,
     class_names: tuple[str, ...] = (),
@@ -156,7 +156,7 @@ def initial_state(
     of_run = is_workdir(config.model.pretrained)
     load = load_weights if of_run else load_pretrained
     variables, provenance = load(config.model.pretrained, config.model.arch)
-    for key in ("width", "stem"):
+    for key in model.options:
         value = provenance.get(key, config.model[key])
         if value != config.model[key]:
             raise UserError(f"{config.model.pretrained} has {key} {value}; set --config.model.{key}={value}")
@@ -165,9 +165,9 @@ def initial_state(
     if of_run:
         provenance = provenance | {"head": "kept" if keeps_head else "new"}
     if not keeps_head:
-        variables = replace_head(variables, model.num_classes, rng)
+        variables = replace_head(variables, model.num_classes, rng, model.head)
     if model.head_norm:  # the identity, until training/head.py sets it
-        num_features = variables["params"]["fc"]["kernel"].shape[0]
+        num_features = get_head(variables["params"], model.head)["kernel"].shape[0]
         identity = {"mean": np.zeros(num_features, np.float32), "deviation": np.float32(1)}
         variables = {**variables, "batch_stats": {**variables["batch_stats"], HEAD_NORM: identity}}
     return initial_train_state(tx, variables, policy, ema=ema), provenance
@@ -215,7 +215,7 @@ def run_info(
     }
 
 
-def can_cache_features(config: ConfigDict, model: ResNet, policy: Policy) -> bool:
+def can_cache_features(config: ConfigDict, model: Network, policy: Policy) -> bool:
     """Returns whether the head gets the same features of an image in every epoch, so that they can be computed once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
     return trains_only_head(model, policy) and not augmented and not config.distill.teacher

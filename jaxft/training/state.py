@@ -10,9 +10,9 @@ import optax
 from flax import struct
 
 from jaxft.data.batches import Array
+from jaxft.models.network import Network
 from jaxft.models.partition import split_frozen
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ResNet
 
 
 @struct.dataclass
@@ -31,7 +31,7 @@ class TrainState:
 
 
 def create_train_state(
-    model: ResNet,
+    model: Network,
     tx: optax.GradientTransformation,
     rng: jax.Array,
     policy: Policy = Policy(),  # noqa: B008, immutable
@@ -52,6 +52,7 @@ def initial_train_state(
     ema: bool = False,
 ) -> TrainState:
     """Creates the state of step 0 from these variables. The optimizer's state holds only parameters that train."""
+    variables = {"batch_stats": {}, **variables}  # which a network without BatchNorm lacks
     trainable, _ = split_frozen(variables["params"], policy.frozen)
     averages = jax.tree.map(jnp.array, dict(variables)) if ema else {}
     opt_state = jax.jit(tx.init)(trainable)  # one program, not one for each shape
@@ -59,7 +60,7 @@ def initial_train_state(
 
 
 def abstract_train_state(
-    model: ResNet,
+    model: Network,
     tx: optax.GradientTransformation,
     policy: Policy = Policy(),  # noqa: B008, immutable
     *,

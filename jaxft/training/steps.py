@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from jaxft.data.batches import Array, Batch, Examples, examples_for
 from jaxft.models.fold import fold_norms
+from jaxft.models.network import Network
 from jaxft.models.partition import map_with_path, merge, merge_opt_state, split_frozen
 from jaxft.models.policy import Policy, eval_features, eval_logits
-from jaxft.models.resnet import ResNet
 from jaxft.ops.elementwise import sum_over_devices
 from jaxft.targets.classification import Counts, Predictions, count_batch, cross_entropy, predictions_from_logits
 from jaxft.training.distill import Distillation, Teacher, distillation_loss
@@ -26,7 +26,7 @@ from jaxft.transforms.preprocessing import Preprocessing, preprocess
 class StepConfig(NamedTuple):
     """Static settings of a train step."""
 
-    model: ResNet
+    model: Network
     tx: optax.GradientTransformation
     preprocessing: Preprocessing
     policy: Policy = Policy()
@@ -40,7 +40,7 @@ class StepConfig(NamedTuple):
 
 def make_step_config(
     config: ConfigDict,
-    model: ResNet,
+    model: Network,
     policy: Policy,
     tx: optax.GradientTransformation,
     preprocessing: Preprocessing,
@@ -73,7 +73,7 @@ def make_step_config(
 class EvalConfig(NamedTuple):
     """Static settings of an evaluation step."""
 
-    model: ResNet
+    model: Network
     preprocessing: Preprocessing
     policy: Policy = Policy()
     fold: bool = True  # fold BatchNorm into the convolutions first
@@ -144,7 +144,7 @@ def train_step(
             divergence = distillation_loss(logits, teacher_logits, distillation.temperature) * batch.mask
             loss = (1 - distillation.weight) * loss + distillation.weight * divergence.sum() / total
         counts = count_batch(logits, examples.label[batch.index], batch.mask)
-        return loss, (updates["batch_stats"], counts)
+        return loss, (updates.get("batch_stats", {}), counts)
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
     grads = sum_over_devices(grads, policy.axis_name)
@@ -241,7 +241,7 @@ def statistics_step(variables: Any, examples: Examples | None, batch: Batch, *, 
     image = preprocess(examples.gather(batch.index), config.preprocessing)
     policy = config.policy._replace(batch_norm="sync", norm_momentum=1.0)
     _, updates = config.model.apply(variables, image, batch.mask, train=True, policy=policy, mutable=["batch_stats"])
-    return updates["batch_stats"]
+    return updates.get("batch_stats", {})
 
 
 def predict_step(variables: Any, image: Array, *, config: EvalConfig) -> jax.Array:

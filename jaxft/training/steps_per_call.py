@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxft.data.batches import Batch, Examples
 from jaxft.data.loader import Loader
-from jaxft.models.resnet import ResNet, multiply_adds
+from jaxft.models.network import Network
 from jaxft.ops.formulation import on_cpu
 
 # NOTES: Several steps per call (docs/notes/memory.md)
@@ -33,7 +33,7 @@ class StepsPerCall(NamedTuple):
         return np.int32(num_steps) if self.padded else None
 
 
-def choose_steps_per_call(config: ConfigDict, model: ResNet, *, train: bool) -> StepsPerCall:
+def choose_steps_per_call(config: ConfigDict, model: Network, *, train: bool) -> StepsPerCall:
     """Chooses several steps per call on a CPU, where every call allocates a step's memory and the kernel zeroes it.
 
     Accelerators take config.steps_per_call, or 1: loops of static length are faster there. They train STEPS_AHEAD
@@ -41,7 +41,7 @@ def choose_steps_per_call(config: ConfigDict, model: ResNet, *, train: bool) -> 
     """
     if not on_cpu(model.formulation):
         return StepsPerCall(config.steps_per_call or 1)
-    forward = multiply_adds(model, config.image_size) * config.batch_size
+    forward = model.multiply_adds(config.image_size) * config.batch_size
     automatic = int(min(max(WORK / (3 * forward if train else forward), 1), MOST))
     return StepsPerCall(config.steps_per_call or automatic, padded=True, ahead=0 if train else STEPS_AHEAD)
 

@@ -11,8 +11,8 @@ from jaxft.config import count_steps_per_epoch, flatten
 from jaxft.data import datasets
 from jaxft.data.dataset import Dataset
 from jaxft.errors import printable
+from jaxft.models.network import Network
 from jaxft.models.partition import make_policy, table, unfreezing
-from jaxft.models.resnet import ResNet
 from jaxft.run import remote_workdir
 from jaxft.run.workdir import Workdir
 from jaxft.training.state import TrainState
@@ -21,7 +21,7 @@ from jaxft.training.state import TrainState
 def print_start(
     config: ConfigDict,
     workdir: Workdir,
-    model: ResNet,
+    model: Network,
     state: TrainState,
     info: dict[str, Any],
     splits: tuple[Dataset, Dataset],

@@ -15,8 +15,9 @@ from jaxft.data import datasets
 from jaxft.data.batches import Batch, Examples, epoch_order, make_batches
 from jaxft.errors import UserError
 from jaxft.models import partition
+from jaxft.models.network import abstract_variables
 from jaxft.models.policy import Policy
-from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet, abstract_variables
+from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet
 from jaxft.training.optimizer import learning_rate_factor, make_optimizer
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state
 from jaxft.training.steps import StepConfig, train_step
@@ -26,6 +27,7 @@ from tests.helpers.reference import torch, torchvision
 
 PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 MODEL = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, width=8, formulation="cpu")
+PARTS = ResNet.parts
 PATHS = sorted(flatten_dict(abstract_variables(MODEL)["params"], sep="/"))
 
 
@@ -45,15 +47,15 @@ def test_parts_are_torchvisions_modules() -> None:
     paths = partition.parameter_paths(ARCHITECTURES["resnet18"](num_classes=10))
     modules = {"stem": ("conv1", "bn1"), "head": ("fc",)} | {f"stage{i}": (f"layer{i}",) for i in range(1, 5)}
     reference = torchvision.models.resnet18(num_classes=10)
-    assert sum(len(partition.select(paths, name)) for name in modules) == len(paths)
+    assert sum(len(partition.select(paths, name, PARTS)) for name in modules) == len(paths)
     for name, children in modules.items():
         count = sum(1 for child in children for _ in getattr(reference, child).parameters())
-        assert len(partition.select(paths, name)) == count
-    assert partition.select(PATHS, "backbone") == set(PATHS) - partition.select(PATHS, "head")
-    assert partition.select(PATHS, "stem, bias$") == partition.select(PATHS, "stem") | {
+        assert len(partition.select(paths, name, PARTS)) == count
+    assert partition.select(PATHS, "backbone", PARTS) == set(PATHS) - partition.select(PATHS, "head", PARTS)
+    assert partition.select(PATHS, "stem, bias$", PARTS) == partition.select(PATHS, "stem", PARTS) | {
         p for p in PATHS if p.endswith("bias")
     }
-    assert partition.select(PATHS, "") == set()
+    assert partition.select(PATHS, "", PARTS) == set()
 
 
 @pytest.mark.parametrize(
@@ -74,21 +76,21 @@ def test_wrong_names_are_errors(values: dict[str, str], part: str) -> None:
 
 def test_parts_are_unfrozen_at_their_epochs() -> None:
     config = config_with(freeze="backbone", unfreeze="2: stage4, 4: backbone")
-    assert partition.make_policy(config, MODEL, 1).frozen == partition.select(PATHS, "backbone")
+    assert partition.make_policy(config, MODEL, 1).frozen == partition.select(PATHS, "backbone", PARTS)
     for epoch in (2, 3):
         frozen = partition.make_policy(config, MODEL, epoch).frozen
-        assert frozen == partition.select(PATHS, "stem,stage1,stage2,stage3")
+        assert frozen == partition.select(PATHS, "stem,stage1,stage2,stage3", PARTS)
     assert partition.make_policy(config, MODEL, 4).frozen == set()
 
 
 def test_the_first_epoch_of_each_parameter() -> None:
     config = optimizer_config(freeze="backbone", unfreeze="2: layer4/.*kernel, 4: backbone")
     paths = {"fc/bias": 1, "layer4/0/conv1/kernel": 2, "layer4/0/bn1/scale": 4, "conv1/kernel": 4}
-    assert {path: partition.first_epoch(config, path) for path in paths} == paths
-    assert partition.first_epoch(optimizer_config(freeze="stem"), "bn1/bias") == np.inf
+    assert {path: partition.first_epoch(config, path, PARTS) for path in paths} == paths
+    assert partition.first_epoch(optimizer_config(freeze="stem"), "bn1/bias", PARTS) == np.inf
     for epoch in range(1, 6):  # as the policies of the epochs say
         frozen = partition.make_policy(config_with(**config), MODEL, epoch).frozen
-        assert frozen == {path for path in PATHS if partition.first_epoch(config, path) > epoch}
+        assert frozen == {path for path in PATHS if partition.first_epoch(config, path, PARTS) > epoch}
 
 
 def test_parts_that_join_later_are_announced() -> None:
@@ -104,7 +106,7 @@ def test_parts_that_join_later_are_announced() -> None:
 
 def train(policy: Policy, config: Any, state: TrainState, steps: int, devices: int = 2) -> TrainState:
     sample = datasets.load("sample:cifar10", "train")
-    tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
+    tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1, parts=PARTS)
     step = partial(train_step, config=StepConfig(MODEL, tx, PREPROCESSING, policy))
     p_step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=None)
     examples = Examples(sample.image, sample.label)
@@ -127,14 +129,14 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(names: str, batch_no
     config = config_with(freeze=names, weight_decay=0.1, learning_rate=0.05)
     config.model.batch_norm = batch_norm
     policy = partition.make_policy(config, MODEL, 1)
-    tx = make_optimizer(config.optimizer, 10, 1)
+    tx = make_optimizer(config.optimizer, 10, 1, parts=PARTS)
     state = jax.jit(partial(create_train_state, MODEL, tx, policy=policy))(jax.random.key(0))
     after = train(policy, config.optimizer, state, 3)
     for before_tree, after_tree in ((state.params, after.params), (state.batch_stats, after.batch_stats)):
         before, moved = flatten_dict(before_tree, sep="/"), flatten_dict(after_tree, sep="/")
         for path, array in before.items():
-            frozen = partition.stage_of(path) in names.split(",") or (
-                names == "backbone" and partition.stage_of(path) != "head"
+            frozen = partition.stage_of(path, PARTS) in names.split(",") or (
+                names == "backbone" and partition.stage_of(path, PARTS) != "head"
             )
             assert (np.asarray(array).tobytes() == np.asarray(moved[path]).tobytes()) == frozen, path
     momentum = {
@@ -165,7 +167,7 @@ def test_nothing_is_propagated_back_through_a_frozen_prefix() -> None:
     def in_a_step(names: str) -> int:
         config = config_with(freeze=names)
         policy = partition.make_policy(config, MODEL, 1)
-        tx = make_optimizer(config.optimizer, 10, 1)
+        tx = make_optimizer(config.optimizer, 10, 1, parts=PARTS)
         state = abstract_train_state(MODEL, tx, policy)
         step = partial(train_step, config=StepConfig(MODEL, tx, PREPROCESSING, policy))
         return products(jax.make_jaxpr(step, axis_env=[("batch", 1)])(state, examples, batch).jaxpr)
@@ -182,7 +184,7 @@ def test_an_unfrozen_part_begins_without_momentum_and_the_rest_keeps_it() -> Non
     rng = np.random.default_rng(0)
     start, target = ({"conv1": {"kernel": rng.normal(size=5)}, "fc": {"kernel": rng.normal(size=5)}} for _ in range(2))
     with jax.enable_x64(True):
-        tx = make_optimizer(config, 2, 2)
+        tx = make_optimizer(config, 2, 2, parts=PARTS)
         params: Any = jax.tree.map(jnp.asarray, start)
         opt_state = tx.init(params)
         for frozen in ({"conv1/kernel"}, {"conv1/kernel"}, set(), set()):
@@ -204,13 +206,14 @@ def test_an_unfrozen_part_begins_without_momentum_and_the_rest_keeps_it() -> Non
 
 def test_learning_rates_by_part() -> None:
     config = optimizer_config(layer_decay=0.5, head_factor=10)
-    factors = [learning_rate_factor(config, path) for path in ("conv1/kernel", "layer1/0/bn1/bias", "layer4/1/x/y")]
+    paths = ("conv1/kernel", "layer1/0/bn1/bias", "layer4/1/x/y")
+    factors = [learning_rate_factor(config, path, PARTS) for path in paths]
     assert factors == [0.5**5, 0.5**4, 0.5]
-    assert learning_rate_factor(config, "fc/bias") == 10
+    assert learning_rate_factor(config, "fc/bias", PARTS) == 10
 
     def moved(**values: Any) -> dict[str, Any]:
         config = optimizer_config(learning_rate=0.01, **values)
-        tx = make_optimizer(config, 10, 1)
+        tx = make_optimizer(config, 10, 1, parts=PARTS)
         params = {"conv1": {"kernel": jnp.zeros(1)}, "fc": {"bias": jnp.zeros(1)}}
         return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
 

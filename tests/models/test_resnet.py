@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.models.layers import BatchNorm
+from jaxft.models.network import abstract_variables
 from jaxft.models.policy import Policy, eval_features, eval_logits
-from jaxft.models.resnet import ARCHITECTURES, BasicBlock, BatchNorm, ResNet, abstract_variables
+from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import from_torch, torch_shapes
 from tests.helpers.formulations import onednn_in_double_precision

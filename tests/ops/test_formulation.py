@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from jaxft.config import default_config
-from jaxft.models.resnet import ARCHITECTURES, make_model
+from jaxft.models.build import make_model
+from jaxft.models.resnet import ARCHITECTURES
 from jaxft.ops import onednn
 from jaxft.ops.formulation import Formulation, default_formulation
 from jaxft.process import disable_compilation_cache

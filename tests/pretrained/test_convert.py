@@ -15,9 +15,10 @@ from flax.traverse_util import flatten_dict
 
 from jaxft import convert
 from jaxft.errors import UserError
-from jaxft.models.resnet import ARCHITECTURES
+from jaxft.models.build import ARCHITECTURES
 from jaxft.pretrained import catalog
 from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.families import family_of
 from jaxft.pretrained.load import load_pretrained, read_weights
 from jaxft.pretrained.recognise import infer_arch
 from jaxft.pretrained.torch_files import read_tensors, write_tensors
@@ -166,7 +167,8 @@ def test_a_round_trip_is_bit_identical(
 def test_every_architecture_is_recognised(arch: str) -> None:
     with torch.device("meta"):  # only shapes
         state = getattr(torchvision.models, arch)(num_classes=3).state_dict()
-    assert infer_arch({key: np.broadcast_to(np.float32(0), value.shape) for key, value in state.items()}) == arch
+    tensors = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in state.items()}
+    assert infer_arch(tensors, family_of(arch)) == arch
 
 
 @pytest.mark.parametrize("depths", [[2, 2, 2, 2], [3, 4, 6, 3]])

@@ -212,7 +212,9 @@ def test_layers_that_change_the_network_are_not_left_out(save: Any, state: State
 def test_differences_are_shown_in_threes(save: Any, state: State) -> None:
     with pytest.raises(UserError, match=r"25 missing: layer4\.0\.bn1\.bias, \S+, \S+ and 22 more$"):
         read_weights(save({key: value for key, value in state.items() if not key.startswith("layer4")}))
-    with pytest.raises(UserError, match=r"its 3 tensors are not named as a ResNet's: model\.0, model\.1, model\.2$"):
+    with pytest.raises(
+        UserError, match=r"its 3 tensors are not named as a ResNet or VGG's: model\.0, model\.1, model\.2$"
+    ):
         read_weights(save({f"model.{i}": torch.ones(1) for i in range(3)}))
 
 

@@ -85,7 +85,7 @@ def test_an_epoch_does_not_compile_in_the_main_thread(
         config,
         model,
         Policy(),
-        make_optimizer(config.optimizer, 5, 3),
+        make_optimizer(config.optimizer, 5, 3, model.parts),
         Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD),
     )
     teacher, state = replicate({"w": jnp.ones(2)}), replicate(TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {}, ()))

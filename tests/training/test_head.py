@@ -23,11 +23,13 @@ from jaxft.data import datasets
 from jaxft.data.batches import Examples, epoch_order, make_batches, replicate
 from jaxft.data.loader import ResidentLoader
 from jaxft.export import export_flax, export_stablehlo, export_torchvision
+from jaxft.models.build import make_model
 from jaxft.models.fold import fold_head_norm, fold_norms
 from jaxft.models.heads import HEAD_NORM, unfold_standardize
+from jaxft.models.network import Network
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import BatchNormMode, Policy, eval_features, eval_logits
-from jaxft.models.resnet import BasicBlock, ResNet, make_model
+from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.targets.classification import cross_entropy
 from jaxft.training import probe
 from jaxft.training.evaluation import recalibrate
@@ -92,7 +94,7 @@ def random_variables() -> Any:
     return jax.jit(partial(SMALL.init, train=False))(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
 
 
-def logits_of(model: ResNet, variables: Any, inputs: np.ndarray) -> np.ndarray:
+def logits_of(model: Network, variables: Any, inputs: np.ndarray) -> np.ndarray:
     return np.asarray(eval_logits(model, variables, jnp.asarray(inputs), Policy()))
 
 
@@ -280,7 +282,7 @@ def test_another_run_gets_a_plain_head_or_computes_the_same_logits(trained: Path
     assert HEAD_NORM not in variables["batch_stats"]
     config = jaxft.load_config("quickstart", RUN | {"model.pretrained": str(trained)})
     model = make_model(config.model, 10)
-    tx = make_optimizer(config.optimizer, 1, 1)
+    tx = make_optimizer(config.optimizer, 1, 1, model.parts)
     state, _ = initial_state(config, model, make_policy(config, model, 1), tx, tuple(provenance["class_names"]))
     state = set_head_norm(state, 3 * inputs + 1, keeps_head=True)
     for own, parts in ((model.clone(head_norm=False), variables), *((model, parts) for parts in variables_of(state))):

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from jaxft.config import default_config
+from jaxft.models.resnet import ResNet
 from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
 from tests.helpers.reference import torch
 
@@ -26,7 +27,7 @@ def test_sgd_is_torchs(momentum: float, nesterov: bool, weight_decay: float) -> 
     reference = torch.nn.Parameter(torch.from_numpy(start.copy()))
     sgd = torch.optim.SGD([reference], lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     with jax.enable_x64(True):
-        tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
+        tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1, parts=ResNet.parts)
         params = jax.numpy.asarray(start)
         opt_state = tx.init(params)
         for gradient in gradients:
@@ -60,7 +61,7 @@ def test_warm_up_grows_evenly_to_the_full_rate_and_the_schedule_ends_at_zero() -
 
 def updates_of(config: Any, gradients: np.ndarray, start: np.ndarray, steps_per_epoch: int = 100) -> np.ndarray:
     with jax.enable_x64(True):
-        tx = make_optimizer(config, steps_per_epoch, num_epochs=1)
+        tx = make_optimizer(config, steps_per_epoch, num_epochs=1, parts=ResNet.parts)
         params = {"fc": {"kernel": jax.numpy.asarray(start)}}
         opt_state = tx.init(params)
         for gradient in gradients:
@@ -107,7 +108,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch() -> None:
 def test_the_decay_leaves_biases_and_norms_alone_on_request() -> None:
     config = default_config().optimizer
     config.update(weight_decay=0.1, decay_all=False)
-    tx = make_optimizer(config, 10, 1)
+    tx = make_optimizer(config, 10, 1, ResNet.parts)
     params = {"conv1": {"kernel": jax.numpy.ones((1, 1, 1, 2))}, "bn1": {"scale": jax.numpy.ones(2)}}
     updates, _ = tx.update(jax.tree.map(jax.numpy.zeros_like, params), tx.init(params), params)
     assert (updates["conv1"]["kernel"] < 0).all()
@@ -118,7 +119,7 @@ def test_the_decay_leaves_biases_and_norms_alone_on_request() -> None:
 def test_every_optimizer_goes_downhill(name: str) -> None:
     config = default_config().optimizer
     config.update(name=name, learning_rate=0.05)
-    tx = make_optimizer(config, 10, 1)
+    tx = make_optimizer(config, 10, 1, ResNet.parts)
     params = {"fc": {"kernel": jax.numpy.array([[3.0, -2.0]])}}
     opt_state = tx.init(params)
     for _ in range(50):
@@ -151,7 +152,7 @@ def test_an_unfrozen_part_warms_up_while_the_rest_continues() -> None:
     config = default_config().optimizer
     config.update(learning_rate=1.0, momentum=0.0, freeze="backbone", unfreeze="2: stage4, 3: backbone")
     config.unfreeze_warmup = 0.5
-    tx = make_optimizer(config, steps_per_epoch=4, num_epochs=4)
+    tx = make_optimizer(config, steps_per_epoch=4, num_epochs=4, parts=ResNet.parts)
     ones = {name: {"kernel": jax.numpy.ones(2)} for name in ("conv1", "layer4", "fc")}
     state, sizes = tx.init(ones), []
     for _ in range(12):
@@ -167,7 +168,7 @@ def test_the_warm_up_counts_updates_of_several_batches() -> None:
     config = default_config().optimizer
     config.update(learning_rate=1.0, momentum=0.0, freeze="backbone", unfreeze="2: backbone", accumulate_steps=2)
     config.unfreeze_warmup = 1.0
-    tx = make_optimizer(config, steps_per_epoch=4, num_epochs=3)
+    tx = make_optimizer(config, steps_per_epoch=4, num_epochs=3, parts=ResNet.parts)
     ones = {"conv1": {"kernel": jax.numpy.ones(2)}}
     state, sizes = tx.init(ones), []
     for _ in range(12):
@@ -184,7 +185,7 @@ def test_adaptive_clipping_bounds_updates_relative_to_the_weights(scale: float) 
     rng = np.random.default_rng(0)
     kernel = jax.numpy.asarray(scale * rng.normal(size=(3, 3, 8, 4)), "float32")
     params, gradient = ({"conv1": {"kernel": array}} for array in (kernel, 100 * kernel))
-    tx = make_optimizer(config, 10, 1)
+    tx = make_optimizer(config, 10, 1, ResNet.parts)
     updates, _ = tx.update(gradient, tx.init(params), params)
     norm, weights = (np.sqrt(np.square(a).sum((0, 1, 2))) for a in (updates["conv1"]["kernel"], kernel))
     np.testing.assert_allclose(norm, 0.25 * weights, rtol=1e-5)
@@ -193,7 +194,7 @@ def test_adaptive_clipping_bounds_updates_relative_to_the_weights(scale: float) 
 def test_without_the_new_keys_the_optimizer_has_the_same_state() -> None:
     config = default_config().optimizer
     config.update(freeze="backbone", unfreeze="2: backbone", clip_norm=1.0)
-    before = make_optimizer(config, 10, 2).init({"fc": {"kernel": jax.numpy.ones(2)}})
+    before = make_optimizer(config, 10, 2, ResNet.parts).init({"fc": {"kernel": jax.numpy.ones(2)}})
     config.unfreeze_warmup = 1.0
-    after = make_optimizer(config, 10, 2).init({"fc": {"kernel": jax.numpy.ones(2)}})
+    after = make_optimizer(config, 10, 2, ResNet.parts).init({"fc": {"kernel": jax.numpy.ones(2)}})
     assert len(jax.tree.leaves(after)) == len(jax.tree.leaves(before)) + 1

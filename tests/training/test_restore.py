@@ -9,8 +9,8 @@ import pytest
 
 from jaxft.config import load_config
 from jaxft.errors import UserError
+from jaxft.models.build import make_model
 from jaxft.models.partition import make_policy
-from jaxft.models.resnet import make_model
 from jaxft.run.checkpoint_reader import CheckpointReader, DamagedCheckpointError
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.workdir import Workdir
@@ -68,7 +68,7 @@ def begin(source: Path | str, class_names: tuple[str, ...], **changes: str) -> t
     overrides = {"model.width": "4", "model.pretrained": str(source), "image_size": "16"} | changes
     config = load_config(str(ROOT / "configs" / "quickstart.py"), overrides)
     model = make_model(config.model, len(class_names))
-    policy, tx = make_policy(config, model, 1), make_optimizer(config.optimizer, 1, 1)
+    policy, tx = make_policy(config, model, 1), make_optimizer(config.optimizer, 1, 1, model.parts)
     return initial_state(config, model, policy, tx, class_names)
 
 

@@ -85,7 +85,7 @@ def test_ten_steps_with_a_smaller_last_batch_are_torchs(arch: str, nesterov: boo
         model = flax_model(arch, dtype=jnp.float64, formulation="cpu")
         config = default_config().optimizer
         config.update(learning_rate=2**-7, momentum=0.9, weight_decay=1e-4, nesterov=nesterov)  # 2^-7 is exact
-        tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1)
+        tx = make_optimizer(config, steps_per_epoch=10, num_epochs=1, parts=ResNet.parts)
         state_dict = {key: value.numpy().copy() for key, value in reference.state_dict().items()}
         variables = from_torch(state_dict, model)
         params, batch_stats = variables["params"], variables["batch_stats"]
@@ -157,7 +157,7 @@ def test_steps_in_one_call_are_the_steps_of_several(padded: bool) -> None:
     """Bit for bit, on two devices, with augmentation, in loops of traced or static length."""
     sample = datasets.load("sample:cifar10", "test")
     model = ResNet(BasicBlock, (1, 1), num_classes=10, width=4, formulation="cpu")
-    tx = make_optimizer(default_config().optimizer, steps_per_epoch=10, num_epochs=1)
+    tx = make_optimizer(default_config().optimizer, steps_per_epoch=10, num_epochs=1, parts=ResNet.parts)
     config = StepConfig(model, tx, PREPROCESSING, Policy(batch_norm="sync"), augmentation=Augmentation(flip=True))
     devices = jax.local_devices()[:2]
     p_steps = jax.pmap(
@@ -298,7 +298,7 @@ def test_a_head_learns_the_same_from_features_as_from_images() -> None:
     policy = make_policy(config, SMALL, 1)
     preprocessing = Preprocessing(32, *PREPROCESSING[1:])
     sample = datasets.load("sample:cifar10", "test")
-    tx = make_optimizer(config.optimizer, 10, 1)
+    tx = make_optimizer(config.optimizer, 10, 1, ResNet.parts)
     state = random_state(SMALL, tx, policy)
     examples = Examples(sample.image[:90], sample.label[:90])
     features = extract_features(EvalConfig(SMALL, preprocessing), state, ResidentLoader(examples), 32)

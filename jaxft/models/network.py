@@ -1,0 +1,77 @@
+"""The interface of a network: what the rest of the package uses of a Flax module, whatever its family."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.models.heads import get_head, set_head
+from jaxft.ops.formulation import Formulation
+
+
+class Network(Protocol):
+    """A Flax module that is called as `ResNet` is, with the facts of its family that other modules need."""
+
+    num_classes: int
+    formulation: Formulation
+    folded: bool  # BatchNorm is folded into the convolutions: see fold.py
+    dtype: Any  # of the computation
+    precision: str
+    head_norm: bool  # its head's input is standardised: see heads.py
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Fields that only this family has, as the config and weights files name them -> torchvision's values."""
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """Part of the network -> pattern of its parameters' paths, from the input to the head."""
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """The path of the dense layer that maps features to logits."""
+
+    @staticmethod
+    def norm_of(conv: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the path of the BatchNorm that would follow the convolution at `conv`."""
+
+    def multiply_adds(self, image_size: int) -> float:
+        """Estimates the multiply-adds of one image's forward pass, within 20 %."""
+
+    # flax.linen.Module's
+    def __hash__(self) -> int: ...
+    def init(self, *args: Any, **kwargs: Any) -> Any: ...
+    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+    def clone(self, **kwargs: Any) -> Any: ...
+
+
+def options_of(model: Network) -> dict[str, Any]:
+    """Returns the model's own values of its family's options: {"width": 64, "stem": "imagenet"} of a ResNet."""
+    return {key: getattr(model, key) for key in model.options}
+
+
+def abstract_variables(model: Network) -> Any:
+    """Returns the shapes and dtypes of the model's variables.
+
+    They do not depend on how its layers are computed, so that all formulations share a trace, and so do all heads.
+    """
+    plain = model.clone(num_classes=0, formulation="plain", dtype=jnp.float32, precision="high", remat=False)
+    variables = _abstract_variables(plain)
+    head = {
+        name: jax.ShapeDtypeStruct((*leaf.shape[:-1], model.num_classes), leaf.dtype)
+        for name, leaf in get_head(variables["params"], model.head).items()
+    }
+    return variables | {"params": set_head(variables["params"], model.head, head)}
+
+
+@cache
+def _abstract_variables(model: Network) -> Any:
+    # NOTES: Where a start spends its time (docs/notes/input-and-startup.md)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
+
+
+def num_params(model: Network) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(model)["params"]))
