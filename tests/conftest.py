@@ -71,6 +71,14 @@ def empty_caches(tmp_path_factory: pytest.TempPathFactory, of_all_workers: Path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(scope="module")
+def compile_quickly() -> Iterator[None]:
+    """Lets XLA skip optimizations, for modules in which compiling takes far longer than running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def run() -> Run:
     """Runs python in the repository's root, on a number of forced CPU devices, with output captured as text."""

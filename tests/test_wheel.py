@@ -98,7 +98,8 @@ def test_the_script_works_in_an_empty_folder(bin_dir: Path, tmp_path: Path) -> N
     assert "resnet50.tv_in1k_v1" in run(tmp_path, jaxft, "convert", "--list")
     assert list(tmp_path.iterdir()) == []
 
-    quick = {"num_epochs": 1, "image_size": 32, "optimizer.freeze": "backbone", "augment.flip": False}
+    quick = {"num_epochs": 1, "image_size": 16, "data.train_split": "test"}
+    quick |= {"optimizer.freeze": "backbone", "augment.flip": False}
     overrides = [f"--config.{key}={value}" for key, value in quick.items()]
     assert "Epoch [1/1], Test Accuracy: " in run(tmp_path, jaxft, "train", "--config", "quickstart", *overrides)
     assert (tmp_path / "runs" / "quickstart" / "report.html").exists()

@@ -37,7 +37,7 @@ class Clock:
 
 @dataclass
 class Observed:
-    """What was seen of a command. Times are seconds since its start."""
+    """Observations of a command. Times are seconds since its start."""
 
     lines: list[tuple[float, str]] = field(default_factory=list)  # of standard output
     rows: list[tuple[float, dict[str, Any]]] = field(default_factory=list)  # of metrics.jsonl

@@ -58,7 +58,7 @@ class Contender:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is ready or gone."""
+        """Returns whether it is ready or gone."""
         return bool(self.report or self.gone)
 
     def drop(self, reason: str) -> None:
@@ -77,7 +77,7 @@ class Contenders:
     def __init__(
         self, settings: Settings, everyone: Sequence[Contender], slots: int, limit: float, grants: int = 1
     ) -> None:
-        """slots: the number that may compile at a time, of which `grants` choose kernels.
+        """slots: the number that may compile at a time. grants: the number of them that may choose kernels.
 
         limit: seconds after which one that compiles is dropped.
         """

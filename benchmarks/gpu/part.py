@@ -25,7 +25,7 @@ class Skipped(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Settings:
-    """What a part is given."""
+    """The arguments of a part."""
 
     toy: bool  # sizes for two CPU cores
     data: str  # 'sample:cifar10' or 'folder:PATH'

@@ -62,7 +62,7 @@ class Runs:
         return self.settings.folder / name.replace(" ", "-")
 
     def train(self, name: str, env: Mapping[str, str], *, kill: bool = False, begin_with: Path | None = None) -> Path:
-        """Trains a run to its end, or until its first checkpoint; begin_with: a killed run of which it resumes a copy.
+        """Trains a run to its end, or until its first checkpoint; begin_with: a killed run, whose copy it resumes.
 
         Raises Skipped if the time is over.
         """

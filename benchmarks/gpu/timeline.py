@@ -1,4 +1,4 @@
-"""What the rows of metrics.jsonl say about time: speed without compilation, waiting, and where two runs differ."""
+"""Timings from the rows of metrics.jsonl: speed without compilation, waiting, and where two runs differ."""
 
 import re
 import statistics

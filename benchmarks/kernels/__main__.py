@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--json] [--batches 256,64] [--seconds 90] [--toy] | --bytes | --compile h100
 
 For each shape, those with the most bytes to save first, until the time is up: milliseconds of each kernel with its best
-tile and of XLA's formulation, their ratio, and how far the results are apart. "layer" sums up: XLA computes the norm's
+tile and of XLA's formulation, their ratio, and how far apart the results are. "layer" sums up: XLA computes the norm's
 gradient once for both products. The last line is one JSON object; --json prints nothing else. --toy: small shapes in
 Pallas' interpret mode, whose times mean nothing. --bytes: the predicted traffic, by arithmetic. --compile: compiles all
 kernels for a GPU that this machine does not have, which needs jax[cuda13] 0.12.
@@ -105,7 +105,7 @@ def measure_shape(shape: Shape, batch: int, dtype: np.dtype, tiles: tuple[pointw
             part["ratio"] = part["xla_ms"] / part["ms"]
             result["correct"] &= part["share_beyond_tolerance"] <= FEW
         result[name] = part
-    # The kernel gradient alone repeats the passes that XLA's step has done for forward and the input gradient.
+    # By itself, the kernel gradient repeats the passes that XLA's step has done for forward and the input gradient.
     products = jax.jit(lambda x, g: plain._dot(x.T, g))
     product = milliseconds(products, (layer.x, layer.g))
     xla = result["forward"]["xla_ms"] + result["input_gradient"]["xla_ms"] + product

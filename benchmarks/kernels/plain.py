@@ -1,4 +1,4 @@
-"""What benchmarks/kernels/pointwise.py computes, in XLA's formulation: norms as passes of their own, and products.
+"""XLA's formulation of benchmarks/kernels/pointwise.py: norms as passes of their own, and products.
 
 The passes are those of jaxft/ops/batch_norm.py, with barriers where a train step writes to memory.
 """

@@ -47,7 +47,7 @@ class Norm(NamedTuple):
 
 
 class NormGradient(NamedTuple):
-    """What BatchNorm's gradient needs besides slope and mean: the means of its two sums, each float32 (C,)."""
+    """The inputs of BatchNorm's gradient besides slope and mean: the means of its two sums, each float32 (C,)."""
 
     mean_grad: jax.Array
     var_grad: jax.Array

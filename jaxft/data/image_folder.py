@@ -234,7 +234,7 @@ def _files_per_task(files: LabelledFiles, side: int) -> int:
 def _map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[Path], Result], paths: list[Path], at_once: int
 ) -> Iterator[Result]:
-    """Like pool.map, but in tasks of `at_once` paths, and holding only a few results instead of the whole folder's."""
+    """Maps like pool.map, but in tasks of `at_once` paths, and holding only a few results, not the whole folder's."""
 
     def task(start: int) -> list[Result]:
         return [function(path) for path in paths[start : start + at_once]]

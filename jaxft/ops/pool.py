@@ -110,7 +110,7 @@ def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 def _averages(side: int, size: int) -> np.ndarray:
-    """Returns weights (size, side): row i averages pixels i * side / size to (i + 1) * side / size, rounded apart."""
+    """Returns (size, side) weights: row i averages pixels i * side / size to (i + 1) * side / size, rounded out."""
     weights = np.zeros((size, side))
     for i in range(size):
         low, high = i * side // size, -(-(i + 1) * side // size)

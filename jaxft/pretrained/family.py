@@ -1,4 +1,4 @@
-"""What the conversion of weights needs to know of a family of networks."""
+"""The facts about a family of networks that the conversion of weights needs."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ Tensors = Mapping[str, Any]  # by the family's own names; only shapes are read
 
 
 class Naming(NamedTuple):
-    """How a library names the tensors of a family."""
+    """A library's names of the tensors of a family."""
 
     library: str
     anchors: tuple[str, ...]  # keys that each network of the family has, and no other network
@@ -17,7 +17,7 @@ class Naming(NamedTuple):
 
 
 class Declarations(NamedTuple):
-    """What files declare about networks with a family's keys and shapes that may compute something else."""
+    """Declarations in files about networks with a family's keys and shapes that may compute something else."""
 
     own_names: str  # pattern of the names of the family's architectures
     model_type: str  # in Hugging Face's config.json

@@ -1,4 +1,4 @@
-"""How torch's layers name and arrange their tensors, and Flax's theirs."""
+"""Names and axis orders of the tensors in torch's layers and in Flax's."""
 
 # Flax's collection, last name and number of axes -> torch's last name, and Flax's axes in torch's order.
 # The names before the last are the same: joined by '.' in torch, nested dicts in Flax.

@@ -1,7 +1,8 @@
 """Derives image size, length and rates of a run from its data: one rule in place of a search.
 
 The rule is BiT's hyper-rule (Kolesnikov et al. 2020, *Big Transfer*, and its bit_hyperrule.py) with smaller
-batches. The length is counted in images, so that it does not depend on the batch size.
+batches. The length is counted in images, so that it does not depend on the batch size. docs/recipes.md lists the other
+differences.
 """
 
 import math

@@ -123,7 +123,7 @@ def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = gpu.parse([])
     assert (args.minutes, args.toy, args.data, args.weights, args.out) == (8, False, "sample:cifar10", "", None)
     assert gpu.parse([f"--data=folder:{tmp_path}"]).data == f"folder:{tmp_path}"
-    wrong = ("--minutes=0", "--data=folder:missing", "--data=cifar10", "--weights=missing", "--parts=steps,none")
+    wrong = ("--minutes=0", "--minutes=nan", "--data=folder:missing", "--data=cifar10", "--weights=missing", "--parts=steps,none")
     for argument in (*wrong, "--out=missing/out.json"):
         with pytest.raises(SystemExit, match="2"):
             gpu.parse([argument])

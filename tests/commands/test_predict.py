@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_large_images_are_preprocessed_like_the_runs_data(
     np.testing.assert_array_equal(classifier.probabilities(files), classifier.probabilities(kept))
     prepared = np.asarray(preprocess(kept, classifier.preprocessing))  # as the evaluation does on the device
     variables = {"params": checkpoint.state.params, "batch_stats": checkpoint.state.batch_stats}
-    logits: Any = checkpoint.model.apply(variables, prepared, train=False)
+    logits: Any = jax.jit(partial(checkpoint.model.apply, train=False))(variables, prepared)
     np.testing.assert_allclose(classifier.probabilities(files), jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
 
 

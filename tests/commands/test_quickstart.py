@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxft.classifier import Classifier
+from jaxft.data import datasets
+from jaxft.models.heads import HEAD_NORM
 from jaxft.pretrained import catalog
 from jaxft.pretrained.load import load_pretrained
 from jaxft.run.metrics_file import read_lines
@@ -36,9 +39,9 @@ def test_the_quickstart_beats_random_weights(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_linear_probe_learns_and_keeps_the_bits_of_the_backbone(run: Run, tmp_path: Path) -> None:
-    result = run(
-        *QUICKSTART, "--config.optimizer.freeze=backbone", "--config.augment.flip=false", "--workdir", tmp_path / "run"
-    )
+    """With a standardised input of the head, which evaluation and prediction fold into it."""
+    head = ("--config.optimizer.freeze=backbone", "--config.augment.flip=false", "--config.model.head_norm=true")
+    result = run(*QUICKSTART, *head, "--workdir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["accuracy"] for row in rows if row["split"] == "eval"][-1] > 0.5
@@ -46,7 +49,12 @@ def test_a_linear_probe_learns_and_keeps_the_bits_of_the_backbone(run: Run, tmp_
         run("-m", "jaxft.evaluate", "--workdir", tmp_path / "run", "--checkpoint=latest", "--json").stdout
     )
     assert abs(line["correct"] - 1000 * rows[-1]["accuracy"]) <= 2  # evaluates images, not cached features
-    state = load_checkpoint(tmp_path / "run", "latest").state
+    checkpoint = load_checkpoint(tmp_path / "run", "latest")
+    sample = datasets.load("sample:cifar10", "test")
+    predicted = Classifier(checkpoint).probabilities(sample.image).argmax(1)
+    assert abs(int((predicted == sample.label).sum()) - line["correct"]) <= 2
+    state = checkpoint.state
+    assert state.batch_stats.pop(HEAD_NORM)["deviation"] != 1
     shipped = load_pretrained("resnet18_tiny_in200").variables
     for collection, trained in (("params", state.params), ("batch_stats", state.batch_stats)):
         for path, array in flatten_dict(trained).items():

@@ -17,6 +17,8 @@ from jaxft.ops.winograd import BatchedMatmul, is_profitable, winograd_conv, xla_
 from tests.helpers.devices import uncached_programs
 from tests.helpers.formulations import on_x86, random, same
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PRODUCTS = [xla_matmul, pytest.param(onednn.matmul, marks=on_x86)]
 
 

@@ -3,6 +3,7 @@
 import random
 import re
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -27,24 +28,49 @@ def test_sigkill_at_any_moment_changes_nothing(run: Run, undisturbed: Path, tmp_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
-def test_a_signal_saves_a_checkpoint_at_the_next_step_and_says_so(
-    run: Run, undisturbed: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    command = (*TINY, "--config.checkpoint.every_steps=0", "--workdir", tmp_path / "run")
-    with started(*command) as process:
-        wait_for_steps(process, tmp_path / "run", 5)
+# Two checkpoints are kept: the first epoch's and the signal's.
+TO_BE_STOPPED = (*TINY, "--config.checkpoint.every_steps=0", "--config.checkpoint.keep_latest=2", "--workdir")
+
+
+def stop(workdir: Path, number: signal.Signals) -> tuple[int, str]:
+    """Trains until a signal in the second epoch; returns the exit code and stderr."""
+    with started(*TO_BE_STOPPED, workdir) as process:
+        wait_for_steps(process, workdir, 16)
         process.send_signal(number)
         _, error = process.communicate(timeout=300)
-    assert process.returncode == code, error
-    last_step = metrics(tmp_path / "run")[-1]["step"]
-    assert f"stopped by {number.name}; resume with the same command (after step {last_step})" in error
+    return process.returncode, error
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """The workdir of a run that SIGTERM stopped (not to be changed), its exit code and its stderr."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    return workdir, *stop(workdir, signal.SIGTERM)
+
+
+def check_stopped(workdir: Path, error: str, name: str) -> None:
+    last_step = metrics(workdir)[-1]["step"]
+    assert f"stopped by {name}; resume with the same command (after step {last_step})" in error
     assert "Traceback" not in error
     assert last_step < 42
-    assert load_checkpoint(tmp_path / "run", "latest").step == last_step
-    result = run(*command)
+    assert load_checkpoint(workdir, "latest").step == last_step
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_at_the_next_step_and_says_so(tmp_path: Path) -> None:
+    code, error = stop(tmp_path / "run", signal.SIGINT)
+    assert code == 130, error
+    check_stopped(tmp_path / "run", error, "SIGINT")
+
+
+def test_a_signal_saves_a_checkpoint_at_the_next_step_and_says_so(
+    run: Run, undisturbed: Path, stopped: tuple[Path, int, str], tmp_path: Path
+) -> None:
+    workdir, code, error = stopped
+    assert code == 143, error
+    check_stopped(workdir, error, "SIGTERM")
+    shutil.copytree(workdir, tmp_path / "run")
+    result = run(*TO_BE_STOPPED, tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert without_times(metrics(tmp_path / "run")) == without_times(metrics(undisturbed))
     states = (load_checkpoint(path, "latest").state for path in (tmp_path / "run", undisturbed))
@@ -73,8 +99,9 @@ def test_a_second_run_in_one_workdir_is_refused(fails: Callable[..., str], tmp_p
         assert "another run is training in" in fails(*TINY, "--workdir", tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The learning rate rises from 0 at step 1 to a huge value: only checkpoint 1 is good."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compiling takes longer than three steps
     workdir = tmp_path / "run"
     diverging = ("--config.optimizer.learning_rate=1e38", "--config.optimizer.freeze=backbone")
     result = run(*TINY, *diverging, "--config.checkpoint.every_steps=1", "--workdir", workdir)
@@ -86,14 +113,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> No
 
 
 def test_a_damaged_checkpoint_is_refused_or_skipped(
-    run: Run, fails: Callable[..., str], undisturbed: Path, tmp_path: Path
+    run: Run, fails: Callable[..., str], undisturbed: Path, stopped: tuple[Path, int, str], tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
-    two_kept = (*TINY, "--config.checkpoint.keep_latest=2", "--workdir", workdir)
-    with started(*two_kept) as process:
-        wait_for_steps(process, workdir, 13)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=300)
+    shutil.copytree(stopped[0], workdir)
+    two_kept = (*TO_BE_STOPPED, workdir)
     *_, good, damaged = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     (largest,) = sorted((workdir / "checkpoints" / str(damaged)).rglob("*"), key=lambda path: path.stat().st_size)[-1:]
     content = bytearray(largest.read_bytes())

@@ -32,7 +32,10 @@ from jaxft.transforms.augment import (
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
 from tests.helpers.runs import ROOT
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PREPROCESSING = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
+augment_compiled = jax.jit(augment, static_argnums=(2, 3))
 EVERYTHING = Augmentation(flip=True, shift=0.1, crop_area=0.3, crop_ratio=4 / 3)
 
 
@@ -65,7 +68,9 @@ def test_augmentation_depends_only_on_seed_step_and_image() -> None:
     index = np.arange(0, 64)
 
     def seen(seed: int, step: int, index: np.ndarray) -> np.ndarray:
-        return np.asarray(augment(sample.image[index], image_keys(seed, step, index), EVERYTHING, PREPROCESSING))
+        return np.asarray(
+            augment_compiled(sample.image[index], image_keys(seed, step, index), EVERYTHING, PREPROCESSING)
+        )
 
     whole = seen(0, 3, index)
     np.testing.assert_allclose(np.concatenate([seen(0, 3, part) for part in np.split(index, 8)]), whole, atol=1e-6)
@@ -115,7 +120,7 @@ def test_trivial_augment_runs_between_crop_and_normalisation() -> None:
     images = jnp.asarray(datasets.load("sample:cifar10", "test").image[:64])
     keys = image_keys(0, 0, np.arange(64))
     plain, changed = (
-        np.asarray(augment(images, keys, Augmentation(flip=True, trivial=trivial), PREPROCESSING))
+        np.asarray(augment_compiled(images, keys, Augmentation(flip=True, trivial=trivial), PREPROCESSING))
         for trivial in (False, True)
     )
     assert 0.02 < (np.abs(plain - changed).max((1, 2, 3)) < 1e-4).mean() < 0.4  # the share of unchanged images
