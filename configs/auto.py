@@ -7,8 +7,9 @@ images after BiT's hyper-rule (Kolesnikov et al. 2020; jaxft/training/auto.py), 
 set instead. The head's input is standardised, the head begins as a linear probe, and each update is bounded relative to
 the weights, so that one learning rate suits backbones of any scale.
 
-The choice of fit_head, batch_norm and learning rate was measured on 500 images (docs/recipes.md, One rule instead of a
-search). The recipe as a whole, more images and a GPU were not measured.
+With ImageNet weights of 72.2 % top-1, 500 images of CIFAR-10 at 64 pixels give 66.0 % on 1,000 test images and 5,000
+give 75.1 % (python -m benchmarks.recipes --auto; linear_probe.py: 63.0 and 71.4 %). Neither more images nor the image
+sizes that the rule itself chooses were measured, nor a GPU.
 """
 
 from ml_collections import ConfigDict
