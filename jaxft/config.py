@@ -32,9 +32,9 @@ def default_config() -> ConfigDict:
             "batch_size": 64,  # over all devices; 0: the largest power of two per device that fits into its memory
             "image_size": 224,  # pixels: the shorter side after resizing and the side of the crop; 0: by the data
             "model": {
-                "arch": "resnet50",  # resnet18 to resnet152, wide_resnet50_2, resnext50_32x4d, vgg11 to vgg19_bn, ...
+                "arch": "resnet50",  # resnet18, wide_resnet50_2, ..., vgg11 to vgg19_bn (trained without dropout)
                 "pretrained": "",  # a name (`jaxft convert --list`), a file, a workdir, or '' for random weights
-                "stem": "imagenet",  # imagenet, or small: one 3x3 convolution, for images of about 32 pixels
+                "stem": "imagenet",  # ResNets: imagenet, or small: one 3x3 convolution, for images of about 32 pixels
                 "width": 64,  # channels of the first stage; 64 in torchvision's networks
                 "dtype": "float32",  # dtype of the computation: float32 or bfloat16; parameters are always float32
                 "precision": "high",  # float32 products: default, high (GPU: TF32; TPU: 3 bfloat16 passes) or highest

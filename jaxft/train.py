@@ -62,6 +62,7 @@ from jaxft.training.probe import ONLY_FIT, fit_head_as_epoch, without_epochs
 from jaxft.training.start import (
     begin_or_resume,
     can_cache_features,
+    check_image_size,
     class_weights,
     load_splits,
     make_loaders,
@@ -103,6 +104,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
 
     # model and state
     model = make_model(config.model, len(train_data.class_names))
+    check_image_size(config, model)
     model = model.clone(formulation=choose_formulation(model, config, len(train_data.label)))
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()

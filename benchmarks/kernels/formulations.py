@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxft.models import resnet
+from jaxft.models import layers
 from jaxft.ops import conv, pool
 from jaxft.ops.conv_plain import IMAGE_CHANNELS, ceil_div
 from jaxft.transforms import preprocessing
@@ -72,7 +72,7 @@ def _replace_stem(stem: Callable[[jax.Array, jax.Array], jax.Array]) -> None:
             return stem(x, kernel)
         return convolve(x, kernel, stride, groups, *rest)
 
-    vars(conv)["conv"] = vars(resnet)["convolve"] = replaced
+    vars(conv)["conv"] = vars(layers)["convolve"] = replaced
 
 
 # Positions in a pooling window that send a gradient to a pixel, by the pixel's parity along an axis: of the window that

@@ -24,7 +24,7 @@ def fold_norms(model: Network, variables: Any) -> tuple[Network, dict[str, Any]]
     return model.clone(folded=True, head_norm=False), {"params": folded}
 
 
-def fold_head_norm(variables: Mapping[str, Any], path: tuple[str, ...] = ("fc",)) -> dict[str, Any]:
+def fold_head_norm(variables: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     """Returns the variables with a plain head, which contains head_norm; those without head_norm are unchanged.
 
     path: the network's `head`.

@@ -15,6 +15,7 @@ class Network(Protocol):
     """A Flax module that is called as `ResNet` is, with the facts of its family that other modules need."""
 
     num_classes: int
+    remat: bool
     formulation: Formulation
     folded: bool  # BatchNorm is folded into the convolutions: see fold.py
     dtype: Any  # of the computation
@@ -32,6 +33,10 @@ class Network(Protocol):
     @property
     def head(self) -> tuple[str, ...]:
         """The path of the dense layer that maps features to logits."""
+
+    @property
+    def min_image_size(self) -> int:
+        """The shorter side, in pixels, of the smallest images that it can process."""
 
     @staticmethod
     def norm_of(conv: tuple[str, ...]) -> tuple[str, ...]:

@@ -165,6 +165,7 @@ class ResNet(nn.Module):
         "head": r"^fc/",
     }
     head: ClassVar[tuple[str, ...]] = ("fc",)
+    min_image_size: ClassVar[int] = 1
 
     @staticmethod
     def norm_of(conv: tuple[str, ...]) -> tuple[str, ...]:

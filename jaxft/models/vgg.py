@@ -121,6 +121,11 @@ class VGG(nn.Module):
             stages[f"stage{i}"] = rf"^features/({'|'.join(map(str, names))})/"
         return stages | {"hidden": r"^classifier/[03]/", "head": r"^classifier/6/"}
 
+    @property
+    def min_image_size(self) -> int:
+        """Each max-pool halves the image, down to one pixel."""
+        return 2 ** len(self.stage_depths)
+
     @staticmethod
     def norm_of(conv: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the path of a convolution's norm: features/1 for features/0."""
@@ -156,9 +161,8 @@ class VGG(nn.Module):
         x = image
         with jax.default_matmul_precision(self.precision):
             if image.ndim == 4:
-                least = 2 ** len(self.stage_depths)
-                if min(image.shape[1:3]) < least:
-                    raise UserError(f"a VGG needs an image_size of at least {least}, not {min(image.shape[1:3])}")
+                if (side := min(image.shape[1:3])) < self.min_image_size:
+                    raise UserError(f"a VGG needs an image_size of at least {self.min_image_size}, not {side}")
                 options = (self.width, self.batch_norm, self.remat, self.formulation, self.folded, self.dtype)
                 x = Features(self.stage_depths, *options, name="features")(image, mask, train, policy)
                 x = adaptive_avg_pool(x, POOLED)

@@ -92,7 +92,8 @@ _max_pool_by_index.defvjp(_max_pool_fwd, _max_pool_bwd)
 def max_pool_2x2(x: jax.Array, formulation: Formulation = "plain") -> jax.Array:
     """Max-pools 2x2 pixels with stride 2; an odd last row or column is left out, as in torch.
 
-    Equal pixels share the gradient, except in the plain formulation; after a ReLU these are zeros, which have none.
+    Equal pixels share the gradient, except in the plain formulation; after a ReLU most of these are zeros, which
+    have none.
     """
     if formulation in ("plain", "tpu"):
         return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")

@@ -1,11 +1,10 @@
 """The table of families whose weights are converted."""
 
 from jaxft.models.network import Network
+from jaxft.pretrained import resnet, vgg
 from jaxft.pretrained.family import Family
-from jaxft.pretrained.resnet import RESNET
-from jaxft.pretrained.vgg import VGG_FAMILY
 
-FAMILIES = (RESNET, VGG_FAMILY)
+FAMILIES = (resnet.FAMILY, vgg.FAMILY)
 
 
 def family_of(arch: str) -> Family:

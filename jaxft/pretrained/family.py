@@ -12,7 +12,7 @@ class Naming(NamedTuple):
     """A library's names of the tensors of a family."""
 
     library: str
-    anchors: tuple[str, ...]  # keys that each network of the family has, and no other network
+    anchors: tuple[str, ...]  # keys that each network of the family has; no other network has all of them
     renamed: Mapping[str, str] = {}  # pattern of a key without its last component -> the family's own name
 
 
@@ -40,14 +40,15 @@ class Family(NamedTuple):
     namings: tuple[Naming, ...]
     body: str  # pattern of keys that belong to the network or change it; other keys may be left out
     head: str  # the dense layer, which may be missing
-    others: Mapping[str, str]  # pattern of a key -> the reason why it is another family
+    others: Mapping[str, str]  # pattern of a key beside the anchors -> the reason why it is another family
+    relatives: Mapping[str, str]  # pattern of a key in a file without anchors -> the reason why it is not read
     declarations: Declarations
 
     # its architecture
     nearest: Callable[[Tensors], Sequence[str]]  # the architectures that may have these tensors, or nearly
     model_for: Callable[[str, Tensors], Network]  # an architecture's model with the classes and options of the tensors
     head_inputs: Callable[[Tensors], Collection[tuple[int, ...]]]  # the number of features, by each layer that shows it
-    unsupported: Callable[[Tensors], str | None]  # why no architecture has these tensors, if a missing key shows it
+    unsupported: Callable[[Tensors], str | None]  # why no architecture has these tensors, if `others` cannot tell
 
     # converting it
     layout: Callable[[tuple[str, ...], int], tuple[str, tuple[int, ...]]]  # as layout.torch_layers

@@ -21,8 +21,8 @@ from jaxft.pretrained.state_dict import (
     excerpt,
     find_networks,
     is_average,
+    matching_reason,
     names_of,
-    other_family,
     summarised,
     unknown,
     unmerged,
@@ -73,7 +73,7 @@ def check(
     """Returns the examined network. Raises UserError if it is not one that jaxft has, or not an `arch`."""
     network, found, notes = examined
     family, tensors = network.family, network.tensors
-    if reason := other_family(family, network.tensors) or family.unsupported(network.tensors):
+    if reason := matching_reason(family.others, tensors) or family.unsupported(tensors):
         raise UserError(f"{path} is not a {family.name} like torchvision's: {reason}")
     if found is None and (reason := unmerged(tensors)):
         raise UserError(f"{path} is refused: {reason}")

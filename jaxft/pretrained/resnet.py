@@ -101,7 +101,7 @@ def _without_statistics(tensors: Tensors) -> str | None:
     return None
 
 
-RESNET = Family(
+FAMILY = Family(
     name="ResNet",
     network=ResNet,
     architectures=tuple(RESNETS),
@@ -131,7 +131,9 @@ RESNET = Family(
         r"^conv1\.0\.": "its stem is three 3x3 convolutions (timm's ResNet-C, -D and -S), not one 7x7",
         r"^attnpool\.": "it is CLIP's: three convolutions at the start, attention at the end",
         r"(^|\.)(se|se_module|attn|cbam|sa|ca)\d*\.": "its blocks hold attention (SE-, ECA- or CBAM-ResNet)",
-        r"(^|\.)stem\.conv\.|\.norm1\.|(^|\.)root\.conv": (
+    },
+    relatives={
+        r"(^|\.)(stages\.\d+\.(blocks|layers)\.\d+|block\d\.unit\d+)\.conv\d\.weight$": (
             "it is a ResNet v2 (BiT): GroupNorm or BatchNorm before each convolution"
         ),
         r"branch2[abc]|moving_(mean|variance)": "it is a Caffe or Keras ResNet v1: the stride in the first 1x1",

@@ -295,15 +295,15 @@ def unknown(content: Any, families: Sequence[Family]) -> str:
     if not keys:
         return f"its tensors have {kind_of(next(iter(found)))} as key, not text, as in a list; {_SAVE}"
     for family in families:
-        if reason := other_family(family, keys):
+        if reason := matching_reason(family.relatives, keys):
             return f"it is not a {family.name} that jaxft knows: {reason}"
-    known = " or ".join(family.name for family in families)
-    return f"its {len(keys):,} tensors are not named as a {known}'s: {shortened([excerpt(key) for key in keys])}"
+    known = " or ".join(f"a {family.name}'s ({family.namings[0].anchors[0]})" for family in families)
+    return f"its {len(keys):,} tensors are not named as {known}: {shortened([excerpt(key, 40) for key in keys])}"
 
 
-def other_family(family: Family, keys: Collection[str]) -> str | None:
-    """Returns the reason why a network with these keys is not of the family, or None."""
-    for pattern, reason in family.others.items():
+def matching_reason(reasons: Mapping[str, str], keys: Collection[str]) -> str | None:
+    """Returns the first reason whose pattern is found in one of the keys, or None."""
+    for pattern, reason in reasons.items():
         if any(re.search(pattern, key) for key in keys):
             return reason
     return None

@@ -1,6 +1,6 @@
 """VGGs in files of torchvision and training scripts: their names, and which architecture they are."""
 
-from collections import Counter
+import re
 
 from jaxft.models.architectures import VGGS
 from jaxft.models.network import Network
@@ -13,7 +13,8 @@ _HEAD = "classifier.6"
 
 def _nearest(tensors: Tensors) -> list[str]:
     """Returns the architectures whose layers' numbers differ least."""
-    found = {int(number) for part, number, *_ in (key.split(".") for key in tensors) if _is_number(part, number)}
+    matches = (re.match(r"features\.(\d{1,3})\.", key, re.ASCII) for key in tensors)
+    found = {int(match[1]) for match in matches if match}
     distances = {}
     for name, (depths, batch_norm) in VGGS.items():
         convs = {index for indices in conv_indices(depths, batch_norm) for index in indices}
@@ -21,19 +22,21 @@ def _nearest(tensors: Tensors) -> list[str]:
     return [name for name, distance in distances.items() if distance == min(distances.values())]
 
 
-def _is_number(part: str, number: str) -> bool:
-    return part == "features" and number.isascii() and number.isdecimal() and len(number) < 4
-
-
 def _model_for(arch: str, tensors: Tensors) -> VGG:
     """Returns the model with the number of classes and the width of these tensors."""
-    widths = Counter(filter(None, (length(tensors, f"features.0.{leaf}") for leaf in ("weight", "bias"))))
-    width = widths.most_common(1)[0][0] if widths else 64
+    width = length(tensors, "features.0.bias") or length(tensors, "features.0.weight") or 64
     return ARCHITECTURES[arch](num_classes=count_classes(tensors, _HEAD), width=width)
 
 
 def _head_inputs(tensors: Tensors) -> set[tuple[int, ...]]:
     return {tensors[key].shape for key in ("classifier.3.bias",) if key in tensors}
+
+
+def _other_kernel(tensors: Tensors) -> str | None:
+    size: tuple[int, ...] = tensors["features.0.weight"].shape[2:] if "features.0.weight" in tensors else ()
+    if len(size) == 2 and size != (3, 3):
+        return f"its first convolution is {size[0]}x{size[1]}, as in AlexNet, not 3x3"
+    return None
 
 
 def _stages(model: Network) -> dict[str, str]:
@@ -44,27 +47,32 @@ def _stages(model: Network) -> dict[str, str]:
     return relus | {f"classifier.{index}": f"classifier/{index}" for index in (0, 3, 6)}
 
 
-VGG_FAMILY = Family(
+FAMILY = Family(
     name="VGG",
     network=VGG,
     architectures=tuple(VGGS),
     namings=(
         Naming("torchvision", ("features.0.weight", "features.0.bias", "classifier.0.weight", "classifier.3.weight")),
+        Naming(  # examples/imagenet of github.com/pytorch/examples saves its VGGs so
+            "torchvision, with the features in DataParallel",
+            ("features.module.0.weight", "features.module.0.bias"),
+            {r"features\.module\.(\d+)": r"features.\1"},
+        ),
     ),
     body=r"(features|classifier|pre_logits)\.",
     head=_HEAD,
     others={  # jaxft's VGG cannot represent a network that has such a key
         r"^pre_logits\.": "it has timm's names, in which the hidden layers are convolutions",
         r"^features\.(\d+\.(\d+|block|squeeze|conv\w*)|[a-z]\w*)\.": (
-            "its features are blocks of layers, as in MobileNet, EfficientNet, ConvNeXt and DenseNet"
+            "its features are blocks of layers, as in MobileNet, EfficientNet and ConvNeXt"
         ),
-        r"^classifier\.[14]\.weight$": "it is an AlexNet",
     },
+    relatives={},
     declarations=Declarations(own_names=r"vgg\d+", model_type="vgg"),
     nearest=_nearest,
     model_for=_model_for,
     head_inputs=_head_inputs,
-    unsupported=lambda tensors: None,
+    unsupported=_other_kernel,
     layout=torch_layers,
     stages=_stages,
 )

@@ -20,7 +20,7 @@ CALIBRATION_BINS = 15
 
 
 def replace_head(
-    variables: Mapping[str, Any], num_classes: int, rng: jax.Array, path: tuple[str, ...] = ("fc",)
+    variables: Mapping[str, Any], num_classes: int, rng: jax.Array, path: tuple[str, ...]
 ) -> dict[str, Any]:
     """Returns the variables with a new dense head, initialised like torch's nn.Linear; the rest is unchanged.
 

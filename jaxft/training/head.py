@@ -49,9 +49,7 @@ def prepare_head(
     return state
 
 
-def set_head_norm(
-    state: TrainState, features: np.ndarray, *, keeps_head: bool, path: tuple[str, ...] = ("fc",)
-) -> TrainState:
+def set_head_norm(state: TrainState, features: np.ndarray, *, keeps_head: bool, path: tuple[str, ...]) -> TrainState:
     """Returns the state with the statistics of these features, float32 (N, F), in head_norm.
 
     keeps_head: convert the head, so that it computes the same logits; else its arrays stay as they are. path: the

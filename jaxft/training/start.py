@@ -215,6 +215,14 @@ def run_info(
     }
 
 
+def check_image_size(config: ConfigDict, model: Network) -> None:
+    """Raises UserError if the network cannot process the smallest images of the run."""
+    key = "augment.first_image_size" if config.augment.first_image_size else "image_size"
+    size = config.augment.first_image_size or config.image_size
+    if size < model.min_image_size:
+        raise UserError(f"{key} is {size}, but a {config.model.arch} needs at least {model.min_image_size}")
+
+
 def can_cache_features(config: ConfigDict, model: Network, policy: Policy) -> bool:
     """Returns whether the head gets the same features of an image in every epoch, so that they can be computed once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0

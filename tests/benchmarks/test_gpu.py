@@ -123,8 +123,15 @@ def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = gpu.parse([])
     assert (args.minutes, args.toy, args.data, args.weights, args.out) == (8, False, "sample:cifar10", "", None)
     assert gpu.parse([f"--data=folder:{tmp_path}"]).data == f"folder:{tmp_path}"
-    wrong = ("--minutes=0", "--minutes=nan", "--data=folder:missing", "--data=cifar10", "--weights=missing", "--parts=steps,none")
-    for argument in (*wrong, "--out=missing/out.json"):
+    wrong = (
+        "--minutes=0",
+        "--minutes=nan",
+        "--data=folder:missing",
+        "--data=cifar10",
+        "--weights=missing",
+        "--parts=steps,none",
+    )
+    for argument in (*wrong, "--parts=steps,none", "--out=missing/out.json"):
         with pytest.raises(SystemExit, match="2"):
             gpu.parse([argument])
     assert "there is no part none; there are machine, steps" in capsys.readouterr().err

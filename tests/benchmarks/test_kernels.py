@@ -13,12 +13,12 @@ from benchmarks.gpu.variant_table import VARIANTS
 from benchmarks.kernels import formulations, plain, pointwise
 from benchmarks.kernels.layers import random_layer
 from jaxft.config import load_config, parse_overrides
-from jaxft.models import resnet
+from jaxft.models import layers
 from jaxft.ops import conv, pool
 from jaxft.ops.conv_plain import plain_conv
 from jaxft.transforms import preprocessing
 
-MODULES = conv, resnet, pool, preprocessing
+MODULES = conv, layers, pool, preprocessing
 TILE = pointwise.Tile(pixels=32, inputs=16, outputs=16)
 
 

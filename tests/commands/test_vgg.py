@@ -1,11 +1,13 @@
 """Whole runs of a VGG: the public commands work for a second family of networks."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxft import export
 from jaxft.models import vgg
 from jaxft.pretrained.convert import to_torch
 from jaxft.pretrained.torch_files import read_tensors
@@ -20,9 +22,10 @@ VGG = (
 )
 
 
-def test_a_head_is_fitted_and_exported(run: Run, tmp_path: Path) -> None:
+def test_a_head_is_fitted_and_exported(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From random weights: only the head trains, under its own name."""
     head_only = (
+        "--config.data.train_split=test",  # half as many images
         "--config.optimizer.freeze=backbone",
         "--config.optimizer.fit_head=only",
         "--config.augment.flip=False",
@@ -31,15 +34,20 @@ def test_a_head_is_fitted_and_exported(run: Run, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert re.search(r"hidden +467,456 +0\n", result.stdout)
     assert metrics(tmp_path / "run")[-1]["accuracy"] > 0.15  # 0.1 by chance
-    result = run(
-        "-m", "jaxft.export", "--workdir", tmp_path / "run", "--to", "torchvision", "--out", tmp_path / "a.pth"
-    )
-    assert "warning: torchvision's vgg11 cannot load" in result.stderr
+    export.main(["--workdir", str(tmp_path / "run"), "--to", "torchvision", "--out", str(tmp_path / "a.pth")])
+    assert "warning: torchvision's vgg11 cannot load" in capsys.readouterr().err
     checkpoint = load_checkpoint(tmp_path / "run", "best")
     assert isinstance(checkpoint.model, vgg.VGG)
     exported = read_tensors(tmp_path / "a.pth")
     head = np.asarray(checkpoint.state.params["classifier"]["6"]["kernel"])
     np.testing.assert_array_equal(exported["classifier.6.weight"], head.T)
+
+
+def test_too_small_images_are_refused_before_a_run_begins(fails: Callable[..., str], tmp_path: Path) -> None:
+    smaller = ("--config.batch_size=48", "--config.augment.first_image_size=16")
+    message = fails(*VGG, *smaller, "--workdir", tmp_path / "run")
+    assert message == "error: augment.first_image_size is 16, but a vgg11 needs at least 32"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -21,14 +21,15 @@ from jaxft.models.partition import make_policy, parameter_paths, select, stage_o
 from jaxft.ops.formulation import Formulation
 from jaxft.ops.pool import adaptive_avg_pool, max_pool_2x2
 from jaxft.pretrained.convert import from_torch, torch_shapes
-from jaxft.pretrained.vgg import VGG_FAMILY
+from jaxft.pretrained.vgg import FAMILY
 from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch, torchvision
 from tests.helpers.torch_models import images, nchw
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 WIDTH = 4
-# Networks with three stages, which compile and run in a fraction of a real one's time.
-ARCHITECTURES = VGGS | {"plain": VGGArchitecture((1, 2, 1)), "norms": VGGArchitecture((1, 2, 1), batch_norm=True)}
+# Networks with two stages, which compile and run in a fraction of a real one's time.
+ARCHITECTURES = VGGS | {"plain": VGGArchitecture((1, 2)), "norms": VGGArchitecture((1, 2), batch_norm=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def test_parameters_are_torchvisions(arch: str) -> None:
 )
 def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: int) -> None:
     reference = random_torch_model(arch).eval()
-    stages, expected = VGG_FAMILY.stages(flax_model(arch)), {}
+    stages, expected = FAMILY.stages(flax_model(arch)), {}
     for module, path in stages.items():
         reference.get_submodule(module).register_forward_hook(
             lambda _module, _inputs, output, path=path: expected.update({path: output.numpy().copy()})
@@ -167,7 +168,7 @@ def test_gradients_and_running_statistics_are_torchs(
     assert relative(image_grad, image.grad.numpy().transpose(0, 2, 3, 1)) <= 1e-9
 
 
-@pytest.mark.parametrize("arch", ["norms", *(pytest.param(arch, marks=pytest.mark.slow) for arch in VGGS)])
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.slow) for arch in ("norms", *VGGS)])
 def test_ten_sgd_steps_are_torchs(arch: str) -> None:
     """Parameters and running statistics after ten steps with momentum, in float64."""
     reference = random_torch_model(arch).train()
@@ -210,7 +211,7 @@ def test_folded_networks_give_torchvisions_logits(arch: str) -> None:
     np.testing.assert_allclose(logits, reference(nchw(x)).detach().numpy(), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("side", [1, 2, 5, 7, 9, 14])
+@pytest.mark.parametrize("side", [1, 6, 9])
 def test_adaptive_pooling_is_torchs(side: int) -> None:
     x = images(side, side + 1)
     expected = torch.nn.AdaptiveAvgPool2d((7, 7))(nchw(x)).numpy().transpose(0, 2, 3, 1)

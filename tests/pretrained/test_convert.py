@@ -93,7 +93,7 @@ def test_noncontiguous_arrays_survive_a_round_trip(tmp_path: Path, source: Path)
 def test_replace_head_changes_only_the_head(source: Path) -> None:
     variables = read_weights(source).variables
     before = jax.tree.map(np.array, variables)
-    replaced = replace_head(variables, 10, jax.random.key(0))
+    replaced = replace_head(variables, 10, jax.random.key(0), ("fc",))
     assert same(variables, before)
     head = replaced["params"].pop("fc")
     before["params"].pop("fc")
@@ -104,7 +104,7 @@ def test_replace_head_changes_only_the_head(source: Path) -> None:
 
 def test_the_new_head_is_initialised_like_torchs_linear() -> None:
     variables = {"params": {"fc": {"kernel": np.zeros((512, 7))}}, "batch_stats": {}}
-    head = replace_head(variables, 1000, jax.random.key(3))["params"]["fc"]
+    head = replace_head(variables, 1000, jax.random.key(3), ("fc",))["params"]["fc"]
     reference = torch.nn.Linear(512, 1000)
     for ours, theirs in ((head["kernel"], reference.weight), (head["bias"], reference.bias)):
         assert float(abs(ours).max()) == pytest.approx(theirs.abs().max().item(), rel=0.02)

@@ -1,6 +1,7 @@
 """VGGs in files: recognised, converted both ways, told from other networks, trained and exported."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ def test_a_round_trip_is_bit_identical(save: Any, state: State, tmp_path: Path) 
     assert read_weights(paths[1]).variables.keys() == {"params", "batch_stats"}
 
 
+def test_features_in_data_parallel_are_found(save: Any, state: State) -> None:
+    """As examples/imagenet of PyTorch saves a VGG."""
+    renamed = {re.sub(r"^features", "features.module", key): value for key, value in state.items()}
+    expected, found = (read_weights(save(tensors, f"{i}.pth")) for i, tensors in enumerate((state, renamed)))
+    jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+
+
 def test_it_is_described(save: Any, state: State, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = save(state)
     write_weights(tmp_path / "own.safetensors", read_weights(path))
@@ -105,7 +113,8 @@ def test_other_architectures_and_incomplete_files_are_refused(save: Any, state: 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("alexnet", "it is an AlexNet"),
+        ("alexnet", "its first convolution is 11x11, as in AlexNet, not 3x3"),
+        ("densenet121", r"its 727 tensors are not named as a ResNet's .* or a VGG's .*: features\.conv0\.weight"),
         ("mobilenet_v3_small", "its features are blocks of layers"),
         ("convnext_tiny", "its features are blocks of layers"),
         ("squeezenet1_1", "its features are blocks of layers"),

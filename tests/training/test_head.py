@@ -100,7 +100,7 @@ def logits_of(model: Network, variables: Any, inputs: np.ndarray) -> np.ndarray:
 
 def test_the_statistics_are_numpys(capsys: pytest.CaptureFixture[str]) -> None:
     inputs, _ = features()
-    state = set_head_norm(first_state(ema=True), inputs, keeps_head=False)
+    state = set_head_norm(first_state(ema=True), inputs, keeps_head=False, path=("fc",))
     found, wide = jax.device_get(state.batch_stats[HEAD_NORM]), inputs.astype(np.float64)
     np.testing.assert_allclose(found["mean"], wide.mean(0), rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(found["deviation"], np.sqrt(wide.var(0).mean()), rtol=1e-6)
@@ -139,7 +139,7 @@ def test_folding_keeps_the_logits(dtype: Any, tolerance: float) -> None:
     "inputs", [np.zeros((3, 32)), np.full((3, 32), 0.1), *(scale * np.eye(3, 32) for scale in (1e-12, 1e12))]
 )
 def test_degenerate_features_give_finite_logits(inputs: np.ndarray) -> None:
-    state = set_head_norm(first_state(), inputs.astype(np.float32), keeps_head=False)
+    state = set_head_norm(first_state(), inputs.astype(np.float32), keeps_head=False, path=("fc",))
     for model, variables in ((SMALL, state.variables()), fold_norms(SMALL, state.variables())):
         assert np.isfinite(logits_of(model, variables, inputs.astype(np.float32))).all()
 
@@ -148,7 +148,7 @@ def trained_head(scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Trains the head for four epochs on two devices; returns the losses and the predictions of the last 100 images."""
     inputs, label = features(scale)
     examples = Examples(inputs[:200], label[:200])
-    state = set_head_norm(first_state(), inputs[:200], keeps_head=False)
+    state = set_head_norm(first_state(), inputs[:200], keeps_head=False, path=("fc",))
     config = StepConfig(SMALL, SGD, Preprocessing(16, (0.5,) * 3, (0.25,) * 3))
     devices = jax.local_devices()[:2]
     p_step = jax.pmap(
@@ -180,7 +180,7 @@ def test_the_statistics_never_move(batch_norm: BatchNormMode) -> None:
     data = datasets.load("sample:cifar10", "train")
     examples = Examples(data.image[:40], data.label[:40] % 4)
     policy = Policy(batch_norm=batch_norm)
-    before = set_head_norm(first_state(ema=True), features()[0], keeps_head=False)
+    before = set_head_norm(first_state(ema=True), features()[0], keeps_head=False, path=("fc",))
     config = StepConfig(SMALL, SGD, Preprocessing(16, (0.5,) * 3, (0.25,) * 3), policy, ema_decay=0.5)
     p_step = jax.pmap(partial(train_step, config=config), "batch", in_axes=(None, None, 0), out_axes=None)
     state = replicate(jax.device_get(before))
@@ -202,7 +202,7 @@ def test_the_fitted_head_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -
     fit = Fit(10 * kernel, bias, 1.0)
     monkeypatch.setattr(probe, "fit_logistic_regression", lambda *_: fit)
     eval_config = EvalConfig(SMALL, Preprocessing(16, (0.5,) * 3, (0.25,) * 3))
-    state = set_head_norm(first_state(ema=True), inputs, keeps_head=False)
+    state = set_head_norm(first_state(ema=True), inputs, keeps_head=False, path=("fc",))
     loader = ResidentLoader(Examples(inputs, label))
     state, counts = probe.fit_head(default_config(), eval_config, state, loader, (), StepsPerCall())
     expected = inputs.astype(np.float64) @ fit.kernel + fit.bias
@@ -284,7 +284,7 @@ def test_another_run_gets_a_plain_head_or_computes_the_same_logits(trained: Path
     model = make_model(config.model, 10)
     tx = make_optimizer(config.optimizer, 1, 1, model.parts)
     state, _ = initial_state(config, model, make_policy(config, model, 1), tx, tuple(provenance["class_names"]))
-    state = set_head_norm(state, 3 * inputs + 1, keeps_head=True)
+    state = set_head_norm(state, 3 * inputs + 1, keeps_head=True, path=("fc",))
     for own, parts in ((model.clone(head_norm=False), variables), *((model, parts) for parts in variables_of(state))):
         np.testing.assert_allclose(logits_of(own, parts, inputs), expected, rtol=1e-5, atol=1e-5)
 
@@ -294,7 +294,7 @@ def test_exported_weights_have_a_plain_head(trained: Path, tmp_path: Path) -> No
     checkpoint = load_checkpoint(trained, "best")
     export_flax(trained, checkpoint, tmp_path / "out.safetensors", "float32")
     variables, _ = jaxft.load_pretrained(str(tmp_path / "out.safetensors"), "resnet18")
-    assert same_bits(variables, fold_head_norm(jax.device_get(checkpoint.state.variables())))
+    assert same_bits(variables, fold_head_norm(jax.device_get(checkpoint.state.variables()), ("fc",)))
     inputs = np.random.default_rng(0).uniform(size=(5, 32)).astype(np.float32)
     found = logits_of(checkpoint.model.clone(head_norm=False), variables, inputs)
     expected = logits_of(checkpoint.model, checkpoint.state.variables(), inputs)
@@ -306,7 +306,7 @@ def test_exports_give_the_probabilities_of_predict(trained: Path, tmp_path: Path
     """Uses a network of one block a stage, which compiles quickly."""
     model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, width=4, head_norm=True)
     inputs = np.random.default_rng(0).gamma(1, 0.3, (20, 32)).astype(np.float32)
-    state = set_head_norm(first_state(model, optax.identity()), inputs, keeps_head=False)
+    state = set_head_norm(first_state(model, optax.identity()), inputs, keeps_head=False, path=("fc",))
     found = load_checkpoint(trained, "best")
     checkpoint = LoadedCheckpoint(1, found.info, model, Policy(), replicate(jax.device_get(state)))
     images = datasets.load("sample:cifar10", "test").image[:8, 8:24, 8:24]
@@ -325,7 +325,7 @@ def test_exports_give_the_probabilities_of_predict(trained: Path, tmp_path: Path
 
 
 def test_images_and_their_cached_features_have_the_same_logits() -> None:
-    state = set_head_norm(first_state(), features()[0], keeps_head=False)
+    state = set_head_norm(first_state(), features()[0], keeps_head=False, path=("fc",))
     image = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
     apply: Any = jax.jit(partial(SMALL.apply, train=True, policy=Policy(batch_norm="frozen"), mutable=["batch_stats"]))
     inputs = eval_features(SMALL, state.variables(), jnp.asarray(image), Policy())
