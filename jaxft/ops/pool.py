@@ -92,14 +92,56 @@ _max_pool_by_index.defvjp(_max_pool_fwd, _max_pool_bwd)
 def max_pool_2x2(x: jax.Array, formulation: Formulation = "plain") -> jax.Array:
     """Max-pools 2x2 pixels with stride 2; an odd last row or column is left out, as in torch.
 
-    Equal pixels share the gradient, except in the plain formulation; after a ReLU most of these are zeros, which
-    have none.
+    Equal pixels leave the gradient to the first.
     """
     if formulation in ("plain", "tpu"):
         return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    return _max_pool_2x2_by_index(x, formulation)
+
+
+# The gradient of jnp.max compares x with the maxima again. If XLA recomputes x for that with another rounding, no pixel
+# is equal, and the gradient is 0 / 0.
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool_2x2_by_index(x: jax.Array, formulation: Formulation) -> jax.Array:
+    return _max_pool_2x2(x, formulation=formulation)[0]
+
+
+@materialize_on_cpu
+def _max_pool_2x2(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the maxima and the position of each in its window, 0 to 3 in uint8."""
+    height, width = (side // 2 * 2 for side in x.shape[1:3])
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # as in _max_pool
+    largest, *others = (x[:, i:height:2, j:width:2].astype(dtype) for i in range(2) for j in range(2))
+    index = jnp.zeros(largest.shape, jnp.uint8)
+    for k, pixel in enumerate(others, 1):
+        index = jnp.where(pixel > largest, jnp.uint8(k), index)
+        largest = jnp.maximum(largest, pixel)
+    return largest.astype(x.dtype), index
+
+
+def _max_pool_2x2_fwd(x: jax.Array, formulation: Formulation) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    largest, index = _max_pool_2x2(x, formulation=formulation)
+    return largest, (index, jnp.empty((0, *x.shape[1:3]), x.dtype))
+
+
+def _max_pool_2x2_bwd(
+    formulation: Formulation, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array]:
+    index, like = residuals
+    return (_max_pool_2x2_gradient(index, like, dy, formulation=formulation),)
+
+
+@materialize_on_cpu
+def _max_pool_2x2_gradient(index: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
+    """Sends dy to the saved positions. like: an empty array (0, H, W) that carries the input's size."""
+    _, height, width = like.shape
+    batch, rows, columns, channels = dy.shape
+    pixels = [[jnp.where(index == 2 * i + j, dy, 0) for j in range(2)] for i in range(2)]
+    gradient = jnp.stack([jnp.stack(row, 3) for row in pixels], 2).reshape(batch, 2 * rows, 2 * columns, channels)
+    return jnp.pad(gradient, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+
+
+_max_pool_2x2_by_index.defvjp(_max_pool_2x2_fwd, _max_pool_2x2_bwd)
 
 
 def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:

@@ -18,7 +18,7 @@ from tests.helpers.runs import Run, metrics
 
 VGG = (
     *("-m", "jaxft.train", "--config=quickstart", "--config.model.arch=vgg11", "--config.image_size=32"),
-    *("--config.model.width=4", "--config.model.pretrained="),
+    *("--config.model.width=2", "--config.model.pretrained="),
 )
 
 
@@ -32,7 +32,7 @@ def test_a_head_is_fitted_and_exported(run: Run, tmp_path: Path, capsys: pytest.
     )
     result = run(*VGG, *head_only, "--workdir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    assert re.search(r"hidden +467,456 +0\n", result.stdout)
+    assert re.search(r"hidden +116,992 +0\n", result.stdout)
     assert metrics(tmp_path / "run")[-1]["accuracy"] > 0.15  # 0.1 by chance
     export.main(["--workdir", str(tmp_path / "run"), "--to", "torchvision", "--out", str(tmp_path / "a.pth")])
     assert "warning: torchvision's vgg11 cannot load" in capsys.readouterr().err
