@@ -29,7 +29,6 @@ from jaxft.errors import ArgumentParser, UserError, write_message
 from jaxft.main_process import is_main_process
 from jaxft.models.build import make_model
 from jaxft.models.partition import make_policy
-from jaxft.ops.formulation import on_cpu
 from jaxft.process import disable_compilation_cache
 from jaxft.reporting.reporter import Reporter
 from jaxft.run import remote_workdir
@@ -40,7 +39,7 @@ from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import count_predictions
 from jaxft.training.auto import resolve_auto
 from jaxft.training.batch_size import check_batch_size, find_batch_size
-from jaxft.training.compilation import Compiler
+from jaxft.training.compilation import Compiler, compiles_ahead
 from jaxft.training.evaluation import (
     cache_features,
     choose_formulation,
@@ -142,7 +141,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     programs = make_train_programs(config, step_config, state, train_loader, per_call, teacher_variables)
     eval_program = make_eval_program(eval_config, state, eval_loader, config.batch_size, eval_per_call)
     compiler = Compiler()
-    if not on_cpu(model.formulation) and not only_fit:  # NOTES: Compiling ahead (docs/notes/input-and-startup.md)
+    if compiles_ahead(model.formulation) and not only_fit:
         for program in programs.values():
             compiler.start([program, eval_program])
 

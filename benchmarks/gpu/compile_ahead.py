@@ -1,9 +1,10 @@
 """Part `compile_ahead`: a run whose images grow, with the second size compiled in the background or when it is needed.
 
-As a command of its own, `python -m benchmarks.gpu.compile_ahead ARGUMENTS` is `jaxft train ARGUMENTS` without
-compilation in the background.
+As a command of its own, `python -m benchmarks.gpu.compile_ahead ARGUMENTS` is `jaxft train ARGUMENTS` with compilation
+in the background, also on a CPU, or without it if JAXFT_COMPILE_AHEAD is no.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -14,7 +15,8 @@ from benchmarks.gpu.part import Settings, Skipped, say
 LEAST = 10  # seconds for a run
 FOR_RESNET50 = 200  # seconds for both runs with a ResNet-50, each of whose sizes takes 35 s to compile on an H100
 SMALL = 112  # pixels, growing to 224
-RUNS = {"in the background": "jaxft.train", "when needed": "benchmarks.gpu.compile_ahead"}
+AHEAD = "JAXFT_COMPILE_AHEAD"
+RUNS = {"in the background": "yes", "when needed": "no"}
 
 
 def compile_ahead(settings: Settings, seconds: float) -> dict[str, Any]:
@@ -31,13 +33,13 @@ def compile_ahead(settings: Settings, seconds: float) -> dict[str, Any]:
         "augment.num_image_sizes": 2,
     }
     settings.results["network"] = changes["model.arch"]
-    for position, (name, module) in enumerate(RUNS.items()):
+    for position, (name, ahead) in enumerate(RUNS.items()):
         share = clock.left() / (len(RUNS) - position)
         if share < LEAST:
             raise Skipped(f"{max(share, 0):.0f} s are too little time for the run that compiles {name}")
         forget_programs(settings)
         workdir = settings.folder / f"run{position}"
-        observed = train(settings, workdir, share, changes, config="cifar10", module=module)
+        observed = train(settings, workdir, share, changes, module="benchmarks.gpu.compile_ahead", env={AHEAD: ahead})
         settings.results[name] = figures(observed, epochs)
         say(f"compiled {name}: {described(observed, epochs)}")
     stopped = [name for name in RUNS if settings.results[name]["stopped_at_its_limit"]]
@@ -45,7 +47,7 @@ def compile_ahead(settings: Settings, seconds: float) -> dict[str, Any]:
 
 
 def figures(observed: Observed, num_epochs: int) -> dict[str, Any]:
-    """Returns the waiting and the speed of both sizes, each of which trains half of the epochs."""
+    """Returns the seconds of waiting and the images/s of both sizes. Each size trains in half of the epochs."""
     found = timeline.epochs(observed.rows, observed.begun())
     sizes = [[epoch for epoch in found if (2 * epoch["epoch"] > num_epochs) == second] for second in (False, True)]
     return {
@@ -70,17 +72,12 @@ def described(observed: Observed, num_epochs: int) -> str:
 
 
 def main() -> None:
-    """Trains without compilation in the background."""
+    """Trains with or without compilation in the background."""
     from jaxft import cli
-    from jaxft.training.compilation import Compiler
+    from jaxft.training import compilation
 
-    start = Compiler.start
-
-    def only_if_needed(self: Compiler, programs: Any) -> None:
-        if self._needed is not None:  # called by `wait`
-            start(self, programs)
-
-    Compiler.start = only_if_needed  # type: ignore[method-assign]
+    ahead = os.environ[AHEAD] == "yes"
+    compilation.compiles_ahead = lambda formulation: ahead
     cli.run("train", sys.argv[1:])
 
 

@@ -19,7 +19,7 @@ from benchmarks.child import Child
 from jaxft import process
 
 
-class Skipped(Exception):  # noqa: N818
+class Skipped(Exception):  # noqa: N818, not an error
     """Raised by a part that cannot run: a GPU, torch or a flag is missing, or time is too short. Its text is why."""
 
 

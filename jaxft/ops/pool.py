@@ -16,7 +16,17 @@ def max_pool(x: jax.Array, formulation: Formulation = "plain") -> jax.Array:
     # NOTES: Max-pool gradient on a TPU and on a GPU (docs/notes/accelerators.md)
     if formulation in ("plain", "tpu"):
         return plain_max_pool(x)
-    return _max_pool_by_index(x, formulation)
+    return _max_pool_by_index(x, 3, formulation)
+
+
+def max_pool_2x2(x: jax.Array, formulation: Formulation = "plain") -> jax.Array:
+    """Max-pools 2x2 pixels with stride 2; an odd last row or column is left out, as in torch.
+
+    Equal pixels leave the gradient to the first.
+    """
+    if formulation in ("plain", "tpu"):
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return _max_pool_by_index(x, 2, formulation)
 
 
 def plain_max_pool(x: jax.Array) -> jax.Array:
@@ -25,22 +35,26 @@ def plain_max_pool(x: jax.Array) -> jax.Array:
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
 
-# NOTES: Max-pool gradient from saved positions (docs/notes/cpu-kernels.md)
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_pool_by_index(x: jax.Array, formulation: Formulation) -> jax.Array:
-    return _max_pool(x, formulation=formulation)[0]
+# NOTES: Max-pool gradient from saved positions (docs/notes/cpu-kernels.md). The gradient of jnp.max would compare x
+# with the maxima again: if XLA recomputes x for that with another rounding, no pixel is equal, and it is 0 / 0.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool_by_index(x: jax.Array, size: int, formulation: Formulation) -> jax.Array:
+    return _max_pool(x, size, formulation=formulation)[0]
 
 
-@materialize_on_cpu
-def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the maxima and the position of each in its window, 0 to 8 in uint8."""
-    height, width = (-(-side // 2) for side in x.shape[1:3])
+@partial(materialize_on_cpu, static_argnums=1)
+def _max_pool(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the maxima and the position of each in its window of size x size pixels, 0 to size^2 - 1 in uint8."""
+    if size == 3:
+        rows, columns = (-(-side // 2) for side in x.shape[1:3])
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    else:
+        rows, columns = (side // 2 for side in x.shape[1:3])
     dtype = jnp.promote_types(x.dtype, jnp.float32)  # XLA's CPU backend would round after each comparison
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     windows = [
-        padded[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2].astype(dtype)
-        for i in range(3)
-        for j in range(3)
+        x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2].astype(dtype)
+        for i in range(size)
+        for j in range(size)
     ]
     largest, index = windows[0], jnp.zeros(windows[0].shape, jnp.uint8)
     for k, window in enumerate(windows[1:], 1):
@@ -49,14 +63,17 @@ def _max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return largest.astype(x.dtype), index
 
 
-def _max_pool_fwd(x: jax.Array, formulation: Formulation) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    largest, index = _max_pool(x, formulation=formulation)
+def _max_pool_fwd(x: jax.Array, size: int, formulation: Formulation) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    largest, index = _max_pool(x, size, formulation=formulation)
     return largest, (index, jnp.empty((0, *x.shape[1:3]), x.dtype))
 
 
-def _max_pool_bwd(formulation: Formulation, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+def _max_pool_bwd(
+    size: int, formulation: Formulation, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array]:
     index, like = residuals
-    return (_max_pool_gradient(index, like, dy, formulation=formulation),)
+    gradient = {2: _max_pool_gradient_2x2, 3: _max_pool_gradient}[size]
+    return (gradient(index, like, dy, formulation=formulation),)
 
 
 @materialize_on_cpu
@@ -86,54 +103,9 @@ def _max_pool_gradient(index: jax.Array, like: jax.Array, dy: jax.Array) -> jax.
     return pixels.reshape(batch, 2 * rows, 2 * columns, channels)[:, :height, :width].astype(dy.dtype)
 
 
-_max_pool_by_index.defvjp(_max_pool_fwd, _max_pool_bwd)
-
-
-def max_pool_2x2(x: jax.Array, formulation: Formulation = "plain") -> jax.Array:
-    """Max-pools 2x2 pixels with stride 2; an odd last row or column is left out, as in torch.
-
-    Equal pixels leave the gradient to the first.
-    """
-    if formulation in ("plain", "tpu"):
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    return _max_pool_2x2_by_index(x, formulation)
-
-
-# The gradient of jnp.max compares x with the maxima again. If XLA recomputes x for that with another rounding, no pixel
-# is equal, and the gradient is 0 / 0.
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_pool_2x2_by_index(x: jax.Array, formulation: Formulation) -> jax.Array:
-    return _max_pool_2x2(x, formulation=formulation)[0]
-
-
 @materialize_on_cpu
-def _max_pool_2x2(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the maxima and the position of each in its window, 0 to 3 in uint8."""
-    height, width = (side // 2 * 2 for side in x.shape[1:3])
-    dtype = jnp.promote_types(x.dtype, jnp.float32)  # as in _max_pool
-    largest, *others = (x[:, i:height:2, j:width:2].astype(dtype) for i in range(2) for j in range(2))
-    index = jnp.zeros(largest.shape, jnp.uint8)
-    for k, pixel in enumerate(others, 1):
-        index = jnp.where(pixel > largest, jnp.uint8(k), index)
-        largest = jnp.maximum(largest, pixel)
-    return largest.astype(x.dtype), index
-
-
-def _max_pool_2x2_fwd(x: jax.Array, formulation: Formulation) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    largest, index = _max_pool_2x2(x, formulation=formulation)
-    return largest, (index, jnp.empty((0, *x.shape[1:3]), x.dtype))
-
-
-def _max_pool_2x2_bwd(
-    formulation: Formulation, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array]:
-    index, like = residuals
-    return (_max_pool_2x2_gradient(index, like, dy, formulation=formulation),)
-
-
-@materialize_on_cpu
-def _max_pool_2x2_gradient(index: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
-    """Sends dy to the saved positions. like: an empty array (0, H, W) that carries the input's size."""
+def _max_pool_gradient_2x2(index: jax.Array, like: jax.Array, dy: jax.Array) -> jax.Array:
+    """Sends dy to the saved positions of windows that do not overlap. like: as in `_max_pool_gradient`."""
     _, height, width = like.shape
     batch, rows, columns, channels = dy.shape
     pixels = [[jnp.where(index == 2 * i + j, dy, 0) for j in range(2)] for i in range(2)]
@@ -141,7 +113,7 @@ def _max_pool_2x2_gradient(index: jax.Array, like: jax.Array, dy: jax.Array) -> 
     return jnp.pad(gradient, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
 
 
-_max_pool_2x2_by_index.defvjp(_max_pool_2x2_fwd, _max_pool_2x2_bwd)
+_max_pool_by_index.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 from jaxft import interrupts
 from jaxft.errors import write_message
 from jaxft.main_process import is_main_process
+from jaxft.ops.formulation import Formulation, on_cpu
 
 SHOWN_AFTER = 1.0  # seconds: programs that are read from the cache of compiled programs are not worth a line
 LONG = 5.0  # seconds of a compilation whose end is reported too
@@ -31,6 +32,11 @@ class Program:
         for arguments in self.arguments:
             self.function.lower(*arguments).compile()
         return time.monotonic() - started
+
+
+def compiles_ahead(formulation: Formulation) -> bool:
+    """Returns whether a run compiles its later programs while the first one trains: on accelerators."""
+    return not on_cpu(formulation)  # NOTES: Compiling ahead (docs/notes/input-and-startup.md)
 
 
 class Compiler:

@@ -77,7 +77,7 @@ def test_elementwise_pool_gradient_has_the_same_bits() -> None:
     sides = 7, 6
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((2, *sides, 3)), jnp.bfloat16)
-    y, index = pool._max_pool(x, formulation="gpu")
+    y, index = pool._max_pool(x, 3, formulation="gpu")
     arrays = index, jnp.empty((0, *sides), x.dtype), jnp.asarray(random.standard_normal(y.shape), jnp.bfloat16)
     result, expected = (
         np.asarray(jax.jit(partial(function, formulation="gpu"))(*arrays))

@@ -39,7 +39,7 @@ def test_the_quickstart_beats_random_weights(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_linear_probe_learns_and_keeps_the_bits_of_the_backbone(run: Run, tmp_path: Path) -> None:
-    """With a standardised input of the head, which evaluation and prediction fold into it."""
+    """Trains with head_norm, which evaluation and prediction fold into the head."""
     head = ("--config.optimizer.freeze=backbone", "--config.augment.flip=false", "--config.model.head_norm=true")
     result = run(*QUICKSTART, *head, "--workdir", tmp_path / "run")
     assert result.returncode == 0, result.stderr

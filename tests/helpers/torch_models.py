@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.models.network import Network
 from jaxft.models.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet
 from jaxft.pretrained.convert import from_torch
 from tests.helpers.reference import torch, torchvision
@@ -48,18 +49,23 @@ def random_torch_model(arch: str, seed: int = 0) -> torch.nn.Module:
         model = NarrowResNet(block, _NARROW_DEPTHS, _NARROW_WIDTH).double()
     else:
         model = getattr(torchvision.models, arch)(num_classes=10).double()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2.0)
+    randomize_norms(model)
     return model
 
 
-def to_flax(state: dict[str, torch.Tensor], model: ResNet) -> dict[str, Any]:
+@torch.no_grad()
+def randomize_norms(model: torch.nn.Module) -> None:
+    """Sets the statistics and the affine parameters of every BatchNorm to random values far from 0 and 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.3)
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+
+
+def to_flax(state: dict[str, torch.Tensor], model: Network) -> dict[str, Any]:
     return from_torch({key: value.numpy().copy() for key, value in state.items()}, model)
 
 

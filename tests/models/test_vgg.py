@@ -20,11 +20,11 @@ from jaxft.models.fold import fold_norms
 from jaxft.models.partition import make_policy, parameter_paths, select, stage_of
 from jaxft.ops.formulation import Formulation
 from jaxft.ops.pool import adaptive_avg_pool, max_pool_2x2
-from jaxft.pretrained.convert import from_torch, torch_shapes
+from jaxft.pretrained.convert import torch_shapes
 from jaxft.pretrained.vgg import FAMILY
 from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch, torchvision
-from tests.helpers.torch_models import images, nchw
+from tests.helpers.torch_models import images, nchw, randomize_norms, to_flax
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 WIDTH = 4
@@ -57,14 +57,9 @@ class NarrowVGG(torchvision.models.VGG):
 def random_torch_model(arch: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = NarrowVGG(arch)
+    randomize_norms(model)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2.0)
             if isinstance(module, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
@@ -72,10 +67,6 @@ def random_torch_model(arch: str) -> torch.nn.Module:
 
 def flax_model(arch: str, **options: Any) -> vgg.VGG:
     return vgg.VGG(*ARCHITECTURES[arch], num_classes=10, width=WIDTH, **options)
-
-
-def to_flax(state: Any, model: Any) -> Any:
-    return from_torch({key: value.numpy().copy() for key, value in state.items()}, model)
 
 
 def relative(ours: Any, expected: Any) -> float:

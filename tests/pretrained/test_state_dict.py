@@ -3,7 +3,6 @@
 import argparse
 import json
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,6 @@ State = dict[str, Any]
 @pytest.fixture(scope="module")
 def state() -> State:
     return {key: torch.from_numpy(array) for key, array in to_torch(read_weights(WIDTH_4)).items()}
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[[Any], Path]:
-    def save_in(content: Any, name: str = "file.pth") -> Path:
-        torch.save(content, tmp_path / name)
-        return tmp_path / name
-
-    return save_in
 
 
 def prefixed(prefix: str, state: State) -> State:

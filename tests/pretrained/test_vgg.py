@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,6 @@ def arch_of(state: State) -> str:
     return "vgg13_bn" if "features.1.running_mean" in state else "vgg11"
 
 
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[[Any], Path]:
-    def save_in(content: Any, name: str = "file.pth") -> Path:
-        torch.save(content, tmp_path / name)
-        return tmp_path / name
-
-    return save_in
-
-
 def test_a_round_trip_is_bit_identical(save: Any, state: State, tmp_path: Path) -> None:
     paths = [str(save({"state_dict": {f"module.{key}": value for key, value in state.items()}}))]
     paths += [str(tmp_path / name) for name in ("a.safetensors", "b.pth")]
@@ -65,7 +55,7 @@ def test_a_round_trip_is_bit_identical(save: Any, state: State, tmp_path: Path) 
 
 
 def test_features_in_data_parallel_are_found(save: Any, state: State) -> None:
-    """As examples/imagenet of PyTorch saves a VGG."""
+    """Reads a VGG with the names that PyTorch's examples/imagenet gives it."""
     renamed = {re.sub(r"^features", "features.module", key): value for key, value in state.items()}
     expected, found = (read_weights(save(tensors, f"{i}.pth")) for i, tensors in enumerate((state, renamed)))
     jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)

@@ -1,10 +1,8 @@
-"""What a run derives from its data: the rule's values, and that they are stored and used ever after."""
+"""Tests the values that a run derives from its data, and that a resumed run uses the stored ones."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,13 +17,7 @@ from jaxft.training import auto
 from jaxft.training.auto import resolve_auto
 from jaxft.training.summary import print_auto
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Lets XLA skip optimizations: here compiling takes far longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def images(count: int, height: int = 32, width: int = 32) -> Dataset:
@@ -130,7 +122,7 @@ def test_a_run_stores_what_it_derived(
     )
     assert line in capsys.readouterr().out
 
-    monkeypatch.undo()  # the rule may change with a version: a run goes on with its own values
+    monkeypatch.undo()  # a later version may have another rule: a run continues with its stored values
     jaxft.train_and_evaluate(config, workdir)
     output = capsys.readouterr().out
     assert "resuming after step 2" in output

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import zipfile
-from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -63,12 +62,7 @@ RUN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Lets XLA skip optimizations: here compiling takes far longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def features(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

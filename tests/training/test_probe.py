@@ -1,11 +1,10 @@
 """Tests the fit of a head to fixed features, against SciPy's L-BFGS in float64, and its place in a run."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import scipy.optimize
@@ -35,12 +34,7 @@ PROBE = {
 ROOT_CONFIG = str(ROOT / "configs" / "quickstart.py")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Lets XLA skip optimizations: here compiling takes far longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def examples(scale: float = 1.0, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
