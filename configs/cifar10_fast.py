@@ -4,8 +4,8 @@ python -m jaxft.train --config configs/cifar10_fast.py
 
 Two image sizes, 112 pixels for three epochs and 224 for two, need two compilations of the train step; not measured on a
 GPU. With one size per epoch, and five compilations of 34 s, the first two epochs on an H100 reach 58.3 and 72.4 %
-(docs/recipes.md), and on two CPU cores, 2,000 images in batches of 50 that grow from 48 to 96 pixels give 65.4 % on
-1,000 test images in 510 s (python -m benchmarks.recipes). Both start from ImageNet weights of 72.2 % top-1. Published
+(docs/recipes.md). On two CPU cores, 2,000 images in batches of 50, at 48 pixels and then 96, give 66.1 % on 1,000 test
+images in 224 s (python -m benchmarks.recipes). Both start from ImageNet weights of 72.2 % top-1. Published
 for a fine-tuned ImageNet ResNet-50: 97.5 % (Chen et al. 2020, SimCLR, table 8).
 """
 

@@ -40,7 +40,7 @@ def test_parameters_are_torchvisions(arch: str) -> None:
 
 
 SIZES = [(224, 224), (64, 64), (97, 97), (160, 224)]
-QUICK = {("resnet18", 97), ("resnet50", 160), ("resnext50_32x4d", 64)}
+QUICK = {("resnet50", 160), ("resnext50_32x4d", 97)}
 
 
 @pytest.mark.parametrize(
