@@ -32,7 +32,7 @@ def default_config() -> ConfigDict:
             "batch_size": 64,  # over all devices; 0: the largest power of two per device that fits into its memory
             "image_size": 224,  # pixels: the shorter side after resizing and the side of the crop; 0: by the data
             "model": {
-                "arch": "resnet50",  # resnet18, wide_resnet50_2, ..., vgg11 to vgg19_bn (trained without dropout)
+                "arch": "resnet50",  # resnet18, wide_resnet50_2, ..., vgg11 to vgg19_bn
                 "pretrained": "",  # a name (`jaxft convert --list`), a file, a workdir, or '' for random weights
                 "stem": "imagenet",  # ResNets: imagenet, or small: one 3x3 convolution, for images of about 32 pixels
                 "width": 64,  # channels of the first stage; 64 in torchvision's networks
@@ -42,6 +42,8 @@ def default_config() -> ConfigDict:
                 "remat": False,  # recompute each block's activations in the backward pass: less memory, more time
                 "test_flip": False,  # average the logits of each image and its mirror image, except in training
                 "batch_norm": "update",  # update (per device), sync (all devices), frozen, recalibrate (after training)
+                "dropout": -1.0,  # dropout's rate before the head; -1: the architecture's own (VGG: 0.5, others: 0)
+                "drop_path": 0.0,  # stochastic depth: rate of the last residual branch, rising from 0 in the first
                 "head_norm": False,  # standardise the head's input by the training set's statistics, computed once
             },
             "data": {
@@ -139,6 +141,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (0, 2**31 - 1),
     "image_size": (1, 4096),
     "model.width": (1, 4096),
+    "model.dropout": (-1, 0.99),
+    "model.drop_path": (0, 0.99),
     "data.stored_size": (0, 4096),
     "data.resize": (0, 4096),
     "data.holdout": (0, 1),

@@ -13,8 +13,9 @@ from jaxft.ops.formulation import Formulation, default_formulation
 
 ARCHITECTURES: dict[str, Callable[..., Network]] = {**resnet.ARCHITECTURES, **vgg.ARCHITECTURES}
 
-# Keys of the config's `model` section that not all families have.
+# Keys of the config's `model` section that not all families have, with the values that stand for a family's own.
 _OPTIONS: dict[str, Any] = {**resnet.ResNet.options, **vgg.VGG.options}
+_RATES = {"dropout": -1.0, "drop_path": 0.0}
 
 
 def make_model(config: ConfigDict, num_classes: int, formulation: Formulation | None = None) -> Network:
@@ -30,7 +31,9 @@ def make_model(config: ConfigDict, num_classes: int, formulation: Formulation | 
         dtype=jnp.dtype(config.dtype),
         precision=config.precision,
     )
-    for key, default in _OPTIONS.items():
-        if key not in model.options and config[key] != default:
+    rates = {key: config[key] for key in _RATES if config[key] != _RATES[key]}
+    for key, default in {**_OPTIONS, **_RATES}.items():
+        if key not in (*model.options, *model.random_layers) and config[key] not in (default, 0):
             raise UserError(f"a {config.arch} has no model.{key}; leave it at {default}, not {config[key]}")
-    return model.clone(**{key: config[key] for key in model.options})
+    rates = {key: rate for key, rate in rates.items() if key in model.random_layers}
+    return model.clone(**{key: config[key] for key in model.options}, **rates)

@@ -38,13 +38,13 @@ def fold_head_norm(variables: Mapping[str, Any], path: tuple[str, ...]) -> dict[
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _fold(
-    params: Any, batch_stats: Any, head: tuple[str, ...], norm_of: Callable[[tuple[str, ...]], tuple[str, ...]]
+    params: Any, batch_stats: Any, head: tuple[str, ...], norm_of: Callable[[tuple[str, ...]], tuple[str, ...] | None]
 ) -> dict[str, Any]:
     variables = fold_head_norm({"params": params, "batch_stats": batch_stats}, head)
     flat, statistics = (flatten_dict(variables[collection]) for collection in ("params", "batch_stats"))
     for *conv, name in list(flat):
         norm = norm_of(tuple(conv))
-        if name != "kernel" or (*norm, "scale") not in flat:
+        if name != "kernel" or norm is None or (*norm, "scale") not in flat:
             continue
         parameters = (flat.pop((*norm, name)) for name in ("scale", "bias"))
         folded = FoldedNorm(*parameters, *(statistics[*norm, name] for name in ("mean", "var")))

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.models.heads import get_head, set_head
 from jaxft.ops.formulation import Formulation
+
+# logits, or all named features: `pooled` (N, F), which is the head's input, and stage1, ... (N, h, w, C) or `tokens`
+# (N, T, D) if the family has them
+Output = Literal["logits", "features"]
 
 
 class Network(Protocol):
@@ -21,10 +25,15 @@ class Network(Protocol):
     dtype: Any  # of the computation
     precision: str
     head_norm: bool  # its head's input is standardised: see heads.py
+    dropout: float  # rate in training; the family says before which layers
 
     @property
     def options(self) -> Mapping[str, Any]:
         """Fields that only this family has, as the config and weights files name them -> torchvision's values."""
+
+    @property
+    def random_layers(self) -> Mapping[str, float]:
+        """Fields that are rates of random layers -> their values in the source's training: {"dropout": 0.5}."""
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -38,9 +47,13 @@ class Network(Protocol):
     def min_image_size(self) -> int:
         """The shorter side, in pixels, of the smallest images that it can process."""
 
+    @property
+    def patch_size(self) -> int:
+        """A number that divides both sides of all images that it can process."""
+
     @staticmethod
-    def norm_of(conv: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns the path of the BatchNorm that would follow the convolution at `conv`."""
+    def norm_of(conv: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Returns the path of the BatchNorm that would follow the convolution at `conv`; None without BatchNorm."""
 
     def multiply_adds(self, image_size: int) -> float:
         """Estimates the multiply-adds of one image's forward pass, within 20 %."""
@@ -55,6 +68,16 @@ class Network(Protocol):
 def options_of(model: Network) -> dict[str, Any]:
     """Returns the model's own values of its family's options: {"width": 64, "stem": "imagenet"} of a ResNet."""
     return {key: getattr(model, key) for key in model.options}
+
+
+def is_random(model: Network) -> bool:
+    """Returns whether the model has random layers in training: dropout or stochastic depth."""
+    return any(getattr(model, name) for name in model.random_layers)
+
+
+def example_side(model: Network) -> int:
+    """Returns the side, about 32 pixels, of an image that the model can process."""
+    return max(-(-32 // model.patch_size) * model.patch_size, model.min_image_size)
 
 
 def abstract_variables(model: Network) -> Any:
@@ -74,7 +97,8 @@ def abstract_variables(model: Network) -> Any:
 @cache
 def _abstract_variables(model: Network) -> Any:
     # NOTES: Where a start spends its time (docs/notes/input-and-startup.md)
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    side = example_side(model)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
 
 

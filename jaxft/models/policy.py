@@ -29,6 +29,11 @@ class Policy(NamedTuple):
         return path == HEAD_NORM or self.batch_norm == "frozen" or {f"{path}/scale", f"{path}/bias"} <= self.frozen
 
 
+def named_features(model: Network, variables: Any, image: jax.Array) -> dict[str, jax.Array]:
+    """Returns all features of normalised images (N, H, W, 3) in evaluation mode, by name: `pooled`, stage1, ..."""
+    return model.apply(variables, image, train=False, output="features")
+
+
 def eval_features(model: Network, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
     """Returns the pooled features (N, F) of normalised images (N, H, W, 3) in evaluation mode.
 
@@ -36,15 +41,12 @@ def eval_features(model: Network, variables: Any, image: jax.Array, policy: Poli
     mean of both logits.
     """
     if not policy.test_flip:
-        return _apply(model, variables, image, features_only=True)
-    both = _apply(model, variables, jnp.concatenate([image, image[:, :, ::-1]]), features_only=True)
+        return named_features(model, variables, image)["pooled"]
+    both = named_features(model, variables, jnp.concatenate([image, image[:, :, ::-1]]))["pooled"]
     return both.reshape(2, image.shape[0], both.shape[-1]).mean(0)
 
 
 def eval_logits(model: Network, variables: Any, image: jax.Array, policy: Policy) -> jax.Array:
     """Returns the logits (N, num_classes) of normalised images (N, H, W, 3) or of their features (N, F)."""
-    return _apply(model, variables, eval_features(model, variables, image, policy) if image.ndim == 4 else image)
-
-
-def _apply(model: Network, variables: Any, image: jax.Array, *, features_only: bool = False) -> Any:
-    return model.apply(variables, image, train=False, features_only=features_only)
+    features = eval_features(model, variables, image, policy) if image.ndim == 4 else image
+    return model.apply(variables, features, train=False)

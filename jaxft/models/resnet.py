@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models.architectures import RESNETS, ResNetArchitecture
+from jaxft.models.dropout import dropout
 from jaxft.models.heads import HEAD_NORM, Standardize, linear_init
 from jaxft.models.layers import BatchNorm, Conv
-from jaxft.models.network import num_params
+from jaxft.models.network import Output, num_params
 from jaxft.models.policy import Policy
 from jaxft.ops.formulation import Formulation
 from jaxft.ops.pool import max_pool
@@ -152,10 +153,12 @@ class ResNet(nn.Module):
     formulation: Formulation = "plain"  # how its layers are computed: see jaxft/ops/README.md
     folded: bool = False  # BatchNorm is folded into the convolutions, for evaluation only: see fold.py
     head_norm: bool = False  # standardise the head's input by statistics of the training set: see heads.py
+    dropout: float = 0.0  # before the head, in training
     dtype: Any = jnp.float32
     precision: str = "high"  # of float32 products on accelerators, as in jax.default_matmul_precision
 
     options: ClassVar[Mapping[str, Any]] = {"width": 64, "stem": "imagenet"}
+    random_layers: ClassVar[Mapping[str, float]] = {"dropout": 0.0}
     parts: ClassVar[Mapping[str, str]] = {
         "stem": r"^(conv1|bn1)/",
         "stage1": r"^layer1/",
@@ -166,6 +169,7 @@ class ResNet(nn.Module):
     }
     head: ClassVar[tuple[str, ...]] = ("fc",)
     min_image_size: ClassVar[int] = 1
+    patch_size: ClassVar[int] = 1
 
     @staticmethod
     def norm_of(conv: tuple[str, ...]) -> tuple[str, ...]:
@@ -185,35 +189,39 @@ class ResNet(nn.Module):
         mask: jax.Array | None = None,
         *,
         train: bool,
-        features_only: bool = False,
+        output: Output = "logits",
         policy: Policy = Policy(),  # noqa: B008, immutable
-    ) -> jax.Array:
+        keys: jax.Array | None = None,
+    ) -> Any:
         """Returns the logits (N, num_classes), at least float32, of normalised images (N, H, W, 3) or pooled features.
 
-        features_only: returns the pooled features (N, F), before head_norm, instead.
-        mask: (N,), 0 for padding, which is then left out of the batch statistics in training.
-        policy: matters in training only.
+        output: "features" returns {"stage1": (N, h, w, C), ..., "stage4", "pooled": (N, F)} instead; pooled is before
+        head_norm. mask: (N,), 0 for padding, which is then left out of the batch statistics in training. policy:
+        matters in training only. keys: (N,), for dropout in training; None: no dropout.
         """
         assert not (train and self.folded), "a folded network has no BatchNorm to train"
         with jax.default_matmul_precision(self.precision):
-            x = image if image.ndim == 2 else self._features(image, mask, train, policy)
-            if features_only:
-                return x
+            features = {"pooled": image} if image.ndim == 2 else self._features(image, mask, train, policy)
+            if output == "features":
+                return features
+            x = dropout(features["pooled"], self.dropout, keys, 0)
             if self.head_norm:
                 x = Standardize(name=HEAD_NORM)(x)
             init = linear_init(x.shape[-1])
             return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
 
-    def _features(self, image: jax.Array, mask: jax.Array | None, train: bool, policy: Policy) -> jax.Array:
+    def _features(self, image: jax.Array, mask: jax.Array | None, train: bool, policy: Policy) -> dict[str, jax.Array]:
         conv_bn = ConvBN(policy, train, self.dtype, self.formulation, self.folded)
         size, stride = STEMS[self.stem]
         x = conv_bn("conv1", self.width, size, stride)(image, mask, relu=True)
         if self.stem == "imagenet":
             x = max_pool(x, self.formulation)
+        features = {}
         for i, depth in enumerate(self.stage_depths):
             block = partial(self.block, features=self.width * 2**i, conv_bn=conv_bn)
             x = Stage(block, depth, 1 if i == 0 else 2, self.remat, name=f"layer{i + 1}")(x, mask)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+            features[f"stage{i + 1}"] = x
+        return features | {"pooled": x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))}
 
 
 def _block(architecture: ResNetArchitecture) -> Callable[..., BasicBlock | Bottleneck]:

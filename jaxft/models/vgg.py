@@ -1,4 +1,4 @@
-"""VGG in Flax Linen, layer for layer as torchvision builds it (torchvision/models/vgg.py), without its dropout.
+"""VGG in Flax Linen, layer for layer as torchvision builds it (torchvision/models/vgg.py).
 
 A parameter's path is torchvision's key split at its dots: params['features']['0']['kernel'] is `features.0.weight`.
 Images are NHWC; parameters are float32; `dtype` is what the layers compute in.
@@ -16,9 +16,10 @@ from flax.traverse_util import flatten_dict
 
 from jaxft.errors import UserError
 from jaxft.models.architectures import VGGS
+from jaxft.models.dropout import dropout
 from jaxft.models.heads import HEAD_NORM, Standardize
 from jaxft.models.layers import BatchNorm, Conv
-from jaxft.models.network import abstract_variables
+from jaxft.models.network import Output, abstract_variables
 from jaxft.models.policy import Policy
 from jaxft.ops.formulation import Formulation
 from jaxft.ops.pool import adaptive_avg_pool, max_pool_2x2
@@ -50,7 +51,9 @@ class Features(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool, policy: Policy) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool, policy: Policy) -> list[jax.Array]:
+        """Returns the output of each stage."""
+
         def layer(module: nn.Module, x: jax.Array, index: int, features: int) -> jax.Array:
             options: dict[str, Any] = {"dtype": self.dtype, "formulation": self.formulation}
             conv = Conv(features, 3, folded=self.folded, use_bias=True, name=str(index), parent=module, **options)
@@ -67,30 +70,34 @@ class Features(nn.Module):
             return max_pool_2x2(x, self.formulation)
 
         stage = nn.remat(stage, static_argnums=(2, 3)) if self.remat else stage
+        stages = []
         for i, indices in enumerate(conv_indices(self.stage_depths, self.batch_norm)):
             x = stage(self, x, tuple(indices), self.width * min(2**i, 8))
-        return x
+            stages.append(x)
+        return stages
 
 
 class Classifier(nn.Module):
-    """Two hidden dense layers, and the head."""
+    """Two hidden dense layers with dropout, and the head."""
 
     hidden: int
     num_classes: int
+    dropout: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, features_only: bool, norm: Standardize | None) -> jax.Array:
+    def __call__(self, x: jax.Array, output: Output, norm: Standardize | None, keys: jax.Array | None) -> jax.Array:
         """Returns the logits of pooled pixels (N, 7, 7, C) or of the head's features (N, F), or these features.
 
         norm: standardises the head's input, but not the features that are returned.
         """
         if x.ndim == 4:
             x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # torch's order: channels, rows, columns
-            for name in ("0", "3"):
+            for layer, name in enumerate(("0", "3")):
                 x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
+                x = dropout(x, self.dropout, keys, layer)
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if features_only:
+        if output == "features":
             return x
         return dense(self.num_classes, name="6")(norm(x) if norm else x)
 
@@ -106,10 +113,13 @@ class VGG(nn.Module):
     formulation: Formulation = "plain"  # how its layers are computed: see jaxft/ops/README.md
     folded: bool = False  # BatchNorm is folded into the convolutions, for evaluation only: see fold.py
     head_norm: bool = False  # standardise the head's input by statistics of the training set: see heads.py
+    dropout: float = 0.5  # behind both hidden layers, in training
     dtype: Any = jnp.float32
     precision: str = "high"  # of float32 products on accelerators, as in jax.default_matmul_precision
 
     options: ClassVar[Mapping[str, Any]] = {"width": 64}
+    random_layers: ClassVar[Mapping[str, float]] = {"dropout": 0.5}
+    patch_size: ClassVar[int] = 1
     head: ClassVar[tuple[str, ...]] = ("classifier", "6")
 
     @property
@@ -148,27 +158,31 @@ class VGG(nn.Module):
         mask: jax.Array | None = None,
         *,
         train: bool,
-        features_only: bool = False,
+        output: Output = "logits",
         policy: Policy = Policy(),  # noqa: B008, immutable
-    ) -> jax.Array:
+        keys: jax.Array | None = None,
+    ) -> Any:
         """Returns the logits (N, num_classes), at least float32, of normalised images (N, H, W, 3) or head features.
 
-        features_only: returns the head's features (N, F), before head_norm, instead.
-        mask: (N,), 0 for padding, which is then left out of the batch statistics in training.
-        policy: matters in training only. Raises UserError for images that are too small.
+        output: "features" returns {"stage1": (N, h, w, C), ..., "stage5", "pooled": (N, F)} instead. A stage ends with
+        its max-pool; pooled is the output of the hidden layers, before head_norm. mask: (N,), 0 for padding, which is
+        then left out of the batch statistics in training. policy: matters in training only. keys: (N,), for dropout in
+        training; None: no dropout. Raises UserError for images that are too small.
         """
         assert not (train and self.folded), "a folded network has no BatchNorm to train"
-        x = image
+        x, features = image, {}
         with jax.default_matmul_precision(self.precision):
             if image.ndim == 4:
                 if (side := min(image.shape[1:3])) < self.min_image_size:
                     raise UserError(f"a VGG needs an image_size of at least {self.min_image_size}, not {side}")
                 options = (self.width, self.batch_norm, self.remat, self.formulation, self.folded, self.dtype)
-                x = Features(self.stage_depths, *options, name="features")(image, mask, train, policy)
-                x = adaptive_avg_pool(x, POOLED)
+                stages = Features(self.stage_depths, *options, name="features")(image, mask, train, policy)
+                features = {f"stage{i}": stage for i, stage in enumerate(stages, 1)}
+                x = adaptive_avg_pool(stages[-1], POOLED)
             norm = Standardize(name=HEAD_NORM) if self.head_norm else None
-            classifier = Classifier(HIDDEN * self.width, self.num_classes, self.dtype, name="classifier")
-            return classifier(x, features_only, norm)
+            classifier = Classifier(HIDDEN * self.width, self.num_classes, self.dropout, self.dtype, name="classifier")
+            x = classifier(x, output, norm, keys)
+            return features | {"pooled": x} if output == "features" else x
 
 
 ARCHITECTURES: dict[str, Callable[..., VGG]] = {

@@ -27,7 +27,8 @@ from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
 
 CHUNK = 256  # images that are hashed at once
-NO_SETTINGS = ("num_classes", "head_norm", "parent", "name")  # fields of a network that its features do not depend on
+# Fields of a network that its features do not depend on.
+NO_SETTINGS = ("num_classes", "head_norm", "dropout", "drop_path", "parent", "name")
 
 
 def load_or_compute(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxft.data.loader import Loader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
 from jaxft.models.heads import HEAD_NORM, get_head
-from jaxft.models.network import Network
+from jaxft.models.network import Network, is_random
 from jaxft.models.partition import make_policy, trains_only_head
 from jaxft.models.policy import Policy
 from jaxft.ops.formulation import Formulation
@@ -36,7 +36,7 @@ from jaxft.training.distill import Teacher
 from jaxft.training.restore import is_workdir, load_checkpoint, load_weights, named_after
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state, initial_train_state
 from jaxft.transforms.augment import NO_AUGMENTATION, make_augmentation
-from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
 
 
 class Start(NamedTuple):
@@ -216,17 +216,29 @@ def run_info(
 
 
 def check_image_size(config: ConfigDict, model: Network) -> None:
-    """Raises UserError if the network cannot process the smallest images of the run."""
-    key = "augment.first_image_size" if config.augment.first_image_size else "image_size"
-    size = config.augment.first_image_size or config.image_size
-    if size < model.min_image_size:
-        raise UserError(f"{key} is {size}, but a {config.model.arch} needs at least {model.min_image_size}")
+    """Raises UserError if the network cannot process the images of an epoch."""
+    first, patch, arch = config.augment.first_image_size, model.patch_size, config.model.arch
+    key = "augment.first_image_size" if first else "image_size"
+    if (size := first or config.image_size) < model.min_image_size:
+        raise UserError(f"{key} is {size}, but a {arch} needs at least {model.min_image_size}; set it to that or more")
+    sizes = [
+        epoch_image_size(first, config.image_size, epoch, config.num_epochs, config.augment.num_image_sizes)
+        for epoch in range(1, config.num_epochs + 1)
+    ]
+    if size := next((size for size in (config.image_size, *sizes) if size % patch), 0):
+        low, key = size // patch * patch, "image_size" if config.image_size % patch else "augment.first_image_size"
+        near = f"{low} or {low + patch}" if low else f"{patch}"
+        raise UserError(
+            f"a {arch} has patches of {patch} pixels, which do not divide an image size of {size} ({key}); "
+            f"the nearest sizes are {near}"
+        )
 
 
 def can_cache_features(config: ConfigDict, model: Network, policy: Policy) -> bool:
     """Returns whether the head gets the same features of an image in every epoch, so that they can be computed once."""
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
-    return trains_only_head(model, policy) and not augmented and not config.distill.teacher
+    random = is_random(model) and config.optimizer.fit_head != "only"
+    return trains_only_head(model, policy) and not augmented and not random and not config.distill.teacher
 
 
 def class_weights(config: ConfigDict, train_data: Dataset) -> tuple[float, ...]:

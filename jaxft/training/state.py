@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from jaxft.data.batches import Array
-from jaxft.models.network import Network
+from jaxft.models.network import Network, example_side
 from jaxft.models.partition import split_frozen
 from jaxft.models.policy import Policy
 
@@ -40,8 +40,9 @@ def create_train_state(
 ) -> TrainState:
     """Creates the state of step 0 with random weights, initialised as torchvision does."""
     # NOTES: Compiling random numbers (docs/notes/input-and-startup.md): Philox instead of JAX's default, threefry
+    side = example_side(model)
     rng = jax.random.wrap_key_data(jnp.tile(jax.random.key_data(rng), 2), impl="rbg")
-    return initial_train_state(tx, model.init(rng, jnp.zeros((1, 32, 32, 3)), train=False), policy, ema=ema)
+    return initial_train_state(tx, model.init(rng, jnp.zeros((1, side, side, 3)), train=False), policy, ema=ema)
 
 
 def initial_train_state(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxft.data.batches import Array, Batch, Examples, examples_for
 from jaxft.models.fold import fold_norms
-from jaxft.models.network import Network
+from jaxft.models.network import Network, is_random
 from jaxft.models.partition import map_with_path, merge, merge_opt_state, split_frozen
 from jaxft.models.policy import Policy, eval_features, eval_logits
 from jaxft.ops.elementwise import sum_over_devices
@@ -21,6 +21,8 @@ from jaxft.training.distill import Distillation, Teacher, distillation_loss
 from jaxft.training.state import TrainState, update_ema
 from jaxft.transforms.augment import NO_AUGMENTATION, Augmentation, augment, image_keys, make_augmentation, mix
 from jaxft.transforms.preprocessing import Preprocessing, preprocess
+
+LAYERS = 4  # folded into an image's key for random layers; augmentation and mixup fold in smaller numbers
 
 
 class StepConfig(NamedTuple):
@@ -79,6 +81,18 @@ class EvalConfig(NamedTuple):
     fold: bool = True  # fold BatchNorm into the convolutions first
 
 
+def random_keys(examples: Examples, index: Array, step: Array, seed: int) -> jax.Array:
+    """Returns a key for each image (B,), which depends only on the seed, the step and its index in the dataset."""
+    return image_keys(seed, step, index if examples.dataset_index is None else examples.dataset_index[index])
+
+
+def random_layer_keys(model: Network, examples: Examples, batch: Batch, step: Array, seed: int) -> jax.Array | None:
+    """Returns the keys (B,) of a model's random layers for a batch; None if it has no such layers."""
+    if not is_random(model):
+        return None
+    return jax.vmap(jax.random.fold_in, (0, None))(random_keys(examples, batch.index, step, seed), LAYERS)
+
+
 def training_inputs(
     examples: Examples, batch: Batch, step: Array, preprocessing: Preprocessing, seed: int, augmentation: Augmentation
 ) -> tuple[jax.Array, list[tuple[Array, Array]]]:
@@ -88,7 +102,7 @@ def training_inputs(
     """
 
     def keys(index: Array) -> jax.Array:
-        return image_keys(seed, step, index if examples.dataset_index is None else examples.dataset_index[index])
+        return random_keys(examples, index, step, seed)
 
     def gather(index: Array) -> jax.Array:
         image = examples.gather(index)
@@ -129,10 +143,12 @@ def train_step(
         # A device whose share is only padding normalises it by its own statistics, which nothing else uses. Without
         # any, each BatchNorm would multiply it by 1 / sqrt(epsilon), until float32 overflows and the loss is NaN.
         mask = jnp.where(mask.sum() > 0, mask, 1)
+    layer_keys = random_layer_keys(model, examples, batch, state.step, config.seed)
 
     def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
         variables = {"params": merge(trainable, kept), "batch_stats": state.batch_stats}
-        logits, updates = model.apply(variables, image, mask, train=True, policy=policy, mutable=["batch_stats"])
+        apply = partial(model.apply, train=True, policy=policy, keys=layer_keys, mutable=["batch_stats"])
+        logits, updates = apply(variables, image, mask)
         terms = [
             (*cross_entropy(logits, label, config.label_smoothing, config.class_weights), share * batch.mask)
             for label, share in labels
@@ -148,14 +164,8 @@ def train_step(
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
     grads = sum_over_devices(grads, policy.axis_name)
-    if policy.batch_norm == "update":  # each device has its own statistics: average them, weighted by images
-        weight = batch.mask.sum() / total
-
-        def mean(path: str, a: jax.Array) -> jax.Array:
-            frozen = policy.norm_is_frozen(path.rpartition("/")[0])
-            return a if frozen else sum_over_devices(a * weight, policy.axis_name)
-
-        batch_stats = map_with_path(mean, batch_stats)
+    if policy.batch_norm == "update":
+        batch_stats = average_statistics(batch_stats, batch.mask.sum() / total, policy)
     # Leave out the momentum of parameters that are unfrozen later.
     opt_state = merge_opt_state(state.opt_state, jax.eval_shape(config.tx.init, trainable))
     updates, opt_state = config.tx.update(grads, opt_state, trainable)
@@ -165,6 +175,16 @@ def train_step(
     if config.ema_decay:
         new_state = dataclasses.replace(new_state, ema=update_ema(state.ema, new_state, config.ema_decay))
     return new_state, sum_over_devices(counts, policy.axis_name)
+
+
+def average_statistics(batch_stats: Any, weight: jax.Array, policy: Policy) -> Any:
+    """Averages the running statistics over the devices, each of which has its own. weight: this device's images."""
+
+    def mean(path: str, a: jax.Array) -> jax.Array:
+        frozen = policy.norm_is_frozen(path.rpartition("/")[0])
+        return a if frozen else sum_over_devices(a * weight, policy.axis_name)
+
+    return map_with_path(mean, batch_stats)
 
 
 def train_steps(
