@@ -42,6 +42,8 @@ def default_config() -> ConfigDict:
                 "remat": False,  # recompute each block's activations in the backward pass: less memory, more time
                 "test_flip": False,  # average the logits of each image and its mirror image, except in training
                 "batch_norm": "update",  # update (per device), sync (all devices), frozen, recalibrate (after training)
+                "norm_eps": 0.0,  # epsilon of LayerNorm; 0: that of the weights, else the architecture's
+                "pool": "auto",  # features of a ViT: token (class token), mean, attention, or auto (as in the weights)
                 "dropout": -1.0,  # dropout's rate before the head; -1: the architecture's own (VGG: 0.5, others: 0)
                 "drop_path": 0.0,  # stochastic depth: rate of the last residual branch, rising from 0 in the first
                 "head_norm": False,  # standardise the head's input by the training set's statistics, computed once
@@ -53,6 +55,7 @@ def default_config() -> ConfigDict:
                 "eval_split": "test",  # split to evaluate on after each epoch
                 "stored_size": 0,  # images of several sizes are stored as squares of this side; 0: resize or image_size
                 "resize": 0,  # in evaluation: the shorter side before the central crop to image_size; 0: image_size
+                "interpolation": "auto",  # bilinear, bicubic or lanczos; auto: that of the weights' config, else bilinear
                 "layout": "auto",  # arrangement of a folder: splits (PATH/SPLIT/CLASS), classes (PATH/CLASS), or auto
                 "holdout": 0.2,  # fraction of a folder's images to evaluate on, if it has no folder for each split
                 "unreadable": "refuse",  # files of a folder that are not images: refuse or skip
@@ -119,11 +122,13 @@ def default_config() -> ConfigDict:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.arch": NAMES,
     "model.stem": ("imagenet", "small"),
+    "model.pool": ("auto", "token", "mean", "attention"),
     "model.dtype": ("float32", "bfloat16"),
     "model.precision": ("default", "high", "highest"),
     "model.batch_norm": ("update", "frozen", "sync", "recalibrate"),
     "model.onednn": ("auto", "always", "never"),
     "class_weights": ("none", "balanced"),
+    "data.interpolation": ("auto", "bilinear", "bicubic", "lanczos"),
     "data.layout": ("auto", "splits", "classes"),
     "data.unreadable": ("refuse", "skip"),
     "data.cache": ("auto", "always", "never"),
@@ -141,6 +146,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (0, 2**31 - 1),
     "image_size": (1, 4096),
     "model.width": (1, 4096),
+    "model.norm_eps": (0, 0.1),
     "model.dropout": (-1, 0.99),
     "model.drop_path": (0, 0.99),
     "data.stored_size": (0, 4096),
