@@ -55,7 +55,7 @@ def default_config() -> ConfigDict:
                 "eval_split": "test",  # split to evaluate on after each epoch
                 "stored_size": 0,  # images of several sizes are stored as squares of this side; 0: resize or image_size
                 "resize": 0,  # in evaluation: the shorter side before the central crop to image_size; 0: image_size
-                "interpolation": "auto",  # bilinear, bicubic or lanczos; auto: that of the weights' config, else bilinear
+                "interpolation": "auto",  # bilinear, bicubic, lanczos; auto: that of the weights' config, else bilinear
                 "layout": "auto",  # arrangement of a folder: splits (PATH/SPLIT/CLASS), classes (PATH/CLASS), or auto
                 "holdout": 0.2,  # fraction of a folder's images to evaluate on, if it has no folder for each split
                 "unreadable": "refuse",  # files of a folder that are not images: refuse or skip

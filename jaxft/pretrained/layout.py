@@ -17,8 +17,8 @@ NUM_BATCHES_TRACKED = ".num_batches_tracked"  # torch's count of batches behind 
 def torch_layers(path: tuple[str, ...], ndim: int) -> tuple[str, tuple[int, ...]]:
     """Returns the key of a variable in torch, and its axes in torch's order.
 
-    path: from the collection on, such as ("params", "layer1", "0", "conv1", "kernel"). Parameters that belong to no layer
-    in _LAYERS, such as `cls_token`, have the same name and axes in both.
+    path: from the collection on, such as ("params", "layer1", "0", "conv1", "kernel"). A parameter that is not in
+    _LAYERS, such as `cls_token`, has the same name and axes in both.
     """
     collection, *parents, leaf = path
     name, axes = _LAYERS.get((collection, leaf, ndim), (leaf, tuple(range(ndim))))
