@@ -8,7 +8,7 @@ it is installed. Each part prints its lines as soon as they are known. The last 
 after each part. A part without what it needs (a GPU, torch, a flag, time) is skipped, and says why; a part that is
 stopped by its time limit keeps what it has found. The exit code is 1 if a part failed, 130 after Ctrl-C.
 
---toy runs the same parts at sizes for two CPU cores: 225 s of CPU time (docs/benchmarks.md).
+--toy runs the same parts at sizes that two CPU cores finish in four minutes (docs/benchmarks.md).
 """
 
 import argparse
