@@ -46,7 +46,7 @@ def test_a_head_is_fitted_and_exported(run: Run, tmp_path: Path, capsys: pytest.
 def test_too_small_images_are_refused_before_a_run_begins(fails: Callable[..., str], tmp_path: Path) -> None:
     smaller = ("--config.batch_size=48", "--config.augment.first_image_size=16")
     message = fails(*VGG, *smaller, "--workdir", tmp_path / "run")
-    assert message == "error: augment.first_image_size is 16, but a vgg11 needs at least 32"
+    assert message == "error: augment.first_image_size is 16, but a vgg11 needs at least 32; set it to that or more"
     assert not (tmp_path / "run").exists()
 
 
