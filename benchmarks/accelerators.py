@@ -9,6 +9,7 @@ Compiler and program are the accelerator's own. For a TPU the benchmark sums the
 each part; it gives none for a max-pool's gradient. For a GPU, whose kernels cannot be tuned without one, it sums the
 bytes that kernels read and write, since memory bounds them. Both are predictions. --batch: images per device.
 --devices: the number of the target's devices to use. --formulation: one of benchmarks/kernels/formulations.py.
+--config.model.arch=vit_small_patch16_224 compiles a ViT, for example.
 
 --variants compiles each variant of benchmarks/gpu/variant_table.py, or those named, in a process of its own, because an
 unknown XLA flag aborts the process. It prints a line for each, and one JSON object at the end.
@@ -62,6 +63,7 @@ GPUS = {  # name, bytes per second by the maker's figures, bytes of memory
 # NOTES: Predictions compared with the measurement (docs/notes/gpu.md). The H100's is that of its norms, 2.9 to 3.1 TB/s
 # in a profile; the H200's is a measured copy.
 BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.0e12, "NVIDIA H200": 4.3e12}
+LAYERS = "attn|mlp|norm|patch_embed|conv|bn|downsample|fc|reduce_window"  # kinds of layers: the first one in a path
 BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 
@@ -147,8 +149,8 @@ def cycles(hlo: str) -> Iterator[tuple[str, int]]:
             continue
         path = re.search(r'op_name="([^"]*)"', line)
         of = path[1] if path else ""
-        layer = re.search(r"(conv|bn|downsample|fc|reduce_window)", of.rpartition("_features")[2])
-        kind = layer[1] if layer else "copy" if re.match(r"\s*(ROOT )?%?copy", line) else "other"
+        layer = re.search(LAYERS, of.rpartition("_features")[2])
+        kind = layer[0] if layer else "copy" if re.match(r"\s*(ROOT )?%?copy", line) else "other"
         yield f"{'backward' if 'transpose(' in of else 'forward'} {kind}", int(expected[1])
 
 

@@ -22,6 +22,7 @@ cudnn.benchmark and, for float32, TF32.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -41,6 +42,7 @@ from benchmarks.child import Child
 from jaxft import process
 
 CONTENDERS = ("jaxft-float32", "jaxft-bfloat16", "jaxft-float32-xla", "torch-float32", "torch-bfloat16")
+LIBRARIES = ("jax", "jaxlib", "flax", "torch", "torchvision", "timm")
 NUM_CLASSES = 10
 NUM_CHECKED = 20  # steps after which a contender reports its loss
 
@@ -148,9 +150,29 @@ def jaxft_steps(task: Task, options: list[str]) -> Steps:
     return Steps(run, 1 if per_call.padded else per_call.steps, compiled=compiled if train else lambda: None)
 
 
+def is_timms(arch: str) -> bool:
+    """Returns whether timm has the network and torchvision has not."""
+    timms = r"(test|deit|vit_(tiny|small|base|large)|convnextv2|convnext_(atto|femto|pico|nano)|seres|resnet\d+[cdst])"
+    return bool(re.match(timms, arch))
+
+
+def torch_model(task: Task) -> Any:
+    """Makes the network with random weights: torchvision's, if it has it, else timm's."""
+    from tests.helpers.reference import torchvision
+
+    if not is_timms(task.arch):
+        options: dict[str, Any] = {"image_size": task.size} if task.arch.startswith("vit") else {}
+        options |= {} if task.width == 64 else {"width_per_group": task.width}
+        return getattr(torchvision.models, task.arch)(num_classes=NUM_CLASSES, **options)
+    import timm
+
+    options = {"img_size": task.size} if re.search("vit|deit", task.arch) else {}
+    return timm.create_model(task.arch, num_classes=NUM_CLASSES, **options)
+
+
 def torch_steps(task: Task, options: list[str]) -> Steps:
     """Makes the same steps in PyTorch, channels_last, autocast for bfloat16."""
-    from tests.helpers.reference import torch, torchvision
+    from tests.helpers.reference import torch
 
     size, batch = task.size, task.batch
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,8 +182,7 @@ def torch_steps(task: Task, options: list[str]) -> Steps:
     torch.backends.cudnn.benchmark = True
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
-    width = {} if task.width == 64 else {"width_per_group": task.width}
-    model = getattr(torchvision.models, task.arch)(num_classes=NUM_CLASSES, **width)
+    model = torch_model(task)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=device == "cuda")
     image = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -342,7 +363,7 @@ def machine() -> dict[str, Any]:
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "torch", "torchvision")},
+        "versions": {name: version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
         "python": platform.python_version(),
     }
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxft.classifier import load
+    from jaxft.classifier import features, load
     from jaxft.config import default_config, load_config
     from jaxft.errors import UserError
     from jaxft.pretrained.load import load_pretrained
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "UserError": "errors",
     "default_config": "config",
+    "features": "classifier",
     "load": "classifier",
     "load_config": "config",
     "load_pretrained": "pretrained.load",
@@ -35,6 +36,7 @@ _MODULES = {
 __all__ = [
     "UserError",
     "default_config",
+    "features",
     "load",
     "load_config",
     "load_pretrained",

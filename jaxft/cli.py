@@ -16,7 +16,7 @@ COMMANDS = {
     "export": "write a checkpoint for torchvision, for another run or as one StableHLO file",
     "report": "write a run's report again, or compare runs",
     "sheet": "draw images as training sees them",
-    "convert": "convert pretrained weights from or to torchvision's layout",
+    "convert": "convert pretrained weights from or to PyTorch's layouts",
 }
 IN_SEVERAL_PROCESSES = {"train", "evaluate"}
 

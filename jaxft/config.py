@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
 from jaxft.files import open_regular, reason
-from jaxft.models.architectures import NAMES
+from jaxft.models.architectures import NAMES, canonical
 
 
 # More than 60 lines: one line per key, with all keys in one place.
@@ -30,10 +30,10 @@ def default_config() -> ConfigDict:
             "seed": 0,  # random seed of the new head, the order of images and augmentation
             "num_epochs": 10,  # passes over the training images; 0: by their number (jaxft/training/auto.py)
             "batch_size": 64,  # over all devices; 0: the largest power of two per device that fits into its memory
-            "image_size": 224,  # pixels: the shorter side after resizing and the side of the crop; 0: by the data
+            "image_size": 224,  # pixels of the crop's side; 0: that of the weights' config.json, else by the data
             "model": {
-                "arch": "resnet50",  # resnet18, wide_resnet50_2, ..., vgg11 to vgg19_bn
-                "pretrained": "",  # a name (`jaxft convert --list`), a file, a workdir, or '' for random weights
+                "arch": "resnet50",  # resnet18, vgg16_bn, vit_b_16, convnext_tiny, ...; auto: that of the weights
+                "pretrained": "",  # a name (`jaxft convert --list`), hf:OWNER/NAME, a file, a workdir, or '' for none
                 "stem": "imagenet",  # ResNets: imagenet, or small: one 3x3 convolution, for images of about 32 pixels
                 "width": 64,  # channels of the first stage; 64 in torchvision's networks
                 "dtype": "float32",  # dtype of the computation: float32 or bfloat16; parameters are always float32
@@ -43,7 +43,8 @@ def default_config() -> ConfigDict:
                 "test_flip": False,  # average the logits of each image and its mirror image, except in training
                 "batch_norm": "update",  # update (per device), sync (all devices), frozen, recalibrate (after training)
                 "norm_eps": 0.0,  # epsilon of LayerNorm; 0: that of the weights, else the architecture's
-                "pool": "auto",  # features of a ViT: token (class token), mean, attention, or auto (as in the weights)
+                "pool": "auto",  # a ViT's features: token (class token), mean, mean_norm, attention; auto: the weights'
+                "grid": 0,  # side of a ViT's grid of position embeddings, in patches; 0: as in the weights
                 "dropout": -1.0,  # dropout's rate before the head; -1: the architecture's own (VGG: 0.5, others: 0)
                 "drop_path": 0.0,  # stochastic depth: rate of the last residual branch, rising from 0 in the first
                 "head_norm": False,  # standardise the head's input by the training set's statistics, computed once
@@ -54,7 +55,7 @@ def default_config() -> ConfigDict:
                 "train_split": "train",  # split to train on; TFDS's syntax is allowed: train[:90%]
                 "eval_split": "test",  # split to evaluate on after each epoch
                 "stored_size": 0,  # images of several sizes are stored as squares of this side; 0: resize or image_size
-                "resize": 0,  # in evaluation: the shorter side before the central crop to image_size; 0: image_size
+                "resize": 0,  # shorter side before evaluation's central crop; 0: image_size; -1: as for the weights
                 "interpolation": "auto",  # bilinear, bicubic, lanczos; auto: that of the weights' config, else bilinear
                 "layout": "auto",  # arrangement of a folder: splits (PATH/SPLIT/CLASS), classes (PATH/CLASS), or auto
                 "holdout": 0.2,  # fraction of a folder's images to evaluate on, if it has no folder for each split
@@ -69,7 +70,7 @@ def default_config() -> ConfigDict:
                 "momentum": 0.9,  # momentum of sgd
                 "nesterov": False,  # Nesterov momentum for sgd
                 "weight_decay": 0.0,  # added to the gradient by sgd, as torch does; decoupled in the other optimizers
-                "decay_all": True,  # apply weight decay to biases and BatchNorm's parameters too
+                "decay_all": True,  # apply weight decay to biases, norms, class tokens and position embeddings too
                 "schedule": "constant",  # constant, cosine or linear (to 0 at the end), or step
                 "step_epochs": 30.0,  # epochs between two drops of the step schedule
                 "step_factor": 0.1,  # factor of each drop of the step schedule
@@ -78,12 +79,12 @@ def default_config() -> ConfigDict:
                 "adaptive_clip": 0.0,  # largest norm of a unit's gradient relative to its weights' norm; 0: no clipping
                 "ema_decay": 0.0,  # decay of an EMA of the weights, for evaluation, prediction and export; 0: no EMA
                 "accumulate_steps": 1,  # gradient accumulation: batches per update
-                "freeze": "",  # stem, stage1 to stage4, head, backbone (all but the head), patterns; comma-separated
-                "unfreeze": "",  # epochs from which frozen parts train again: '3: stage4, 5: stage3'
+                "freeze": "",  # parts (stem), ranges (stage1-stage3), backbone (all but the head), patterns; by commas
+                "unfreeze": "",  # epochs from which frozen parts train again: '3: stage4, 5: stage1-stage3'
                 "unfreeze_warmup": 0.0,  # epochs of linear warm-up from 0 for each part after it is unfrozen
                 "fit_head": "no",  # fit the head to frozen features: first (before training), only (instead), or no
                 "head_factor": 1.0,  # multiplies the learning rate of the head
-                "layer_decay": 1.0,  # each part's learning rate relative to the next; 0.7: stage4 has 0.7, stage3 0.49
+                "layer_decay": 1.0,  # each part's learning rate relative to the next; a ViT's parts are its blocks
             },
             "class_weights": "none",  # none, or balanced: weigh the loss so that rare classes count as much as others
             "label_smoothing": 0.0,  # fraction of each label that is spread evenly over all classes
@@ -120,9 +121,9 @@ def default_config() -> ConfigDict:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.arch": NAMES,
+    "model.arch": ("auto", *NAMES),
     "model.stem": ("imagenet", "small"),
-    "model.pool": ("auto", "token", "mean", "attention"),
+    "model.pool": ("auto", "token", "mean", "mean_norm", "attention"),
     "model.dtype": ("float32", "bfloat16"),
     "model.precision": ("default", "high", "highest"),
     "model.batch_norm": ("update", "frozen", "sync", "recalibrate"),
@@ -147,6 +148,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "image_size": (1, 4096),
     "model.width": (1, 4096),
     "model.norm_eps": (0, 0.1),
+    "model.grid": (0, 1024),
     "model.dropout": (-1, 0.99),
     "model.drop_path": (0, 0.99),
     "data.stored_size": (0, 4096),
@@ -195,6 +197,18 @@ AUTO: dict[str, float] = {
 }
 
 
+# The same for values that depend on the pretrained weights, or on the architecture if they do not tell.
+FROM_WEIGHTS: dict[str, Any] = {
+    "model.arch": "auto",
+    "model.norm_eps": 0.0,
+    "model.pool": "auto",
+    "model.grid": 0,
+    "image_size": 0,
+    "data.resize": -1,
+    "data.interpolation": "auto",
+}
+
+
 # Keys that may change when a run is resumed: they do not affect its results.
 MAY_CHANGE = {
     "note",
@@ -224,6 +238,12 @@ def auto_keys(config: ConfigDict) -> list[str]:
     """Returns the keys whose value is still to be derived, in the order of AUTO."""
     values = flatten(config)
     return [key for key, value in AUTO.items() if values[key] == value]
+
+
+def keys_from_weights(config: ConfigDict) -> list[str]:
+    """Returns the keys whose value is still to be taken from the weights, in the order of FROM_WEIGHTS."""
+    values = flatten(config)
+    return [key for key, value in FROM_WEIGHTS.items() if values[key] == value]
 
 
 def explanations() -> dict[str, str]:
@@ -278,6 +298,7 @@ def load_config(path: str, overrides: dict[str, str]) -> ConfigDict:
     config = default_config()
     _update(config, flatten(_get_config(path)), f"in {path}")
     _update(config, {key: _parse(key, text, config) for key, text in overrides.items()}, "on the command line")
+    config.model.arch = canonical(config.model.arch)
     _check_values(config)
     return config
 
@@ -387,15 +408,22 @@ def _check_values(config: ConfigDict) -> None:
             hint = f"did you mean '{matches[0]}'?" if matches else f"one of {', '.join(choices)}"
             raise UserError(f"config key '{key}' cannot be '{values[key]}'; {hint}")
     for key, (low, high) in RANGES.items():
-        if not low <= values[key] <= high and values[key] != AUTO.get(key):
+        if not low <= values[key] <= high and values[key] not in (AUTO.get(key), FROM_WEIGHTS.get(key)):
             bounds = f"at least {low}" if values[key] < low else f"at most {high}"
-            if AUTO.get(key, low) < low:
-                bounds += f", or {AUTO[key]} to derive it from the data"
+            for table, source in ((AUTO, "data"), (FROM_WEIGHTS, "weights")):
+                if table.get(key, low) < low:
+                    bounds += f", or {table[key]} to derive it from the {source}"
+                    break
             raise UserError(f"config key '{key}' must be {bounds}, not {values[key]}")
-    resize, image_size, stored_size = (values[key] for key in ("data.resize", "image_size", "data.stored_size"))
-    if resize and not image_size:
+    check_sizes(config)
+
+
+def check_sizes(config: ConfigDict) -> None:
+    """Raises UserError if image_size, data.resize and data.stored_size contradict each other."""
+    resize, image_size, stored_size = config.data.resize, config.image_size, config.data.stored_size
+    if resize > 0 and not image_size:
         raise UserError(f"config key 'data.resize' is {resize} and image_size is 0; set both, or data.resize to 0")
-    if resize and resize < image_size:
+    if 0 < resize < image_size:
         raise UserError(
             f"config key 'data.resize' is {resize}, less than the image_size of {image_size} that is cropped from it; "
             f"set it to 0 or at least {image_size}"

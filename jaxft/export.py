@@ -4,7 +4,8 @@ python -m jaxft.export --workdir runs/cifar10 --to torchvision --out resnet50-ci
 python -m jaxft.export --workdir runs/cifar10 --to flax --out cifar10.safetensors
 python -m jaxft.export --workdir runs/cifar10 --to stablehlo --out cifar10.zip [--dtype int8] [--platform cpu]
 
-torchvision: load it by torchvision.models.resnet50(num_classes=10).load_state_dict(torch.load("resnet50-cifar10.pth")).
+torchvision, torch: with torchvision's names, or those of the library of the pretrained weights (timm, transformers);
+load it by torchvision.models.resnet50(num_classes=10).load_state_dict(torch.load("resnet50-cifar10.pth")).
 flax: start another run from it with --config.model.pretrained=cifar10.safetensors.
 stablehlo: the network with its preprocessing, for CPU, GPU and TPU. It takes uint8 images (N, height, width, 3) of any
 number and size and returns the probabilities (N, classes) that predict returns. examples/run_exported.py runs it with
@@ -37,7 +38,7 @@ from jaxft.models.fold import fold_head_norm, fold_norms
 from jaxft.models.network import options_of
 from jaxft.models.policy import eval_logits
 from jaxft.ops.formulation import Formulation
-from jaxft.pretrained.convert import to_torch
+from jaxft.pretrained.convert import loading_notes, naming_of, own_sizes, to_torch
 from jaxft.pretrained.torch_files import write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.run.metrics_file import read_accuracy
@@ -49,10 +50,16 @@ from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
 from jaxft.transforms.pillow_resize import TALL_BY_HEIGHT
 from jaxft.transforms.preprocessing import Preprocessing, normalize, resize_and_crop_any
 
-SUFFIXES = {"torchvision": (".pth", ".safetensors"), "flax": (".safetensors",), "stablehlo": (".zip",)}
+SUFFIXES = {
+    "torchvision": (".pth", ".safetensors"),
+    "torch": (".pth", ".safetensors"),
+    "flax": (".safetensors",),
+    "stablehlo": (".zip",),
+}
 
 DTYPES = {
     "torchvision": ("float32",),
+    "torch": ("float32",),
     "flax": ("float32", "float16"),
     "stablehlo": ("float32", "bfloat16", "float16", "int8"),
 }
@@ -62,31 +69,40 @@ READABLE = "JAX guarantees to read it for six months"  # docs.jax.dev/en/latest/
 FORMULATIONS: dict[str, Formulation] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # by jax.export's platforms
 
 
-def export_torchvision(checkpoint: LoadedCheckpoint, out: Path) -> None:
-    """Writes a state_dict (.pth or .safetensors) that torchvision's model loads with strict=True.
+def export_torchvision(checkpoint: LoadedCheckpoint, out: Path, to: str = "torchvision") -> None:
+    """Writes a state_dict (.pth or .safetensors) that the model of torchvision or timm loads with strict=True.
 
-    A network of another width or stem has no counterpart there, which is reported on stderr.
+    to: torchvision, or torch for the names of the library that the run's pretrained weights come from. What differs in
+    that library's network is reported on stderr. Raises UserError if torchvision does not have the network.
     """
     state = jax.device_get(checkpoint.state)
     stored, arch = resolve(checkpoint.info["config"]).data.stored_size, checkpoint.info["config"]["model"]["arch"]
     variables = fold_head_norm(state.variables(), checkpoint.model.head)
-    write_tensors(out, to_torch(Weights(variables, checkpoint.info["weights"] | {"arch": arch})))
+    options = {"arch": arch, **options_of(checkpoint.model), "num_classes": checkpoint.model.num_classes}
+    weights = Weights(variables, checkpoint.info["weights"] | options)
+    naming = naming_of(weights, "" if to == "torch" else to)
+    write_tensors(out, to_torch(weights, naming))
     preprocessing = Preprocessing(**checkpoint.info["preprocessing"])
     sizes = [(stored, stored)] if stored else []
     sizes.append((preprocessing.resize or preprocessing.image_size, preprocessing.image_size))
-    steps = [f"Resize({resize}), CenterCrop({size})" for resize, size in sizes]
+    kind = preprocessing.interpolation
+    named = "" if kind == "bilinear" else f", InterpolationMode.{kind.upper()}"  # bilinear is Resize's own default
+    steps = [f"Resize({resize}{named}), CenterCrop({size})" for resize, size in sizes]
     print(
-        f"{out}: {arch}, {checkpoint.model.num_classes} classes, of checkpoint {checkpoint.step}; prepare images by "
+        f"{out}: {arch}, {checkpoint.model.num_classes} classes, of checkpoint {checkpoint.step}, with the names of "
+        f"{naming.library}; prepare images by "
         f"{', '.join(steps)}, ToTensor() and Normalize({preprocessing.mean}, {preprocessing.std})",
         flush=True,
     )
     theirs, ours = checkpoint.model.options, options_of(checkpoint.model)
-    if ours != theirs:
+    if own_sizes(checkpoint.model):
         named = " and ".join(f"model.{key} {value}" for key, value in theirs.items())
         write_message(
-            f"warning: torchvision's {arch} cannot load {out}: it has {named}, this run "
+            f"warning: {naming.library}'s {arch} cannot load {out}: it has {named}, this run "
             f"{' and '.join(map(str, ours.values()))}"
         )
+    for note in loading_notes(weights, naming):
+        write_message(f"warning: {out}: {note}")
 
 
 def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
@@ -104,6 +120,7 @@ def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: s
         "mean": info["preprocessing"]["mean"],
         "std": info["preprocessing"]["std"],
         "eval_accuracy": accuracy.get(step),
+        **({"names": info["weights"]["names"]} if "names" in info["weights"] else {}),
         **{key: info[key] for key in ("config", "class_names", "preprocessing", "train_size", "weights", "versions")},
     }
     write_weights(out, Weights(jax.tree.map(lambda a: a.astype(dtype), variables), provenance))
@@ -152,8 +169,8 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str, platfo
 
     @jax.jit
     def network(image: jax.Array) -> jax.Array:
-        size, resize = preprocessing.image_size, preprocessing.resize
-        pixels = resize_and_crop_any(image, size, resize, stored_size, tall_by_height=TALL_BY_HEIGHT)
+        size, _, _, resize, interpolation = preprocessing
+        pixels = resize_and_crop_any(image, size, resize, stored_size, interpolation, tall_by_height=TALL_BY_HEIGHT)
         image = normalize(pixels, preprocessing)
         return jax.nn.softmax(eval_logits(model, decompress(variables), image, checkpoint.policy))
 
@@ -224,8 +241,8 @@ def main(argv: list[str]) -> None:
     if args.platform and args.to != "stablehlo":
         raise UserError(f"--platform is for --to stablehlo; a {args.to} file holds weights, which run everywhere")
     checkpoint = load_checkpoint(args.workdir, args.checkpoint)
-    if args.to == "torchvision":
-        export_torchvision(checkpoint, args.out)
+    if args.to in ("torch", "torchvision"):
+        export_torchvision(checkpoint, args.out, args.to)
     elif args.to == "flax":
         export_flax(reading_folder(args.workdir), checkpoint, args.out, args.dtype)
     else:

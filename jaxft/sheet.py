@@ -19,7 +19,7 @@ from jaxft.data import datasets
 from jaxft.errors import ArgumentParser, UserError
 from jaxft.files import atomic_write, output_argument, reason
 from jaxft.reporting.sheet_image import draw_sheet
-from jaxft.training.auto import IMAGE_SIZE, resolve_auto
+from jaxft.training.auto import IMAGE_SIZE, resolve_auto, resolve_from_weights
 
 
 def image_format(path: Path) -> str:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     )
     args, rest = parser.parse_known_args(argv)
     kind = image_format(args.out)
-    config = load_config(args.config, parse_overrides(rest))
+    config = resolve_from_weights(load_config(args.config, parse_overrides(rest)), {})  # without fetching any
     data = datasets.load_config_data(config.data, config.data.train_split, config.image_size or IMAGE_SIZE)
     sheet = Image.fromarray(draw_sheet(resolve_auto(config, data), data))
     try:

@@ -22,6 +22,7 @@ from jaxft.config import (
     default_config,
     explanations,
     flatten,
+    keys_from_weights,
     load_config,
     parse_overrides,
 )
@@ -37,7 +38,7 @@ from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers, check_trackers
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import count_predictions
-from jaxft.training.auto import resolve_auto
+from jaxft.training.auto import resolve_auto, resolve_from_weights, resolve_options
 from jaxft.training.batch_size import check_batch_size, find_batch_size
 from jaxft.training.compilation import Compiler, compiles_ahead
 from jaxft.training.evaluation import (
@@ -64,6 +65,7 @@ from jaxft.training.start import (
     check_image_size,
     class_weights,
     load_splits,
+    load_start_weights,
     make_loaders,
 )
 from jaxft.training.state import TrainState
@@ -88,10 +90,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     """Trains in a locked workdir on this machine."""
     config = without_epochs(workdir.without_newer_keys(config))
-    auto = auto_keys(config)
+    auto = [*auto_keys(config), *keys_from_weights(config)]
     config = workdir.resolve_config(config)
     check_batch_size(config.batch_size)
     check_trackers(config.log)
+
+    # weights, which tell what the config leaves open
+    pretrained = None
+    if not workdir.has_checkpoint():
+        pretrained = load_start_weights(config)
+        config = resolve_from_weights(config, pretrained.provenance if pretrained else None)
 
     # data
     train_data, eval_data = load_splits(config)
@@ -103,6 +111,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
 
     # model and state
     model = make_model(config.model, len(train_data.class_names))
+    config = resolve_options(config, model)
     check_image_size(config, model)
     model = model.clone(formulation=choose_formulation(model, config, len(train_data.label)))
     if model.formulation == "cpu-onednn":
@@ -113,10 +122,12 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
         raise UserError(ONLY_FIT)
     tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs, model.parts)
     metrics = MetricsFile(workdir.metrics)
-    (state, info, teacher), checkpoints = begin_or_resume(config, workdir, model, tx, (train_data, eval_data), metrics)
+    splits = (train_data, eval_data)
+    (state, info, teacher), checkpoints = begin_or_resume(config, workdir, model, tx, splits, metrics, pretrained)
+    del pretrained  # the state has them now
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
-    print_start(config, workdir, model, state, info, (train_data, eval_data))
+    print_start(config, workdir, model, state, info, splits)
     print_auto(config, auto)
 
     # steps and loaders

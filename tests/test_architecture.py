@@ -27,6 +27,7 @@ ORDER = [
     "pretrained",
     "run",
     "training",
+    "inference",
     "classifier",
     "reporting",
 ]

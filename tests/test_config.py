@@ -41,6 +41,18 @@ def test_cifar10_is_exactly_the_original_recipe() -> None:
     assert (config["data.train_split"], config["data.eval_split"]) == ("train", "test")
 
 
+def test_vit_and_convnext_take_what_they_can_from_the_weights() -> None:
+    """They differ in the weights and in two published values."""
+    vit, convnext = (flatten(load_config(name, {})) for name in ("vit", "convnext"))
+    for config in (vit, convnext):
+        assert (config["model.arch"], config["image_size"], config["data.resize"]) == ("auto", 0, -1)
+        assert config["model.pretrained"].startswith("hf:timm/")
+        assert (config["optimizer.name"], config["optimizer.decay_all"]) == ("adamw", False)
+        assert config["model.dtype"] == "float32"
+    different = {key for key, value in vit.items() if value != convnext[key]}
+    assert different == {"model.pretrained", "optimizer.layer_decay", "optimizer.weight_decay"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
 def test_every_config_that_ships_is_valid(path: Path) -> None:
     assert flatten(load_config(str(path), {})).keys() == flatten(default_config()).keys()
@@ -155,7 +167,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_architectures_are_those_that_can_be_built() -> None:
-    assert CHOICES["model.arch"] == tuple(ARCHITECTURES)
+    assert {*CHOICES["model.arch"]} == {"auto", *ARCHITECTURES}
 
 
 def test_overrides_are_parsed_and_other_arguments_refused() -> None:
@@ -168,7 +180,7 @@ def test_overrides_are_parsed_and_other_arguments_refused() -> None:
 def test_every_config_key_has_an_explanation() -> None:
     found = explanations()
     assert found.keys() == flatten(default_config()).keys()
-    assert found["image_size"].startswith("pixels: the shorter side after resizing")
+    assert found["image_size"].startswith("pixels of the crop's side")
     assert found["data.dir"].startswith("folder of prepared TFDS datasets")
     assert [key for key, meaning in found.items() if not meaning] == []
 

@@ -92,6 +92,20 @@ def test_errors_are_exactly_as_shown(desk: Path, small_run: Path, capsys: pytest
         assert code == 2
 
 
+def test_nearest_neighbours_are_found_by_their_features(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs the example in docs/results.md on 100 images, each of which is its own nearest neighbour."""
+    page = ROOT / "docs" / "results.md"
+    for words in commands(page):
+        if "--features" in words:
+            assert run_command(predict.main, words[3:]) == 0
+    (example,) = (block for block in blocks(page, "python") if "train.npz" in block)
+    exec(example, {})
+    _, _, similar, accuracy = capsys.readouterr().out.splitlines()
+    first = sorted(Path("pictures/val").rglob("*.png"))[0]
+    assert similar.startswith(f"most similar to {first} are {str(first).replace('val', 'train')} ")
+    assert accuracy.startswith("20-NN accuracy ")
+
+
 @pytest.mark.slow
 def test_every_command_works(desk: Path) -> None:
     """Runs them in the order of the pages, with small networks, images and data."""

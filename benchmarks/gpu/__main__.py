@@ -48,6 +48,7 @@ PARTS = {  # in order of importance
         "machine": 1,
         "steps": 13,
         "variants": 11,
+        "families": 7,
         "kernels": 3,
         "startup": 7,
         "epochs": 3,

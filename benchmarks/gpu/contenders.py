@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.child import Child
 from benchmarks.gpu.part import Settings
-from benchmarks.train_step import Task, start, summary, take_turns
+from benchmarks.train_step import Task, is_timms, start, summary, take_turns
 
 GIB = 2**30
 MEMORY_SHARE = 0.9  # of a GPU's memory that contenders may need at a time
@@ -84,12 +84,12 @@ class Contenders:
         self.everyone = list(everyone)
         self._slots, self._limit, self._grants = slots, limit, grants
         self.memory = MEMORY_SHARE * gpu_memory() if settings.gpu else float("inf")
-        has_torch = all(importlib.util.find_spec(name) for name in ("torch", "torchvision"))
+        missing = [name for name in ("torch", "torchvision", "timm") if not importlib.util.find_spec(name)]
         for contender in self.everyone:
             contender.task = contender.task._replace(is_gated=True, needs_gpu=settings.gpu)
             if contender.kind.startswith("torch"):
-                if not has_torch:
-                    contender.gone = "torch or torchvision is not installed"
+                if needed := [name for name in missing if name != "timm" or is_timms(contender.task.arch)]:
+                    contender.gone = f"{needed[0]} is not installed"
                 elif "compile" in contender.kind and not settings.gpu:
                     contender.gone = "torch.compile takes minutes on a CPU"
             if contender.memory > self.memory:

@@ -17,7 +17,7 @@ from benchmarks.gpu.part import Settings, Skipped, run_child, say
 if TYPE_CHECKING:
     import numpy as np
 
-BATCH = 64  # jaxft.classifier.BATCH_SIZE
+BATCH = 64  # jaxft.inference.BATCH_SIZE
 SAMPLE = "jaxft/samples/cifar10.tar.xz"
 TOY_FILES = 300
 ARRAYS = 1024  # images per turn, which repeat those that were read

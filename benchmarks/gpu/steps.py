@@ -6,6 +6,7 @@ dropped with a remark.
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.contenders import Contender, Contenders, cache_environment
@@ -17,6 +18,7 @@ ROUNDS = 5
 TURN = 0.6  # seconds of a turn, about
 COMPILE_LIMIT = 110.0  # seconds
 MEASURE = 4.0  # seconds per contender that are reserved for measuring
+RELATIVE_RATES = {"vit_b_16": 0.25}  # images per second relative to a ResNet-50's, roughly
 
 
 class Case(NamedTuple):
@@ -27,10 +29,12 @@ class Case(NamedTuple):
     dtype: str
     torch: tuple[str, ...]  # modes of PyTorch, the most important first
     with_jaxft: bool = True  # False: jaxft has been measured in an earlier case of this label
+    arch: str = ""  # default: a ResNet
 
     @property
     def label(self) -> str:
-        return f"{'train' if self.which == 'train' else 'evaluation'} {self.batch} {self.dtype}"
+        which = "train" if self.which == "train" else "evaluation"
+        return " ".join(filter(None, (self.arch, which, str(self.batch), self.dtype)))
 
 
 # Each process of PyTorch takes up to 14 s to choose its kernels, one at a time. Eager mode is never its best, so it
@@ -56,22 +60,22 @@ TOY_CASES = (
 )
 
 
-def make_task(settings: Settings, which: str, batch: int, dtype: str) -> Task:
-    """Returns the task of a contender with turns of about TURN seconds on an H100."""
+def make_task(settings: Settings, which: str, batch: int, dtype: str, arch: str = "") -> Task:
+    """Returns the task of a contender with turns of about TURN seconds on an H100. arch: default: a ResNet."""
     if settings.toy:
-        return Task("resnet18", 32, batch, which, 64, 2)
-    rate = (5000 if which == "train" else 25_000) / (2 if dtype == "float32" else 1)
-    return Task("resnet50", 224, batch, which, 64, max(int(TURN * rate / batch), 4))
+        return Task(arch or "resnet18", 32, batch, which, 64, 2)
+    rate = (5000 if which == "train" else 25_000) / (2 if dtype == "float32" else 1) * RELATIVE_RATES.get(arch, 1.0)
+    return Task(arch or "resnet50", 224, batch, which, 64, max(int(TURN * rate / batch), 4))
 
 
 def contenders_of(settings: Settings, case: Case) -> list[Contender]:
     """Makes a case's contenders, jaxft first."""
-    task = make_task(settings, case.which, case.batch, case.dtype)
+    task = make_task(settings, case.which, case.batch, case.dtype, case.arch)
     env = cache_environment(settings.cache)
     if settings.toy:
         env |= {"OMP_NUM_THREADS": "1"}  # PyTorch's threads spin, and two cores have other work
     suffix = "-xla" if settings.toy else ""  # without oneDNN's self-test on a CPU
-    small = task._replace(width=8) if settings.toy else task
+    small = task._replace(width=8) if settings.toy and not case.arch else task
     found = [Contender("jaxft", f"jaxft-{case.dtype}{suffix}", small, env)] if case.with_jaxft else []
     for mode in case.torch:
         kind = f"torch-{case.dtype}" + ("" if mode == "eager" else f"-{mode}")
@@ -89,7 +93,7 @@ def compared(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"best_torch": best, "ratio": own / others[best], "ratios": {name: own / x for name, x in others.items()}}
 
 
-def line(label: str, figures: dict[str, dict[str, Any]], result: dict[str, Any], toy: bool) -> str:
+def line(part: str, label: str, figures: dict[str, dict[str, Any]], result: dict[str, Any], toy: bool) -> str:
     """Returns a case's line: images/s with quartiles, peak memory beside the prediction, seconds to the first step."""
     parts = []
     for name, each in figures.items():
@@ -101,7 +105,7 @@ def line(label: str, figures: dict[str, dict[str, Any]], result: dict[str, Any],
             f"{name} {each['images_per_second']:.0f} images/s ({low:.0f} to {high:.0f}), {memory} GiB, first step "
             f"{each['first_step_seconds']:.0f} s"
         )
-    text = f"steps: {label}: " + "; ".join(parts or ["nothing measured"])
+    text = f"{part}: {label}: " + "; ".join(parts or ["nothing measured"])
     if "ratio" in result:
         text += f"; jaxft is {result['ratio']:.2f} times {result['best_torch']}"
     if label in GOALS and not toy:
@@ -113,10 +117,14 @@ def line(label: str, figures: dict[str, dict[str, Any]], result: dict[str, Any],
 
 def steps(settings: Settings, seconds: float) -> dict[str, Any]:
     """Measures the cases in order of importance, as far as time allows."""
+    return measure_cases("steps", TOY_CASES if settings.toy else CASES, settings, seconds) | {"goals": GOALS}
+
+
+def measure_cases(part: str, cases: Sequence[Case], settings: Settings, seconds: float) -> dict[str, Any]:
+    """Measures the cases in their order, as far as time allows, and prints lines that begin with the part's name."""
     if not settings.gpu and not settings.toy:
         raise Skipped("there is no GPU; --toy measures small steps on a CPU")
     until = time.monotonic() + seconds
-    cases = TOY_CASES if settings.toy else CASES
     members = {case: contenders_of(settings, case) for case in cases}
     cores = len(os.sched_getaffinity(0))
     limit = min(COMPILE_LIMIT, 0.85 * seconds)
@@ -134,7 +142,7 @@ def steps(settings: Settings, seconds: float) -> dict[str, Any]:
                 pool.wait([next(each for each in members[case] if not each.is_settled)], until - reserved - MEASURE)
                 ready = [each for each in members[case] if each.report and each.child]
             if ready:
-                _measure(settings, pool, case, ready, until)
+                _measure(part, settings, pool, case, ready, until)
             elif until - time.monotonic() < reserved + MEASURE:
                 for each in members[case]:
                     if not each.is_settled:
@@ -153,21 +161,24 @@ def steps(settings: Settings, seconds: float) -> dict[str, Any]:
             pool.pause()
             continue
         waiting.remove(case)
-        _measure(settings, pool, case, members[case], until)
+        _measure(part, settings, pool, case, members[case], until)
         for each in members[case]:
             each.close()
     if left := [f"{case.label}, torch {' and '.join(case.torch)}" for case in waiting]:
         settings.results["not_reached"] = left
-        say(f"steps: no time left for {'; '.join(left)}")
+        say(f"{part}: no time left for {'; '.join(left)}")
     if not any(isinstance(each, dict) and each.get("jaxft") for each in settings.results.values()):
         reasons = {each.gone for each in pool.everyone if each.kind.startswith("jaxft") and each.gone}
         if any(reason.startswith("failed") for reason in reasons):
             raise RuntimeError(sorted(reasons)[0])
         raise Skipped(min(reasons, default="too little time to compile a step"))
-    return {"goals": GOALS}
+    return {}
 
 
-def _measure(settings: Settings, pool: Contenders, case: Case, members: list[Contender], until: float) -> None:
+# Six parameters: the case's and those of the whole part.
+def _measure(
+    part: str, settings: Settings, pool: Contenders, case: Case, members: list[Contender], until: float
+) -> None:
     """Measures contenders of a case, and prints and stores their figures beside those that it already has."""
     figures = pool.measure(members, 2 if settings.toy else ROUNDS, until)
     stored = settings.results.setdefault(case.label, {})
@@ -176,4 +187,4 @@ def _measure(settings: Settings, pool: Contenders, case: Case, members: list[Con
     stored |= compared(measured)
     if missing := {each.name: each.gone for each in members if each.gone}:
         stored["not_measured"] = stored.get("not_measured", {}) | missing
-    say(line(case.label, measured, stored, settings.toy))
+    say(line(part, case.label, measured, stored, settings.toy))

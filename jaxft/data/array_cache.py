@@ -34,8 +34,10 @@ CHUNK = 1 << 24  # bytes with a checksum of their own, so that several threads s
 ALWAYS_CHECKED = 1 << 30  # bytes up to which images are checked whenever they are opened
 
 
-def cached_arrays_dir(name: str, split: str, *more: str) -> Path:
+def cached_arrays_dir(name: str, split: str, *more: str, interpolation: str = "bilinear") -> Path:
     """Returns the cache folder of a split. more: everything else that its content depends on."""
+    if interpolation != "bilinear":  # older caches, all of which are bilinear, keep their names
+        more = (*more, interpolation)
     key = hashlib.sha256(json.dumps([name, split, *more]).encode()).hexdigest()[:16]
     return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"
 
@@ -73,6 +75,7 @@ def write_arrays(
     class_names: Iterable[str],
     side: int | None,
     source: dict[str, Any],
+    interpolation: str = "bilinear",
 ) -> None:
     """Writes (image, label) pairs into a folder, atomically.
 
@@ -88,7 +91,7 @@ def write_arrays(
         with (partial_dir / "image.bin").open("wb") as file:
             writer = _ChecksumWriter(file)
             for image, label in examples:
-                image = as_stored(image, side)
+                image = as_stored(image, side, interpolation)
                 shape = shape or image.shape
                 if image.shape != shape:
                     raise ValueError(f"has images of {shape} and of {image.shape}, although it declares one size")
@@ -189,7 +192,7 @@ def _remember_check(image_file: Path) -> None:
             json.dump(_stamp(image_file), file)
 
 
-def as_stored(image: np.ndarray, side: int | None) -> np.ndarray:
+def as_stored(image: np.ndarray, side: int | None, interpolation: str = "bilinear") -> np.ndarray:
     """Converts an image (H, W, 1 or 3) to uint8 (H, W, 3), shrunk to a square of `side` pixels unless that is None.
 
     Raises ValueError for another dtype or shape.
@@ -198,4 +201,4 @@ def as_stored(image: np.ndarray, side: int | None) -> np.ndarray:
         raise ValueError(f"has an image that is {image.dtype} of shape {image.shape}; expected uint8, 1 or 3 channels")
     if image.shape[2] == 1:
         image = np.broadcast_to(image, (*image.shape[:2], 3))
-    return image if side is None else shrink(np.ascontiguousarray(image), side)
+    return image if side is None else shrink(np.ascontiguousarray(image), side, interpolation)

@@ -45,3 +45,4 @@ class DataOptions(NamedTuple):
     layout: str = "auto"  # "auto", "splits" or "classes": how a folder is arranged
     train_split: str = "train"  # in a folder without splits, any other name means the held-out part
     eval_split: str = "test"  # name by which a folder of test images is recognised
+    interpolation: str = "bilinear"  # "bilinear", "bicubic" or "lanczos": the filter that shrinks images to squares

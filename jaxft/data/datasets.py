@@ -88,9 +88,22 @@ def load_config_data(
     """Returns a split of the source that the config's `data` section names."""
     side = data.stored_size or max(data.resize, image_size)
     options = DataOptions(
-        data.dir, side, data.holdout, data.unreadable, data.cache, data.layout, data.train_split, data.eval_split
+        data.dir,
+        side,
+        data.holdout,
+        data.unreadable,
+        data.cache,
+        data.layout,
+        data.train_split,
+        data.eval_split,
+        interpolation_of(data),
     )
     return load(data.name, split, options, class_names)
+
+
+def interpolation_of(data: ConfigDict) -> str:
+    """Returns the filter that the config's `data` section names; auto, where nothing has resolved it, is bilinear."""
+    return "bilinear" if data.interpolation == "auto" else data.interpolation
 
 
 def describe(train: Dataset, test: Dataset, stream: str = "auto") -> str:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxft.errors import UserError, one_line
 from jaxft.files import open_regular, reason
-from jaxft.transforms.pillow_resize import resize_and_crop_thin
+from jaxft.transforms.pillow_resize import FILTERS, resize_and_crop_thin
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, of DecompressionBombError: 0.5 GB of RGB
 MAX_RATIO = 16  # ratio of the sides up to which the whole image is resized; beyond it only the central part
@@ -27,6 +27,7 @@ _ICONS = {0x10000, 0x20000}  # first four bytes of .ico and .cur
 _BAND_BYTES = 1 << 22  # of an image that is converted at once
 _WHOLE_BYTES = 1 << 22  # of a file that is read into memory before it is decoded
 _BYTES_PER_PIXEL = 8  # of a decoded image and its conversion to RGB
+_RESAMPLING = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 _UNKNOWN = "Pillow does not know its format"
 _BEGINNINGS = {  # of files that Pillow does not read
@@ -97,15 +98,18 @@ def decode(
     *,
     side: int | None = None,
     at_most: int | None = None,
+    interpolation: str = "bilinear",
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Decodes the first frame of any image that Pillow reads to uint8 (H, W, 3), turned upright by its EXIF data.
 
     Grey, palette, CMYK, 16-bit and float images become RGB; transparency becomes white. side: shrinks the image to a
-    square of this many pixels. at_most: does so only if both sides are longer. name: for messages, the path by default.
-    Raises ImageError.
+    square of this many pixels. at_most: does so only if both sides are longer. interpolation: the filter, a key of
+    FILTERS. name: for messages, the path by default. Raises ImageError.
     """
-    return decode_with_remarks(source, name, side=side, at_most=at_most, max_pixels=max_pixels).image
+    return decode_with_remarks(
+        source, name, side=side, at_most=at_most, interpolation=interpolation, max_pixels=max_pixels
+    ).image
 
 
 def decode_with_remarks(
@@ -114,6 +118,7 @@ def decode_with_remarks(
     *,
     side: int | None = None,
     at_most: int | None = None,
+    interpolation: str = "bilinear",
     max_pixels: int = MAX_PIXELS,
 ) -> Decoded:
     """Decodes an image as `decode` does, and returns what is unusual about it."""
@@ -122,10 +127,12 @@ def decode_with_remarks(
         _explained_errors(source, name),
         open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file,
     ):
-        return _decode(file, name, side, at_most, max_pixels)
+        return _decode(file, name, side, interpolation, at_most, max_pixels)
 
 
-def read_file(path: Path, side: int | None, limit: int | None = None) -> tuple[Decoded, int]:
+def read_file(
+    path: Path, side: int | None, limit: int | None = None, interpolation: str = "bilinear"
+) -> tuple[Decoded, int]:
     """Decodes a file as `decode` does and returns the CRC-32 of its content too; most files are opened only once.
 
     limit: raises LargeImageError, without decoding, for thin images and if both sides have more pixels than this.
@@ -133,9 +140,9 @@ def read_file(path: Path, side: int | None, limit: int | None = None) -> tuple[D
     name = str(path)
     with _explained_errors(path, name), open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > _WHOLE_BYTES:
-            return _decode(file, name, side, limit=limit), _file_crc32(path)
+            return _decode(file, name, side, interpolation, limit=limit), _file_crc32(path)
         content = file.read()
-        return _decode(io.BytesIO(content), name, side, limit=limit), zlib.crc32(content)
+        return _decode(io.BytesIO(content), name, side, interpolation, limit=limit), zlib.crc32(content)
 
 
 def _file_crc32(path: Path) -> int:
@@ -146,10 +153,12 @@ def _file_crc32(path: Path) -> int:
     return crc
 
 
+# Seven parameters: those of `decode`, and the limit of `read_file`.
 def _decode(
     file: IO[bytes],
     name: str,
     side: int | None,
+    interpolation: str,
     at_most: int | None = None,
     max_pixels: int = MAX_PIXELS,
     limit: int | None = None,
@@ -168,7 +177,7 @@ def _decode(
             flat, remark = _flatten(_upright(image))
             if deep_colours and np.asarray(flat).max() < 16:
                 remark = (*remark, DARK_COLOURS)
-            array = np.asarray(_as_rgb(flat)) if side is None else _shrink(flat, side)
+            array = np.asarray(_as_rgb(flat)) if side is None else _shrink(flat, side, interpolation)
         return Decoded(array, (*remarks, *remark))
 
 
@@ -371,16 +380,16 @@ def is_thin(width: int, height: int) -> bool:
     return max(width, height) > MAX_RATIO * min(width, height)
 
 
-def shrink(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes uint8 (H, W, 3) to (size, size, 3): the shorter side to `size` by Pillow's BILINEAR, then a central crop.
+def shrink(image: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
+    """Resizes uint8 (H, W, 3) to (size, size, 3): the shorter side to `size` by Pillow, then a central crop.
 
-    Equals torchvision's Resize(size) and CenterCrop(size), and preprocessing.resize_and_crop on the device. If an image
-    is thin, only the part that the crop keeps is resized, with the same result.
+    Equals torchvision's Resize(size, interpolation) and CenterCrop(size), and preprocessing.resize_and_crop on the
+    device. If an image is thin, only the part that the crop keeps is resized, with the same result.
     """
-    return _shrink(Image.fromarray(image), size)
+    return _shrink(Image.fromarray(image), size, interpolation)
 
 
-def _shrink(image: Image.Image, size: int) -> np.ndarray:
+def _shrink(image: Image.Image, size: int, interpolation: str) -> np.ndarray:
     """Resizes and crops an image of mode L or RGB as `shrink` does.
 
     Takes at most MAX_RATIO times the memory of the image or of the result.
@@ -389,8 +398,12 @@ def _shrink(image: Image.Image, size: int) -> np.ndarray:
     shorter = min(height, width)
     new_height, new_width = int(size * height / shorter), int(size * width / shorter)
     if is_thin(width, height) and size > shorter:  # else the resized image is smaller than this one
-        return resize_and_crop_thin(lambda box: np.asarray(_as_rgb(image.crop(box))), (height, width), size)
+
+        def crop(box: tuple[int, int, int, int]) -> np.ndarray:
+            return np.asarray(_as_rgb(image.crop(box)))
+
+        return resize_and_crop_thin(crop, (height, width), size, interpolation)
     if (new_height, new_width) != (height, width):
-        image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        image = image.resize((new_width, new_height), _RESAMPLING[interpolation])
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return np.asarray(_as_rgb(image))[top : top + size, left : left + size]

@@ -94,7 +94,7 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
     """
     files = find_files(root, split, options, class_names)
     name = f"folder:{root}"
-    arrays_dir = cached_arrays_dir(name, split)
+    arrays_dir = cached_arrays_dir(name, split, interpolation=options.interpolation)
     source = {"fingerprint": files.fingerprint(), "unreadable": options.unreadable, "side": options.side, "version": 3}
     opened = open_arrays(arrays_dir)
     if opened and options.cache != "never" and _matches(opened[1], source):
@@ -178,7 +178,7 @@ def read_images(
     common: tuple[int, ...] | None = None
     limit = options.side if side is None else None
     with ThreadPoolExecutor() as pool, Progress("reading images", len(files.paths), log_after=5) as progress:
-        read = partial(_read, side=side, limit=limit)
+        read = partial(_read, side=side, limit=limit, interpolation=options.interpolation)
         for number, found in enumerate(_map_ahead(pool, read, files.paths, _files_per_task(files, options.side))):
             progress.update(1)
             size = found.size if isinstance(found, Unusable) else found.decoded.image.shape[:2]
@@ -206,15 +206,15 @@ def read_images(
         )
 
 
-def _read(path: Path, side: int | None, limit: int | None) -> ReadImage | Unusable:
+def _read(path: Path, side: int | None, limit: int | None, interpolation: str) -> ReadImage | Unusable:
     """Reads an image. Raises SizesDifferError, before decoding it, if it exceeds `limit` or is thin."""
     try:
-        decoded, crc32 = read_file(path, side, limit)
+        decoded, crc32 = read_file(path, side, limit, interpolation)
         return ReadImage(decoded, crc32, is_single_colour(decoded.image))
     except LargeImageError:
         if _header_size(path):
             raise SizesDifferError from None
-        return _read(path, limit, None)  # damaged, although Pillow could open it
+        return _read(path, limit, None, interpolation)  # damaged, although Pillow could open it
     except ImageError as error:
         return Unusable(str(error), _header_size(path) if limit else None)
     except OSError as error:
@@ -270,7 +270,7 @@ def _open_lazily(
     if not numbers:
         raise ValueError("has no images")
     height, width = found["size"]
-    reader = ImageFiles([files.paths[i] for i in numbers], found["shrunk_to"])
+    reader = ImageFiles([files.paths[i] for i in numbers], found["shrunk_to"], options.interpolation)
     image = LazyImages(reader, len(numbers), height, width)
     data = Dataset(image, np.array([files.label[i] for i in numbers], np.int32), files.class_names)
     return _with_origin(data, found, root, files)
@@ -292,10 +292,11 @@ class ImageFiles:
 
     paths: list[Path]
     side: int | None  # pixels of the square that images are shrunk to
+    interpolation: str = "bilinear"
 
     def __call__(self, number: int) -> np.ndarray:
         """Returns uint8 (H, W, 3). Raises ImageError if the file has changed and cannot be read."""
-        return decode(self.paths[number], side=self.side)
+        return decode(self.paths[number], side=self.side, interpolation=self.interpolation)
 
     def where(self, number: int) -> str:
         return str(self.paths[number])

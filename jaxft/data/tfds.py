@@ -29,7 +29,8 @@ def load_tfds(name: str, split: str, options: DataOptions) -> Dataset:
     data_dir = options.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" not in data_dir:  # not gs://...
         data_dir = str(Path(data_dir).expanduser().absolute())
-    wanted = TfdsSplit(name, split, data_dir, options.side, room_for_images(options.cache))
+    room = room_for_images(options.cache)
+    wanted = TfdsSplit(name, split, data_dir, options.side, room, options.interpolation)
     data = _open_cached(wanted, options.cache)
     if data is None:
         _run_worker(wanted)
@@ -97,11 +98,13 @@ class TfdsRecords:
     split: str
     feature: str
     side: int | None  # pixels of the square that images are shrunk to
+    interpolation: str = "bilinear"
 
     def __call__(self, number: int) -> np.ndarray:
         """Returns uint8 (H, W, 3). Raises UserError if the record cannot be read or holds another kind of image."""
         try:
-            return as_stored(_source(self.directory, self.split, os.getpid())[number][self.feature], self.side)
+            image = _source(self.directory, self.split, os.getpid())[number][self.feature]
+            return as_stored(image, self.side, self.interpolation)
         except Exception as error:  # TFDS's readers and decoders raise exceptions of any type
             raise UserError(f"{self.where(number)} cannot be read: {' '.join(str(error).split())[:120]}") from error
 

@@ -12,6 +12,7 @@ class TfdsSplit(NamedTuple):
     data_dir: str
     side: int  # images that differ in size or are larger become squares of this many pixels
     room: float  # bytes of disk that the decoded images may take
+    interpolation: str = "bilinear"  # the filter that shrinks them
 
     @property
     def unchanged_dir(self) -> Path:
@@ -21,7 +22,8 @@ class TfdsSplit(NamedTuple):
     @property
     def shrunk_dir(self) -> Path:
         """The cached arrays if the images are shrunk to squares."""
-        return cached_arrays_dir(self.name, self.split, self.data_dir, str(self.side))
+        side = str(self.side)
+        return cached_arrays_dir(self.name, self.split, self.data_dir, side, interpolation=self.interpolation)
 
     @property
     def records_file(self) -> Path:

@@ -156,6 +156,7 @@ def _write_records(
             "split": wanted.split,
             "feature": image_name,
             "side": side,
+            "interpolation": wanted.interpolation,
         },
         "size": stored_size,
         "class_names": builder.info.features[label_name].names,
@@ -179,7 +180,8 @@ def _write_arrays(
     )
     examples = ((example[image_name], int(example[label_name])) for example in progress)
     try:
-        write_arrays(arrays_dir, examples, builder.info.features[label_name].names, side, _fingerprint(builder))
+        names = builder.info.features[label_name].names
+        write_arrays(arrays_dir, examples, names, side, _fingerprint(builder), wanted.interpolation)
     except ValueError as error:
         raise UserError(f"the split '{wanted.split}' of '{builder.name}' {error}") from None
 

@@ -7,14 +7,22 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxft.errors import UserError
-from jaxft.models import resnet, vgg
+from jaxft.models import convnext, resnet, vgg, vit
 from jaxft.models.network import Network
 from jaxft.ops.formulation import Formulation, default_formulation
 
-ARCHITECTURES: dict[str, Callable[..., Network]] = {**resnet.ARCHITECTURES, **vgg.ARCHITECTURES}
+ARCHITECTURES: dict[str, Callable[..., Network]] = {
+    **resnet.ARCHITECTURES,
+    **vgg.ARCHITECTURES,
+    **convnext.ARCHITECTURES,
+    **vit.ARCHITECTURES,
+}
 
+# Options whose value in a config may stand for the weights' or the architecture's own.
+FROM_WEIGHTS: dict[str, Any] = {"norm_eps": 0.0, "pool": "auto", "grid": 0}
 # Keys of the config's `model` section that not all families have, with the values that stand for a family's own.
-_OPTIONS: dict[str, Any] = {**resnet.ResNet.options, **vgg.VGG.options}
+_OPTIONS: dict[str, Any] = {**resnet.ResNet.options, **vgg.VGG.options, **convnext.ConvNeXt.options}
+_OPTIONS |= FROM_WEIGHTS
 _RATES = {"dropout": -1.0, "drop_path": 0.0}
 
 
@@ -36,4 +44,5 @@ def make_model(config: ConfigDict, num_classes: int, formulation: Formulation | 
         if key not in (*model.options, *model.random_layers) and config[key] not in (default, 0):
             raise UserError(f"a {config.arch} has no model.{key}; leave it at {default}, not {config[key]}")
     rates = {key: rate for key, rate in rates.items() if key in model.random_layers}
-    return model.clone(**{key: config[key] for key in model.options}, **rates)
+    options = {key: config[key] for key in model.options if config[key] != FROM_WEIGHTS.get(key)}
+    return model.clone(**options, **rates)

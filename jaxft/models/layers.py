@@ -1,8 +1,9 @@
-"""Layers that several families have: a convolution, and BatchNorm, which can be folded into it.
+"""Layers that several families have: a convolution, BatchNorm, which can be folded into it, and those of ViTs.
 
 Images are NHWC; parameters are float32; `dtype` is what a layer computes in.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,8 +14,10 @@ from jaxft.models.policy import Policy
 from jaxft.ops.batch_norm import NormOptions, batch_norm
 from jaxft.ops.conv import conv as convolve
 from jaxft.ops.conv import conv_and_add
+from jaxft.ops.dense import dense
 from jaxft.ops.elementwise import scale_kernel
 from jaxft.ops.formulation import Formulation
+from jaxft.ops.layer_norm import layer_norm_and_input
 
 EPSILON = 1e-5  # of BatchNorm
 
@@ -64,10 +67,12 @@ class BatchNorm(nn.Module):
     policy: Policy = Policy()
     dtype: Any = jnp.float32
     formulation: Formulation = "plain"
+    zero_init: bool = False  # its scale is 0 at first, not 1
 
     def setup(self) -> None:
         shape = (self.features,)
-        self.scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        self.scale = self.param("scale", init, shape, jnp.float32)
         self.bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         self.running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -114,3 +119,38 @@ def fold(
     slope = norm.scale * jax.lax.rsqrt(norm.var + EPSILON)
     mean = norm.mean if bias is None else norm.mean - bias
     return scale_kernel(kernel, slope, formulation), norm.bias - mean * slope
+
+
+class Dense(nn.Module):
+    """A dense layer, or one whose kernel is applied in another way, in the fastest formulation."""
+
+    shape: tuple[int, ...]  # of the kernel
+    dtype: Any = jnp.float32
+    formulation: Formulation = "plain"
+    kernel_init: Callable[..., jax.Array] = nn.initializers.normal(0.02)
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+    apply_kernel: Callable[[jax.Array, jax.Array, Formulation, jax.Array], jax.Array] = dense
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
+        return self.apply_kernel(x.astype(self.dtype), kernel.astype(self.dtype), self.formulation, bias)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, with statistics in at least float32."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+    formulation: Formulation = "plain"
+
+    @nn.compact
+    def with_input(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the result and x, which a shortcut should take from here: see ops/layer_norm.py."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return layer_norm_and_input(x, scale, bias, self.epsilon, self.dtype, self.formulation)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.with_input(x)[0]

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from jaxft.models.policy import Policy
 Parts = Mapping[str, str]  # a network's `parts`
 
 BACKBONE = "backbone"  # everything but the head
+RANGE = re.compile(r"(\w+)\s*-\s*(\w+)")  # of parts: block0-block5
+MANY_PARTS = 10  # more than these share lines of the table
 
 
 def parameter_paths(model: Network) -> list[str]:
@@ -29,24 +31,66 @@ def stage_of(path: str, parts: Parts) -> str:
     return next(name for name, pattern in parts.items() if re.match(pattern, path))
 
 
-def select(paths: list[str], names: str, parts: Parts) -> frozenset[str]:
-    """Selects the paths that match `names`: parts and regular expressions, separated by commas.
+def covers(name: str, path: str, parts: Parts) -> bool:
+    """Returns whether a name of optimizer.freeze covers a parameter.
 
-    Raises UserError for a name that matches no path.
+    name: a part, a range of parts ('stage1-stage3'), 'backbone' or a regular expression over paths.
+    """
+    if name == BACKBONE:
+        return stage_of(path, parts) != "head"
+    if RANGE.fullmatch(name):
+        return stage_of(path, parts) in parts_between(name, parts)
+    return re.search(parts.get(name, name), path) is not None
+
+
+def parts_between(name: str, parts: Parts) -> list[str]:
+    """Returns the parts of a range such as 'stage1-stage3', both ends included, in the network's order.
+
+    Raises UserError if an end is not a part, or if the first one comes after the last.
+    """
+    match = RANGE.fullmatch(name)
+    assert match
+    names, ends = list(parts), match.groups()
+    if unknown := [end for end in ends if end not in parts]:
+        raise UserError(f"'{name}' is not a range of parts: there is no part '{unknown[0]}'; parts are {listed(parts)}")
+    first, last = (names.index(end) for end in ends)
+    if first > last:
+        raise UserError(f"'{name}' is not a range of parts: '{ends[1]}' comes first; write {ends[1]}-{ends[0]}")
+    return names[first : last + 1]
+
+
+def listed(parts: Parts) -> str:
+    """Returns the parts as a text in which numbered ones are a range: 'embed, block0-block11, head'."""
+    runs: list[list[str]] = []
+    for name in parts:
+        if runs and _continues(runs[-1][-1], name):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _continues(name: str, following: str) -> bool:
+    """Returns whether two parts differ only in their number, and the second one's is the next: stage1 and stage2."""
+    kind = name.rstrip("0123456789")
+    return name != kind and following == f"{kind}{int(name.removeprefix(kind)) + 1}"
+
+
+def select(paths: list[str], names: str, parts: Parts) -> frozenset[str]:
+    """Selects the paths that `names` cover: parts, ranges of parts and regular expressions, separated by commas.
+
+    Raises UserError for a name that covers no path.
     """
     selected: set[str] = set()
     for name in filter(None, (name.strip() for name in names.split(","))):
         try:
-            pattern = re.compile(parts.get(name, name))
+            found = {path for path in paths if covers(name, path, parts)}
         except re.error as error:
-            raise UserError(f"'{name}' is not a pattern ({error}); parts are {', '.join(parts)}, {BACKBONE}") from None
-        found = {
-            path for path in paths if (stage_of(path, parts) != "head" if name == BACKBONE else pattern.search(path))
-        }
+            raise UserError(f"'{name}' is not a pattern ({error}); parts are {listed(parts)}, {BACKBONE}") from None
         if not found:
             raise UserError(
                 f"'{name}' is neither a part of the network nor a pattern that matches a parameter such as {paths[0]}; "
-                f"parts are {', '.join(parts)}, {BACKBONE}"
+                f"parts are {listed(parts)}, {BACKBONE}"
             )
         selected |= found
     return frozenset(selected)
@@ -71,15 +115,10 @@ def first_epoch(config: ConfigDict, path: str, parts: Parts) -> float:
 
     config: the `optimizer` section, which `make_policy` has accepted.
     """
-
-    def named(name: str) -> bool:
-        if name == BACKBONE:
-            return stage_of(path, parts) != "head"
-        return re.search(parts.get(name, name), path) is not None
-
-    if not any(named(name.strip()) for name in config.freeze.split(",") if name.strip()):
+    if not any(covers(name.strip(), path, parts) for name in config.freeze.split(",") if name.strip()):
         return 1
-    return min((epoch for epoch, name in parse_unfreeze(config.unfreeze) if named(name)), default=math.inf)
+    unfrozen = (epoch for epoch, name in parse_unfreeze(config.unfreeze) if covers(name, path, parts))
+    return min(unfrozen, default=math.inf)
 
 
 def make_policy(config: ConfigDict, model: Network, epoch: int) -> Policy:
@@ -149,16 +188,50 @@ def unfreezing(config: ConfigDict, epoch: int) -> list[str]:
     ]
 
 
+class Row(NamedTuple):
+    """A line of the table of parts."""
+
+    name: str
+    size: int  # parameters
+    trained: int  # those that train
+    statistics: str
+
+    def continues(self, other: "Row") -> bool:
+        """Returns whether the two parts have consecutive numbers, and both train entirely or not at all."""
+        numbers = _continues(other.name.rpartition("-")[2], self.name)
+        both_train = self.trained == self.size and other.trained == other.size
+        return numbers and self.statistics == other.statistics and (both_train or not self.trained + other.trained)
+
+    def joined(self, other: "Row") -> "Row":
+        """Returns one row for both parts, the other one first."""
+        first = other.name.partition("-")[0]
+        return Row(f"{first}-{self.name}", other.size + self.size, other.trained + self.trained, self.statistics)
+
+
 def table(model: Network, policy: Policy) -> str:
-    """Returns a table with a line per part: its parameters, how many train, and whether its statistics move."""
+    """Returns a table with a line per part: its parameters, how many train, and whether its statistics move.
+
+    In a network of many parts, consecutive ones that train alike share a line: 'block0-block5'.
+    """
     variables = abstract_variables(model)
-    lines = [f"{'':9}{'part':8}{'parameters':>12}{'trained':>12}  statistics"]
     params = flatten_dict(variables["params"], sep="/")
+    statistics = flatten_dict(variables.get("batch_stats", {}), sep="/")
+    rows: list[Row] = []
     for part in model.parts:
         own = {path: int(np.prod(array.shape)) for path, array in params.items() if stage_of(path, model.parts) == part}
         trained = sum(size for path, size in own.items() if path not in policy.frozen)
         norms = {path.removesuffix("/scale") for path in own if path.endswith("/scale")}
+        norms = {norm for norm in norms if f"{norm}/mean" in statistics}
         moving = sum(not policy.norm_is_frozen(norm) for norm in norms)
         text = "" if not norms else "move" if moving == len(norms) else "stay" if not moving else f"{moving} move"
-        lines.append(f"{'':9}{part:8}{sum(own.values()):>12,}{trained:>12,}  {text}".rstrip())
+        row = Row(part, sum(own.values()), trained, text)
+        if rows and len(model.parts) > MANY_PARTS and row.continues(rows[-1]):
+            rows[-1] = row.joined(rows[-1])
+        else:
+            rows.append(row)
+    width = max(8, *(len(row.name) + 1 for row in rows))
+    heading = "  statistics" if any(row.statistics for row in rows) else ""
+    lines = [f"{'':9}{'part':{width}}{'parameters':>12}{'trained':>12}{heading}"]
+    for row in rows:
+        lines.append(f"{'':9}{row.name:{width}}{row.size:>12,}{row.trained:>12,}  {row.statistics}".rstrip())
     return "\n".join(lines)

@@ -24,11 +24,11 @@ FULL_BLOCK = 64  # features that XLA's CPU kernels compute at once
 def pointwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Computes a 1x1 convolution as a matrix product."""
     x = x[:, ::stride, ::stride]
-    return _product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
+    return product(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies (pixels, channels) by (channels, features)."""
     return _dot(x, kernel)
 
@@ -60,7 +60,7 @@ def _transposed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return _dot(a.T, b)
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+product.defvjp(_product_fwd, _product_bwd)
 
 
 def conv_small_output(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -135,13 +135,13 @@ def _conv_nhwc_bwd(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.
     x, kernel = residuals
     size = kernel.shape[0]
 
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    def kernel_product(a: jax.Array, b: jax.Array) -> jax.Array:
         return _transposed_dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
     if x.shape[-1] <= IMAGE_CHANNELS:
-        kernel_gradient = kernel_grad_im2col(x, dy, stride, size, product)
+        kernel_gradient = kernel_grad_im2col(x, dy, stride, size, kernel_product)
     elif stride == 2 and size == 3:
-        kernel_gradient = kernel_grad_per_tap(x, dy, stride, size, product)
+        kernel_gradient = kernel_grad_per_tap(x, dy, stride, size, kernel_product)
     else:
         kernel_gradient = plain_kernel_grad(x, dy, stride, size)
     return plain_input_grad(kernel, dy, x.shape, stride), kernel_gradient.astype(kernel.dtype)

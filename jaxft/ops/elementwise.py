@@ -83,6 +83,39 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return a * b
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gate_and_add(x: jax.Array, gate: jax.Array, shortcut: jax.Array, formulation: Formulation = "plain") -> jax.Array:
+    """Multiplies x by a gate per image and channel (N, C), adds a shortcut and applies a ReLU.
+
+    Computes in the wider one of the types of x and gate, and returns x's.
+    """
+    return _gate_and_add(x, gate, shortcut, formulation=formulation)
+
+
+@materialize_on_cpu
+def _gate_and_add(x: jax.Array, gate: jax.Array, shortcut: jax.Array) -> jax.Array:
+    return add_and_relu(x * gate[:, None, None], shortcut, relu=True).astype(x.dtype)
+
+
+def _gate_and_add_fwd(
+    x: jax.Array, gate: jax.Array, shortcut: jax.Array, formulation: Formulation
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    y = gate_and_add(x, gate, shortcut, formulation)
+    return y, (x, gate, y)
+
+
+def _gate_and_add_bwd(
+    formulation: Formulation, residuals: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, gate, y = residuals
+    dy = where_positive(y, dy, formulation=formulation)
+    dgate = _product(dy, x.astype(gate.dtype), formulation=formulation).sum((1, 2))
+    return (dy * gate[:, None, None]).astype(x.dtype), dgate, dy
+
+
+gate_and_add.defvjp(_gate_and_add_fwd, _gate_and_add_bwd)
+
+
 def sum_over_devices(tree: Any, axis_name: str | None) -> Any:
     """Computes psum over `axis_name`, if any; returns `tree` itself for one device, where XLA on a CPU would copy."""
     # NOTES: No sum over devices on one device (docs/notes/cpu-kernels.md)

@@ -11,7 +11,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxft.ops.formulation import Formulation, on_cpu
 
 
-def materialize(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
+def materialize(
+    function: Callable[..., Any], static_argnums: int | tuple[int, ...] | None = None
+) -> Callable[..., Any]:
     """Materialises the function's result: XLA's CPU backend would otherwise fuse it into every consumer.
 
     The function must run on CPUs only. An optimization_barrier does not help: the CPU pipeline drops it before
@@ -33,7 +35,9 @@ def materialize(function: Callable[..., Any], static_argnums: int | None = None)
     return marked_call
 
 
-def materialize_on_cpu(function: Callable[..., Any], static_argnums: int | None = None) -> Callable[..., Any]:
+def materialize_on_cpu(
+    function: Callable[..., Any], static_argnums: int | tuple[int, ...] | None = None
+) -> Callable[..., Any]:
     """Applies `materialize` on CPUs only; the wrapped function takes a keyword `formulation` in addition."""
     materialized = materialize(function, static_argnums)
 

@@ -93,17 +93,44 @@ def convolution(
     return _call("convolution", "onednn_conv_config", config, result, epilogue, x, kernel)
 
 
+def depthwise(
+    x: jax.Array, kernel: jax.Array, padding: int, dtype: Any = None, bias: jax.Array | None = None
+) -> jax.Array:
+    """Convolves each channel of (N, H, W, C) with its own kernel, of any size (rows, columns, 1, C); adds a bias (C,).
+
+    padding: pixels on each side. dtype: of the result, float32 or x's.
+    """
+    sides = (side + 2 * padding - size + 1 for side, size in zip(x.shape[1:3], kernel.shape[:2], strict=True))
+    images = {"dims": 4, "data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
+    kernels = {"input_feature_dim": 2, "output_feature_dim": 3, "spatial_dims": [0, 1]}
+    pads = [padding, padding]
+    config = {
+        "dims": 4,
+        "input": images,
+        "kernel": {"dims": 4, "filter": kernels},
+        "output": images,
+        "window": {"strides": [1, 1], "pad_left": pads, "pad_right": pads, "window_dilations": [1, 1]},
+        "feature_groups": x.shape[3],
+    }
+    result = jax.ShapeDtypeStruct((x.shape[0], *sides, x.shape[3]), dtype or x.dtype)
+    return _call("convolution", "onednn_conv_config", config, result, Epilogue(bias), x, kernel)
+
+
 def matmul(
     a: jax.Array,
     b: jax.Array,
     transpose_a: bool = False,
     transpose_b: bool = False,
     epilogue: Epilogue = Epilogue(),  # noqa: B008, immutable
+    dtype: Any = None,
 ) -> jax.Array:
-    """Multiplies matrices or stacks of them: a @ b or a @ b.mT in a's type, or a.mT @ b in float32."""
+    """Multiplies matrices or stacks of them: a @ b, a @ b.mT or a.mT @ b.
+
+    dtype: of the result, float32 or a's; default: a's, or float32 if a is transposed.
+    """
     result = jax.ShapeDtypeStruct(
         (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]),
-        jnp.float32 if transpose_a else a.dtype,
+        dtype or (jnp.float32 if transpose_a else a.dtype),
     )
     config = {"transpose_a": transpose_a, "transpose_b": transpose_b}
     if epilogue.bias is not None:
@@ -143,6 +170,7 @@ def check() -> None:
         compare(matmul(a, b), wide_a @ wide_b)
         compare(matmul(a, c, transpose_a=True), wide_a.T @ wide_c)
         compare(matmul(c, b, transpose_b=True), wide_c @ wide_b.T)
+        compare(matmul(c, b, transpose_b=True, dtype=jnp.float32), wide_c @ wide_b.T)
         compare(matmul(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
         bias, shortcut = jnp.arange(-24.0, 24), c
         after = np.maximum(wide_a @ wide_b + np.asarray(bias) + wide_c, 0)
@@ -160,6 +188,17 @@ def check() -> None:
             expected = np.einsum(terms, windows, np.asarray(kernel, np.float64))
             compare(y, expected)
             compare(changed, np.maximum(expected + np.asarray(epilogue.bias) + np.asarray(y, np.float64), 0))
+        for shape in ((2, 9, 8, 40), (1, 20, 20, 24)):
+            x = jnp.asarray(random.normal(size=shape), dtype)
+            for kernel_shape in ((7, 7), shape[1:3]):  # the second kind are kernel gradients
+                kernel = jnp.asarray(random.normal(size=(*kernel_shape, 1, shape[3])), dtype)
+                wide = np.pad(np.asarray(x, np.float64), ((0, 0), (3, 3), (3, 3), (0, 0)))
+                windows = np.lib.stride_tricks.sliding_window_view(wide, kernel_shape, (1, 2))
+                expected = np.einsum("nyxcij,ijc->nyxc", windows, np.asarray(kernel[:, :, 0], np.float64))
+                for result in (dtype, jnp.float32):
+                    compare(depthwise(x, kernel, 3, result), expected)
+                bias = jnp.arange(float(shape[3]))
+                compare(depthwise(x, kernel, 3, bias=bias), expected + np.asarray(bias))
 
 
 if __name__ == "__main__":

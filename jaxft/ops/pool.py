@@ -1,4 +1,4 @@
-"""Pooling: max-pools of stride 2, as reduce_window and with a fast gradient, and torch's adaptive average-pool."""
+"""Pooling: max-pools of stride 2, as reduce_window and with a fast gradient, and average-pools."""
 
 from functools import partial
 
@@ -114,6 +114,17 @@ def _max_pool_gradient_2x2(index: jax.Array, like: jax.Array, dy: jax.Array) -> 
 
 
 _max_pool_by_index.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def avg_pool_2x2(x: jax.Array) -> jax.Array:
+    """Average-pools 2x2 pixels with stride 2. The windows over an odd last row or column average its pixels only.
+
+    Equals torch.nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False). XLA compiles it to fast loops, forward and
+    backward, on every platform.
+    """
+    batch, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # the mean of a row and itself
+    return x.reshape(batch, -(-height // 2), 2, -(-width // 2), 2, channels).mean((2, 4))
 
 
 def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:

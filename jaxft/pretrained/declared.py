@@ -5,14 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxft.errors import UserError
 from jaxft.files import open_regular, read_json
+from jaxft.models.architectures import ALIASES
 from jaxft.pretrained.family import Declarations
 from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.unpickle import Foreign
 
 _GROUPS = ("args", "hyper_parameters", "config", "cfg", "opt", "hparams", "meta")  # of a training script's settings
 _NAMES = ("arch", "architecture", "model_name", "model", "backbone", "backbone_name", "network")
-_MAX_CONFIG = 1_000_000  # bytes of a config.json
+CONFIG = "config.json"
+MAX_EPSILON = 0.1  # of a norm
+MAX_CONFIG = 1_000_000  # bytes of a config.json
 # Prefixes before the architecture in names of timm and torch.hub; some denote the training data.
 _PREFIX = re.compile(r"^(timm/|hf[-_]hub:|torchvision[./]|microsoft/|tv_|gluon_|ssl_|swsl_|ig_|wsl_)+")
 
@@ -47,15 +51,32 @@ def _attributes(value: Any) -> Mapping[Any, Any]:
 
 def _config_beside(path: Path) -> Mapping[str, Any]:
     """Returns the config.json of Hugging Face or timm beside a file, or {}."""
-    beside = path.with_name("config.json")
+    config = read_small_json(path.with_name(CONFIG))
+    return config if "model_type" in config or "architecture" in config else {}
+
+
+def read_small_json(path: Path) -> Mapping[str, Any]:
+    """Returns the JSON object in a file of at most MAX_CONFIG bytes, or {}."""
     try:
-        with open_regular(beside) as file:
-            if len(file.read(_MAX_CONFIG + 1)) > _MAX_CONFIG:
+        with open_regular(path) as file:
+            if len(file.read(MAX_CONFIG + 1)) > MAX_CONFIG:
                 return {}
-        config = read_json(beside)
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return config if "model_type" in config or "architecture" in config else {}
+
+
+def describes(config: Mapping[str, Any], family: Declarations) -> bool:
+    """Returns whether a config.json is of a network of this family."""
+    if (name := config.get("architecture")) is not None:
+        return type(name) is str and re.search(family.own_names, _plain_name(name)) is not None
+    kind = config.get("model_type")
+    return type(kind) is str and re.fullmatch(family.model_type, kind) is not None
+
+
+def _plain_name(name: str) -> str:
+    """Returns an architecture's name without a library before it and training data after it."""
+    return _PREFIX.sub("", name.lower()).split(".")[0]
 
 
 def look_alike(declared: Declared, arch: str, family: Declarations) -> str | None:
@@ -75,7 +96,7 @@ def _options(config: Mapping[str, Any], arch: str, family: Declarations) -> Mapp
     """Returns the keys of config.json that change what a network with these keys and shapes computes."""
     if "architecture" in config:
         return family.timm_arguments
-    return family.hugging_face_config(arch) if config.get("model_type") == family.model_type else {}
+    return family.hugging_face_config(arch) if describes(config, family) else {}
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,17 +104,35 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def declared_options(declared: Declared, plain: Mapping[str, Any], family: Declarations) -> dict[str, Any]:
+    """Returns the options of a network in Hugging Face's config.json.
+
+    plain: all options of the model -> their usual values. Raises UserError for a value of another type.
+    """
+    if "architecture" in declared.config or not describes(declared.config, family):
+        return {}
+    options = {}
+    for key, option in family.option_keys.items():
+        if key in declared.config and option in plain:
+            value = declared.config[key]
+            kinds = (int, float) if type(plain[option]) is float else (type(plain[option]),)
+            if type(value) not in kinds or (float in kinds and not 0 < value <= MAX_EPSILON):
+                raise UserError(f"config.json says {key}={excerpt(value, 20)}, which is not a value of {option}")
+            options[option] = value
+    return options
+
+
 def doubts(declared: Declared, arch: str, family: Declarations) -> list[str]:
     """Returns warnings about declared names other than `arch`, since keys and shapes do not show every difference."""
     found = []
     for place, name in declared.names.items():
-        plain = _PREFIX.sub("", name.lower()).split(".")[0]
+        plain = _plain_name(name)
         plain = re.sub(r"_(v1b|ssl|swsl|wsl|in1k|imagenet)$", "", plain)
         if remark := next((text for pattern, text in family.remarks.items() if re.search(pattern, plain)), None):
             found.append(f"{place} calls it {name}, {remark}")
-        elif re.search(family.own_names, plain) and plain != arch:
+        elif re.search(family.own_names, plain) and ALIASES.get(plain, plain) != arch:
             found.append(f"{place} calls it {name}, but it is taken as a {arch}, as its keys and shapes say")
-    kind = declared.config.get("model_type", family.model_type)
-    if kind not in (family.model_type, "timm_wrapper"):
-        found.append(f"the config.json beside it is of a {excerpt(kind, 30)}, not of a {family.model_type}")
+    kind = str(declared.config.get("model_type", "timm_wrapper"))
+    if kind != "timm_wrapper" and not re.fullmatch(family.model_type, kind):
+        found.append(f"the config.json beside it is of a {excerpt(kind, 30)}, not of a {arch}")
     return found

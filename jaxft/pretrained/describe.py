@@ -12,6 +12,7 @@ from jaxft.models.network import options_of
 from jaxft.pretrained import catalog, formats
 from jaxft.pretrained.declared import read_declared
 from jaxft.pretrained.families import FAMILIES, family_of
+from jaxft.pretrained.joined import Joined
 from jaxft.pretrained.layout import NUM_BATCHES_TRACKED
 from jaxft.pretrained.load import locate, read_numbers
 from jaxft.pretrained.recognise import check, examine
@@ -92,7 +93,10 @@ def _describe(found: dict[str, Any], path: Path, file: TensorFile, name: str, ar
     model = recognised.model
     head = network.family.head if model.num_classes else None
     found |= {**options_of(model), "head": head, "num_classes": model.num_classes, "notes": recognised.notes}
-    read_numbers(file, recognised)
+    provenance = read_numbers(file, recognised).provenance
+    found |= {
+        key: provenance[key] for key in ("image_size", "resize", "interpolation", "mean", "std") if key in provenance
+    }
 
 
 def _entries(content: Any) -> dict[str, str]:
@@ -106,7 +110,7 @@ def _entries(content: Any) -> dict[str, str]:
     return found | {key: f"{counts[key]:,} tensor{'s' * (counts[key] > 1)}" for key in found if counts[key]}
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes(tensors: Mapping[str, Tensor | Joined]) -> dict[str, Any]:
     """Counts the parameters and statistics of a network in torch's or jaxft's names."""
     counted = {key: tensor for key, tensor in tensors.items() if not key.endswith(NUM_BATCHES_TRACKED)}
     sizes = {key: _size(tensor) for key, tensor in counted.items()}
@@ -118,7 +122,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _size(tensor: Tensor) -> int:
+def _size(tensor: Tensor | Joined) -> int:
     size = 1
     for length in tensor.shape:
         size *= length
@@ -148,6 +152,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if "dtypes" in found:
         sizes = f"{found['parameters']:,} parameters, {found['statistics']:,} statistics"
         rows["tensors"] = f"{sizes}, {' and '.join(found['dtypes'])}"
+    if "image_size" in found:
+        size, resize = found["image_size"], found.get("resize", found["image_size"])
+        rows["images"] = f"{size} pixels, cropped from {resize}, {found.get('interpolation', 'bilinear')}"
     if found.get("left_out"):
         rows["left out"] = summarised(found["left_out"], SHOWN)
     notes = [note for note in found.get("notes", ()) if not note.startswith("left out")]

@@ -1,10 +1,10 @@
 """The table of families whose weights are converted."""
 
 from jaxft.models.network import Network
-from jaxft.pretrained import resnet, vgg
+from jaxft.pretrained import convnext, resnet, vgg, vit
 from jaxft.pretrained.family import Family
 
-FAMILIES = (resnet.FAMILY, vgg.FAMILY)
+FAMILIES = (resnet.FAMILY, vgg.FAMILY, vit.FAMILY, convnext.FAMILY)
 
 
 def family_of(arch: str) -> Family:

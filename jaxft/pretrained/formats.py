@@ -8,13 +8,13 @@ import zipfile
 from typing import IO, NamedTuple
 
 ZIP, LEGACY, SAFETENSORS = "PyTorch", "PyTorch before 1.6", "safetensors"  # the formats that are read
+INDEX = "index of a checkpoint in several files"  # as is this one, with the files that it names
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the limit of its library
 _HEAD = 1024  # bytes that are looked at; tar's signature is at 257
 _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # the end of a LevelDB table, as a TensorFlow .index file is
 
 _KERAS = "Keras's ResNets are v1, with the stride in the first 1x1, which jaxft does not have"
 _SAVE = "save the network's state_dict in PyTorch: torch.save(model.state_dict(), FILE)"
-_ONE_FILE = "jaxft reads a checkpoint in one file: save_pretrained(..., max_shard_size='100GB')"
 _UNPACK = "unpack it, and give the weights file that it holds"
 
 # First bytes, the format, and what to do.
@@ -63,7 +63,8 @@ def _binary(head: bytes, tail: bytes, size: int, name: str) -> Format | None:
     if head[:4] == b"PK\x05\x06":
         return Format("zip", "it is an empty zip archive")
     if (part := re.search(r"-(\d{5})-of-(\d{5})\.(safetensors|bin)$", name)) and part[2] != "00001":
-        return Format("shard", f"it is one of {int(part[2])} files of a checkpoint; {_ONE_FILE}")
+        text = f"it is one of {int(part[2])} files of a checkpoint; give their folder, or their index (*.index.json)"
+        return Format("shard", text)
     for signature, kind, remedy in _SIGNATURES:
         if head.startswith(signature):
             return Format(kind, f"its format is {kind}; {remedy}")
@@ -110,7 +111,7 @@ def _json(file: IO[bytes]) -> Format:
     """Returns the format of a JSON file, judged by its first megabyte."""
     file.seek(0)
     if b'"weight_map"' in file.read(1 << 20):
-        return Format("sharded index", f"it is the index of a checkpoint in several files; {_ONE_FILE}")
+        return Format(INDEX)
     return Format("JSON", "it is JSON; give the weights file (such as model.safetensors) that belongs to it")
 
 

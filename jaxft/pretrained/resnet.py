@@ -1,29 +1,29 @@
 """ResNets in files of torchvision, timm, Hugging Face and others: their names, and which architecture they are."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from jaxft.models.architectures import RESNETS
-from jaxft.models.resnet import ARCHITECTURES, ResNet
+from jaxft.models.architectures import RESNETS, DeepStem, ResNetArchitecture
+from jaxft.models.network import Network
+from jaxft.models.resnet import ARCHITECTURES, DEEP_STEMS, BasicBlock, ResNet
 from jaxft.pretrained.family import Declarations, Family, Naming, Tensors, count_classes, length
 from jaxft.pretrained.layout import torch_layers
 
 _STAGES = range(1, 5)
 _LAYERS = tuple(f"layer{stage}" for stage in _STAGES)
 
-# Hugging Face's keys (transformers' modeling_resnet.py) -> torchvision's; numbers in <> are incremented.
+# Hugging Face's keys (transformers' modeling_resnet.py) -> torchvision's.
 _HUGGING_FACE = {
-    r"embedder\.embedder\.convolution": "conv1",
-    r"embedder\.embedder\.normalization": "bn1",
-    r"encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution": r"layer<\1>.\2.conv<\3>",
-    r"encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.normalization": r"layer<\1>.\2.bn<\3>",
-    r"encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.convolution": r"layer<\1>.\2.downsample.0",
-    r"encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.normalization": r"layer<\1>.\2.downsample.1",
+    "embedder.embedder.convolution": "conv1",
+    "embedder.embedder.normalization": "bn1",
+    "encoder.stages.{i}.layers.{j}.layer.{k}.convolution": "layer{i+1}.{j}.conv{k+1}",
+    "encoder.stages.{i}.layers.{j}.layer.{k}.normalization": "layer{i+1}.{j}.bn{k+1}",
+    "encoder.stages.{i}.layers.{j}.shortcut.convolution": "layer{i+1}.{j}.downsample.0",
+    "encoder.stages.{i}.layers.{j}.shortcut.normalization": "layer{i+1}.{j}.downsample.1",
 }
 _HUGGING_FACE_ANCHOR = "encoder.stages.{}.layers.0.layer.0.convolution.weight"
-
-# The shortcut's name in github.com/kuangliu/pytorch-cifar and SupContrast, whose ResNets have `stem=small`.
-_SHORTCUT = {r"(layer\d\.\d+)\.shortcut\.([01])": r"\1.downsample.\2"}
+_ANCHORS = tuple(f"{layer}.0.conv1.weight" for layer in _LAYERS)
 
 
 def _sequential(before: int) -> dict[str, str]:
@@ -31,7 +31,8 @@ def _sequential(before: int) -> dict[str, str]:
 
     before: modules before the first stage, less one. With a small stem (SimCLR on CIFAR) there is no max-pool.
     """
-    return {"0": "conv1", "1": "bn1"} | {rf"{before + stage}\.(.+)": rf"layer{stage}.\1" for stage in _STAGES}
+    stem = {"0": "conv1", "0.{i}": "conv1.{i}", "1": "bn1"}
+    return stem | {f"{before + stage}.{{*}}": f"layer{stage}.{{*}}" for stage in _STAGES}
 
 
 # Patterns of the names that a checkpoint's `arch` or a config.json's `architecture` may have for networks whose keys
@@ -50,12 +51,12 @@ _HUGGING_FACE_CONFIG = {
     "downsample_in_first_stage": (False, "its first stage has a stride"),
     "downsample_in_bottleneck": (False, "the stride is in the first 1x1 convolution of a block (v1)"),
 }
-# Arguments of timm's models that change what a network computes, but not its keys: as above.
+# Arguments of timm's models that change what a network computes, but not its keys: as above. Others, such as avg_down
+# and stem_type, show in the keys.
 TIMM_ARGUMENTS = {
     "act_layer": ("relu", "its activation is another than ReLU"),
     "aa_layer": (None, "it has anti-aliasing before each stride"),
     "output_stride": (32, "its last stages are dilated"),
-    "avg_down": (False, "its shortcuts average"),
     "replace_stem_pool": (False, "its stem has a convolution instead of the max-pool"),
 }
 
@@ -66,28 +67,68 @@ def _hugging_face_config(arch: str) -> dict[str, tuple[Any, str]]:
 
 
 def _nearest(tensors: Tensors) -> list[str]:
-    """Returns the architectures with the same block whose depths differ least."""
+    """Returns the architectures with the same kinds of layers whose depths differ least."""
     block = "bottleneck" if any(key.endswith(".conv3.weight") for key in tensors) else "basic"
+    found = (_has(tensors, ".se."), _deep_stem(tensors), _has(tensors, ".downsample.2."))
     blocks = {tuple(key.split(".")[:2]) for key in tensors}
     depths = [sum(layer == name for layer, *_ in blocks) for name in _LAYERS]
-    distances = {
-        name: sum(abs(ours - theirs) for ours, theirs in zip(depths, architecture.depths, strict=True))
-        for name, architecture in RESNETS.items()
-        if architecture.block == block
-    }
-    return [name for name, distance in distances.items() if distance == min(distances.values())]
+
+    def distance(architecture: ResNetArchitecture) -> tuple[int, ...]:
+        has = (architecture.squeeze_excite, architecture.deep_stem, architecture.average_shortcut)
+        apart = sum(abs(ours - theirs) for ours, theirs in zip(depths, architecture.depths, strict=True))
+        return architecture.block != block, *(a != b for a, b in zip(has, found, strict=True)), apart
+
+    distances = {name: distance(architecture) for name, architecture in RESNETS.items()}
+    return [name for name in RESNETS if distances[name] == min(distances.values())]
+
+
+def _has(tensors: Tensors, part: str) -> bool:
+    return any(part in key for key in tensors)
+
+
+def _deep_stem(tensors: Tensors) -> DeepStem:
+    """Returns the kind of a deep stem by the channels of its convolutions; '' for one convolution."""
+    channels = [length(tensors, f"conv1.{i}.weight") for i in (0, 3, 6)]
+    if not channels[0]:
+        return ""
+    return next((stem for stem, eighths in DEEP_STEMS.items() if _in_proportion(channels, eighths)), "deep")
+
+
+def _in_proportion(channels: Sequence[int], eighths: Sequence[int]) -> bool:
+    width = channels[-1] * 8 // eighths[-1]
+    return [*channels] == [width * number // 8 for number in eighths]
 
 
 def _model_for(arch: str, tensors: Tensors) -> ResNet:
     """Returns the model with the number of classes, width and stem of these tensors."""
-    stem = ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var")
+    deep_stem = RESNETS[arch].deep_stem
+    last = "conv1.6.weight" if deep_stem else "conv1.weight"
+    stem = (last, "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var")
     widths = Counter(filter(None, (length(tensors, key) for key in stem)))
-    small = "conv1.weight" in tensors and tensors["conv1.weight"].shape[2:] == (3, 3)
+    width = widths.most_common(1)[0][0] if widths else 0  # the most frequent one: a single tensor may be wrong
+    if deep_stem:
+        width = width * 8 // DEEP_STEMS[deep_stem][-1]
+    small = not deep_stem and "conv1.weight" in tensors and tensors["conv1.weight"].shape[2:] == (3, 3)
     return ARCHITECTURES[arch](
-        num_classes=count_classes(tensors, "fc"),
-        width=widths.most_common(1)[0][0] if widths else 64,  # the most frequent one: a single tensor may be wrong
-        stem="small" if small else "imagenet",
+        num_classes=count_classes(tensors, "fc"), width=width or 64, stem="small" if small else "imagenet"
     )
+
+
+def _stages(model: Network) -> dict[str, str]:
+    """Returns the stem's ReLU, which our conv1 includes, the stages and the head."""
+    assert isinstance(model, ResNet)
+    relu = "act1" if model.block_options.zero_init else "relu"  # in timm and in torchvision
+    return {relu: "conv1"} | {name: name for name in (*_LAYERS, "fc")}
+
+
+def _transformers_config(model: ResNet, library: str) -> tuple[str, dict[str, Any]]:
+    basic = model.block is BasicBlock
+    return "ResNetConfig", {
+        "depths": [*model.stage_depths],
+        "embedding_size": model.width,
+        "hidden_sizes": [model.width * 2**i * (1 if basic else 4) for i in range(4)],
+        "layer_type": "basic" if basic else "bottleneck",
+    }
 
 
 def _head_inputs(tensors: Tensors) -> set[tuple[int, ...]]:
@@ -106,11 +147,16 @@ FAMILY = Family(
     network=ResNet,
     architectures=tuple(RESNETS),
     namings=(
-        Naming("torchvision", tuple(f"layer{stage}.0.conv1.weight" for stage in _STAGES), _SHORTCUT),
+        Naming("torchvision", _ANCHORS),
+        Naming(  # whose ResNets have `stem=small`
+            "github.com/kuangliu/pytorch-cifar and SupContrast",
+            (*_ANCHORS, "layer2.0.shortcut.0.weight"),
+            {"layer{i}.{j}.shortcut.{k}": "layer{i}.{j}.downsample.{k}"},
+        ),
         Naming(
             "Hugging Face's ResNetForImageClassification",
             tuple(f"resnet.{_HUGGING_FACE_ANCHOR.format(stage - 1)}" for stage in _STAGES),
-            {rf"resnet\.{pattern}": name for pattern, name in _HUGGING_FACE.items()} | {r"classifier\.1": "fc"},
+            {f"resnet.{key}": name for key, name in _HUGGING_FACE.items()} | {"classifier.1": "fc"},
         ),
         Naming(
             "Hugging Face's ResNetModel",
@@ -125,12 +171,14 @@ FAMILY = Family(
         ),
     ),
     # Layers between these change what the network computes: they are not left out as a projection head is.
-    body=r"((conv|bn|norm|layer|stage|stem|root|downsample|se|sa|ca|cbam|attn|attnpool)[\d_]*|fc|encoder|embedder|[0-7])\.",
+    body=r"((conv|bn|norm|layer|stage|stem|root|downsample|maxpool|se|sa|ca|cbam|attn|attnpool)[\d_]*|fc|encoder|embedder|[0-7])\.",
     head="fc",
     others={  # jaxft's ResNet cannot represent a network that has such a key
-        r"^conv1\.0\.": "its stem is three 3x3 convolutions (timm's ResNet-C, -D and -S), not one 7x7",
+        r"^maxpool\.": "its stem ends with a convolution instead of the max-pool (ResNet-RS)",
         r"^attnpool\.": "it is CLIP's: three convolutions at the start, attention at the end",
-        r"(^|\.)(se|se_module|attn|cbam|sa|ca)\d*\.": "its blocks hold attention (SE-, ECA- or CBAM-ResNet)",
+        r"(^|\.)(se_module|attn|cbam|sa|ca|se\d+)\d*\.|\.se\.(?!fc[12]\.)": (
+            "its blocks hold attention other than timm's squeeze and excitation (ECA-, CBAM- or an older SE-ResNet)"
+        ),
     },
     relatives={
         r"(^|\.)(stages\.\d+\.(blocks|layers)\.\d+|block\d\.unit\d+)\.conv\d\.weight$": (
@@ -154,6 +202,6 @@ FAMILY = Family(
     head_inputs=_head_inputs,
     unsupported=_without_statistics,
     layout=torch_layers,
-    # torchvision's `relu` after conv1; our conv1 includes the norm and the ReLU
-    stages=lambda model: {"relu": "conv1"} | {name: name for name in (*_LAYERS, "fc")},
+    stages=_stages,
+    transformers_config=_transformers_config,
 )

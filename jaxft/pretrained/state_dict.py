@@ -7,13 +7,15 @@ prefix. So `_orig_mod.module.`, `student.backbone.` and any other prefix are fou
 import re
 import shlex
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import islice
 from typing import Any, NamedTuple
 
 from jaxft.errors import UserError, shortened
-from jaxft.pretrained.family import Family, Naming
+from jaxft.pretrained.family import Family, Naming, Part
+from jaxft.pretrained.joined import Joined
+from jaxft.pretrained.strangers import STRANGERS
 from jaxft.pretrained.unpickle import Foreign, Tensor, children
 
 # Components of keys that torch.compile, FSDP, activation checkpointing and Fabric insert before or inside a network,
@@ -49,10 +51,12 @@ class Network(NamedTuple):
     naming: Naming
     wrappers: tuple[str, ...]  # keys of the dicts around it
     prefix: str
-    tensors: dict[str, Tensor]  # by the family's own names, without the prefix
-    keys: dict[str, str]  # the family's own name -> the key in the file
+    tensors: dict[str, Tensor | Joined]  # by the family's own names, without the prefix
+    keys: dict[str, str]  # the family's own name -> the key in the file, or its keys in the form a.{b,c}.d
+    originals: dict[str, Tensor]  # the same tensors by the source's names, without the prefix
     left_out: list[Any]  # other keys of the same dict; in a chosen network, as they may be shown
     problem: str  # why it cannot be read, or ''
+    complete: bool  # it has all anchors of its naming
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -134,89 +138,135 @@ def find_networks(content: Any, families: Sequence[Family]) -> list[Network]:
     So an incomplete network is returned only if there is no complete one. A network that was saved under two names is
     found twice; `distinct` drops the second.
     """
-    found = [
-        (Fraction(anchors, len(families[i].namings[j].anchors)), (i, j, prefix), wrappers, table)
-        for wrappers, table in tables(content)
-        for (i, j, prefix), anchors in _anchored(table, families).items()
-    ]
-    most = max((part for part, *_ in found), default=0)
+    found = [(place, wrappers, table) for wrappers, table in tables(content) for place in _places(table, families)]
+    most = max((place.part for place, _, _ in found), default=0)
     networks = []
     plain: dict[Any, _Plain] = {}  # of all text keys, once for all networks
-    for _, (i, j, prefix), wrappers, table in [entry for entry in found if entry[0] == most][:MAX_NETWORKS]:
+    for place, wrappers, table in [entry for entry in found if entry[0].part == most][:MAX_NETWORKS]:
         plain |= {key: _plain(key) for key in table if type(key) is str and key not in plain}
-        networks.append(_network(families[i], families[i].namings[j], wrappers, prefix, table, plain))
+        networks.append(_network(place, wrappers, table, plain))
     return networks
 
 
-def _anchored(table: Mapping[Any, Any], families: Sequence[Family]) -> Counter[tuple[int, int, str]]:
-    """Counts the anchors in a dict by family, naming (their indices) and prefix."""
-    anchors = [
-        (anchor, i, j)
-        for i, family in enumerate(families)
-        for j, naming in enumerate(family.namings)
-        for anchor in naming.anchors
-    ]
-    endings = tuple(anchor for anchor, _, _ in anchors)
-    counts: Counter[tuple[int, int, str]] = Counter()
-    for key in table:
+class _Place(NamedTuple):
+    """A prefix in a dict behind which anchors of a naming were found."""
+
+    family: Family
+    naming: Naming
+    prefix: str
+    keys: frozenset[str]  # that are anchors
+
+    @property
+    def part(self) -> Fraction:
+        return Fraction(len(self.keys), len(self.naming.anchors))
+
+
+def _places(table: Mapping[Any, Any], families: Sequence[Family]) -> list[_Place]:
+    """Returns the places of networks in a dict.
+
+    If the anchors of several namings are the same keys, the one with the larger part of its anchors is taken, then the
+    one with more anchors, then the one with the shorter prefix.
+    """
+    namings = [(family, naming) for family in families for naming in family.namings]
+    anchors = [(anchor, i) for i, (_, naming) in enumerate(namings) for anchor in naming.anchors]
+    endings = tuple(anchor for anchor, _ in anchors)
+    found: dict[tuple[int, str], set[str]] = {}
+    for key, value in table.items():
         if type(key) is not str or not (key := _INSERTED.sub("", key)).endswith(endings):
             continue
-        for anchor, i, j in anchors:
+        for anchor, i in anchors:
             prefix = key.removesuffix(anchor)
+            axes = namings[i][1].axes.get(anchor)
+            if axes is not None and not (isinstance(value, Tensor) and len(value.shape) == axes):
+                continue
             if prefix != key and (not prefix or prefix.endswith(".")):
-                counts[i, j, prefix] += 1
-                break  # the first naming counts: a key of one may end as one of another does
-    return counts
+                found.setdefault((i, prefix), set()).add(key)
+    places = [_Place(*namings[i], prefix, frozenset(keys)) for (i, prefix), keys in found.items()]
+    taken: set[str] = set()
+    kept = []
+    for place in sorted(places, key=lambda place: (-place.part, -len(place.keys), len(place.prefix))):
+        if taken.isdisjoint(place.keys):
+            kept.append(place)
+            taken |= place.keys
+    return [place for place in places if place in kept]
 
 
 def _network(
-    family: Family,
-    naming: Naming,
-    wrappers: tuple[str, ...],
-    prefix: str,
-    table: Mapping[Any, Any],
-    plain: Mapping[Any, _Plain],
+    place: _Place, wrappers: tuple[str, ...], table: Mapping[Any, Any], plain: Mapping[Any, _Plain]
 ) -> Network:
     """Splits a dict into the network's tensors, by the family's own names, and other keys."""
-    tensors: dict[str, Tensor] = {}
-    keys: dict[str, str] = {}
+    family, naming, prefix, _ = place
+    parts: dict[str, dict[int, Tensor]] = {}
+    keys: dict[str, dict[int, str]] = {}
+    originals: dict[str, Tensor] = {}
     left_out: list[Any] = []
     problem = ""
     for key, value in table.items():
-        name = _own_name(plain[key].name, prefix, naming) if key in plain else None
-        if name is None or not re.match(family.body, name):
+        in_prefix = key in plain and plain[key].name.startswith(prefix)
+        part = naming.part(plain[key].name[len(prefix) :]) if in_prefix else Part("")
+        name = part.name
+        if not name or not re.match(family.body, name):
             left_out.append(key)
-        elif name in keys:
-            problem = f"it holds {name} twice, as {excerpt(keys[name])} and {excerpt(key)}; delete one"
+        elif part.number in keys.get(name, ()):
+            problem = f"it holds {name} twice, as {excerpt(keys[name][part.number])} and {excerpt(key)}; delete one"
         elif not isinstance(value, Tensor):
             if value is None or name.startswith(f"{family.head}."):  # a head is not needed, nor a layer without state
                 left_out.append(key)
             else:
                 problem = f"its entry {shown_key(key)!r} is {kind_of(value)}, not a plain tensor; {_SAVE_FLOATS}"
         else:
-            tensors[name], keys[name] = value, key
-    own = {plain[key].bare: name for name, key in keys.items()}
+            parts.setdefault(name, {})[part.number] = value
+            keys.setdefault(name, {})[part.number] = key
+            originals[plain[key].name[len(prefix) :]] = value
+    own = {plain[key].bare: (name, key) for name, found in keys.items() for key in found.values()}
     for key in left_out:
-        if key in plain and (name := own.get(plain[key].bare)):
-            problem = f"it holds {name} twice, as {excerpt(keys[name])} and {excerpt(key)}; delete one"
-    return Network(family, naming, wrappers, prefix, tensors, keys, left_out, problem)
+        if key in plain and plain[key].bare in own:
+            name, other = own[plain[key].bare]
+            problem = f"it holds {name} twice, as {excerpt(other)} and {excerpt(key)}; delete one"
+    tensors: dict[str, Tensor | Joined] = {}
+    for name, found in parts.items():
+        joined = _join(naming, name, found)
+        if isinstance(joined, str):
+            problem = problem or f"{joined} beside {excerpt(next(iter(keys[name].values())), 80)}"
+        else:
+            tensors[name] = joined
+    shown = {name: _in_braces([keys[name][number] for number in sorted(keys[name])]) for name in tensors}
+    return Network(family, naming, wrappers, prefix, tensors, shown, originals, left_out, problem, place.part == 1)
+
+
+def _join(naming: Naming, name: str, parts: Mapping[int, Tensor]) -> Tensor | Joined | str:
+    """Returns the tensor with this own name, before its numbers are read, or what is wrong with its parts."""
+    names = naming.keys(name)
+    if missing := [key for number, key in enumerate(names) if number not in parts and len(names) > 1]:
+        return f"it has no {shortened(missing)}"
+    tensors = [parts[number] for number in sorted(parts)]
+    dtype, shape = tensors[0].dtype, tensors[0].shape
+    for key, tensor in zip(names, tensors, strict=True):
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            return f"its {key} has shape {tensor.shape} in {tensor.dtype}, not {shape} in {dtype}, as the tensor"
+    if len(tensors) == 1:
+        own = naming.own_shape(name, shape)
+        return tensors[0] if own == shape else Joined(dtype, own, (tensors[0],))
+    if not shape:
+        return f"its {names[0]} is a single number"
+    return Joined(dtype, (len(tensors) * shape[0], *shape[1:]), tuple(tensors))
+
+
+def _in_braces(keys: Sequence[str]) -> str:
+    """Returns keys that differ in one component as one text: attention.{query,key,value}.weight."""
+    first, *others = (key.split(".") for key in keys)
+    differing = [
+        i for i, _ in enumerate(first) if any(len(other) != len(first) or other[i] != first[i] for other in others)
+    ]
+    if len(differing) != 1:
+        return keys[0]
+    (at,) = differing
+    return ".".join([*first[:at], f"{{{','.join(part[at] for part in (first, *others))}}}", *first[at + 1 :]])
 
 
 def _plain(key: str) -> _Plain:
     name = _INSERTED.sub("", key)
     return _Plain(name, ".".join(part for part in name.split(".") if part not in TRANSPARENT))
-
-
-def _own_name(key: str, prefix: str, naming: Naming) -> str | None:
-    """Returns the family's own name for a key; None for a key without the prefix."""
-    if not key.startswith(prefix):
-        return None
-    key = key[len(prefix) :]
-    for pattern, name in naming.renamed.items():
-        if match := re.match(rf"{pattern}\.(?=\w+$)", key):
-            name = re.sub(r"<(\d+)>", lambda number: str(int(number[1]) + 1), match.expand(name))
-            return f"{name}.{key[match.end() :]}"
-    return key
 
 
 def distinct(networks: Sequence[Network]) -> list[Network]:
@@ -286,19 +336,23 @@ def _prefix(network: Network) -> str:
     return f"the prefix {excerpt(network.prefix)}" if network.prefix else "no prefix"
 
 
-def unknown(content: Any, families: Sequence[Family]) -> str:
-    """Returns why there is no network of the families in a checkpoint."""
+def unknown(content: Any, families: Sequence[Family], compare: Callable[[Sequence[str]], str]) -> str:
+    """Returns why there is no network of the families in a checkpoint. compare: says how keys differ from theirs."""
     found = largest(content)
     if found is None:
         return without_tensors(content)
     keys = [key for key in found if type(key) is str]
     if not keys:
         return f"its tensors have {kind_of(next(iter(found)))} as key, not text, as in a list; {_SAVE}"
+    return stranger(keys, families) or compare(keys)
+
+
+def stranger(keys: Collection[str], families: Sequence[Family]) -> str | None:
+    """Returns which network that jaxft does not have has such keys, or None."""
     for family in families:
         if reason := matching_reason(family.relatives, keys):
             return f"it is not a {family.name} that jaxft knows: {reason}"
-    known = " or ".join(f"a {family.name}'s ({family.namings[0].anchors[0]})" for family in families)
-    return f"its {len(keys):,} tensors are not named as {known}: {shortened([excerpt(key, 40) for key in keys])}"
+    return matching_reason(STRANGERS, keys)
 
 
 def matching_reason(reasons: Mapping[str, str], keys: Collection[str]) -> str | None:

@@ -8,7 +8,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from jaxft.errors import UserError
 from jaxft.files import atomic_write, open_regular, reason
 from jaxft.pretrained import formats
+from jaxft.pretrained.joined import Joined, load_joined
+from jaxft.pretrained.shards import by_shard, join_contents, read_index
 from jaxft.pretrained.state_dict import excerpt, kind_of, largest, without_tensors
 from jaxft.pretrained.unpickle import MAX_KEY, STORAGES, Foreign, RefusedError, Tensor, Unpickler
 
@@ -43,7 +45,7 @@ class TensorFile(NamedTuple):
     format: str
     content: Any  # nested containers with Tensor and Foreign in them
     metadata: Mapping[str, str]  # of a .safetensors file
-    load: _Read
+    load: Callable[[Mapping[str, Tensor | Joined]], dict[str, np.ndarray]]
     sha256: Callable[[], str]
 
 
@@ -51,27 +53,69 @@ class TensorFile(NamedTuple):
 def open_tensors(path: Path) -> Iterator[TensorFile]:
     """Opens a .safetensors file, or one in torch.save's format, zip or legacy, whatever its name is.
 
-    Raises UserError if the file is missing, damaged or of another format; so does its `load`.
+    The index of a checkpoint in several files is opened as one file with the tensors of all. Raises UserError if a file
+    is missing, damaged or of another format; so does its `load`.
     """
-    with open_weights(path) as file:
-        with _translated(path, "a weights file"):
-            found = formats.identify(file, path.name)
-            if found.problem:
-                raise RefusedError(found.problem)
-        open_as = {formats.ZIP: _open_zip, formats.LEGACY: _open_legacy, formats.SAFETENSORS: _open_safetensors}
+    with open_weights(path) as file, ExitStack() as stack:
+        found = _identify(path, file, path.name)
+        if found.name != formats.INDEX:
+            yield _open(path, file, found)
+            return
+        index = read_index(path)
+        shards: dict[str, TensorFile] = {}
+        for name in sorted({*index.values()}):
+            shard = path.with_name(name)
+            if not os.path.lexists(shard):
+                raise UserError(f"{shard} is missing, which {path.name} names; fetch it into the same folder")
+            opened = stack.enter_context(open_weights(shard))
+            shards[name] = _open(shard, opened, _identify(shard, opened, ""))
+        yield _join(path, index, shards)
+
+
+def _identify(path: Path, file: IO[bytes], name: str) -> formats.Format:
+    with _translated(path, "a weights file"):
+        found = formats.identify(file, name)
+        if found.problem:
+            raise RefusedError(found.problem)
+        return found
+
+
+def _open(path: Path, file: IO[bytes], found: formats.Format) -> TensorFile:
+    """Reads the structure of an open file of one of the formats that hold tensors."""
+    open_as = {formats.ZIP: _open_zip, formats.LEGACY: _open_legacy, formats.SAFETENSORS: _open_safetensors}
+    with _translated(path, found.name):
+        if found.name not in open_as:
+            raise RefusedError(f"it is {found.name}, not a file of tensors")
+        content, metadata, read = open_as[found.name](path, file)
+
+    def load(tensors: Mapping[str, Tensor | Joined]) -> dict[str, np.ndarray]:
         with _translated(path, found.name):
-            content, metadata, read = open_as[found.name](path, file)
+            return load_joined(tensors, read)
 
-        def load(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-            with _translated(path, found.name):
-                return read(tensors)
+    def sha256() -> str:
+        with _translated(path, found.name):
+            file.seek(0)
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
-        def sha256() -> str:
-            with _translated(path, found.name):
-                file.seek(0)
-                return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+    return TensorFile(found.name, content, metadata, load, sha256)
 
-        yield TensorFile(found.name, content, metadata, load, sha256)
+
+def _join(path: Path, index: Mapping[str, str], shards: Mapping[str, TensorFile]) -> TensorFile:
+    """Returns open shards as one file, whose SHA-256 is that of the lines that `sha256sum SHARDS` prints."""
+    content = join_contents(path, index, {name: shard.content for name, shard in shards.items()})
+
+    def read(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        for name, held in by_shard(tensors).items():
+            arrays |= shards[name].load(held)
+        return arrays
+
+    def sha256() -> str:
+        lines = [f"{shard.sha256()}  {name}\n" for name, shard in shards.items()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    first = next(iter(shards.values()))
+    return TensorFile(first.format, content, {}, lambda tensors: load_joined(tensors, read), sha256)
 
 
 @contextmanager

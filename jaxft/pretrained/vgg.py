@@ -56,7 +56,7 @@ FAMILY = Family(
         Naming(  # examples/imagenet of github.com/pytorch/examples saves its VGGs so
             "torchvision, with the features in DataParallel",
             ("features.module.0.weight", "features.module.0.bias"),
-            {r"features\.module\.(\d+)": r"features.\1"},
+            {"features.module.{i}": "features.{i}"},
         ),
     ),
     body=r"(features|classifier|pre_logits)\.",
@@ -64,7 +64,7 @@ FAMILY = Family(
     others={  # jaxft's VGG cannot represent a network that has such a key
         r"^pre_logits\.": "it has timm's names, in which the hidden layers are convolutions",
         r"^features\.(\d+\.(\d+|block|squeeze|conv\w*)|[a-z]\w*)\.": (
-            "its features are blocks of layers, as in MobileNet, EfficientNet and ConvNeXt"
+            "its features are blocks of layers, as in MobileNet and EfficientNet"
         ),
     },
     relatives={},

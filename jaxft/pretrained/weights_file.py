@@ -17,8 +17,11 @@ from jaxft.files import atomic_write, reason
 from jaxft.models.build import ARCHITECTURES
 from jaxft.models.network import Network, abstract_variables, options_of
 from jaxft.models.resnet import STEMS
+from jaxft.models.vit import POOLS
 from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.torch_files import TensorFile, write_safetensors
+from jaxft.transforms.pillow_resize import FILTERS
+from jaxft.transforms.preprocessing import Preprocessing
 
 FORMAT = "jaxft 1"  # in the metadata of a weights file
 CHECKSUM = "sha256"  # in the metadata of files since version 0.2
@@ -30,8 +33,8 @@ class Weights(NamedTuple):
     provenance: dict[str, Any]  # arch, its family's options, num_classes, source (file name), source_sha256, mean, ...
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError with the keys that are missing, extra or of another shape: the first three and their number."""
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], shown: int = 3) -> None:
+    """Raises UserError with the keys that are missing, extra or of another shape: the first ones and their number."""
     reshaped = [
         f"{key} {found[key]} instead of {expected[key]}"
         for key in expected
@@ -42,7 +45,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         "extra": sorted(map(excerpt, found.keys() - expected.keys())),
         "of another shape": reshaped,
     }
-    text = [f"{len(keys)} {kind}: {shortened(keys)}" for kind, keys in problems.items() if keys]
+    text = [f"{len(keys)} {kind}: {shortened(keys, shown)}" for kind, keys in problems.items() if keys]
     if text:
         raise UserError("; ".join(text))
 
@@ -167,12 +170,29 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
     "width": lambda value: _is_count(value, 1, 1 << 16),
     "stem": lambda value: isinstance(value, str) and value in STEMS,
+    "norm_eps": lambda value: type(value) in (int, float) and 0 <= value <= 0.1,
+    "pool": lambda value: isinstance(value, str) and value in POOLS,
+    "grid": lambda value: _is_count(value, 1, 1024),
     "num_classes": lambda value: _is_count(value, 0, 1 << 24),  # 0: without a head
     "source": lambda value: isinstance(value, str),
     "source_sha256": lambda value: isinstance(value, str),
     "notes": lambda value: isinstance(value, list) and all(isinstance(note, str) for note in value),
     "mean": lambda value: _are_numbers(value, -math.inf),
     "std": lambda value: _are_numbers(value, 1e-6),
+    "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "image_size": lambda value: _is_count(value, 1, 1024),
+    "resize": lambda value: _is_count(value, 0, 1 << 12),  # 0: image_size
+    "interpolation": lambda value: isinstance(value, str) and value in FILTERS,
+    "preprocessing": lambda value: (  # of the run that the weights were exported from
+        isinstance(value, dict)
+        and {"image_size", "mean", "std"} <= value.keys() <= {*Preprocessing._fields}
+        and all(_VALID[key](value[key]) for key in value)
+    ),
+    "config": lambda value: (
+        isinstance(value, dict)
+        and isinstance(value.get("data"), dict)
+        and _is_count(value["data"].get("stored_size", 0), 0, 1 << 12)
+    ),
     "num_batches_tracked": lambda value: (
         isinstance(value, dict) and all(_is_count(number, 0, (1 << 63) - 1) for number in value.values())
     ),

@@ -79,7 +79,10 @@ def make_app(classifier: Classifier, host: str, top_k: int, uploads: Uploads, al
             return Response()  # which nobody reads
 
     def classify(content: bytes) -> dict[str, Any]:
-        image = decode(content, "the file", at_most=classifier.decoded_size, max_pixels=MAX_PIXELS)
+        interpolation = classifier.preprocessing.interpolation
+        image = decode(
+            content, "the file", at_most=classifier.decoded_size, interpolation=interpolation, max_pixels=MAX_PIXELS
+        )
         row = classifier.probabilities([image])[0]
         return {"top_k": rank(row, classifier.class_names, top_k).to_json()["top_k"]}
 

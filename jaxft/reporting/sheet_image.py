@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxft.data.batches import Examples, epoch_order, make_batches
 from jaxft.data.dataset import Dataset
+from jaxft.data.datasets import interpolation_of
 from jaxft.training.steps import training_inputs
 from jaxft.transforms.augment import make_augmentation
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
@@ -21,7 +22,8 @@ def draw_sheet(config: ConfigDict, train_data: Dataset, rows: int = ROWS, column
     The images are drawn at random from the training set, by the config's seed.
     """
     index = epoch_order(config.seed, 1, len(train_data.label))[:rows]
-    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, config.data.resize)
+    resize, interpolation = config.data.resize, interpolation_of(config.data)
+    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, resize, interpolation)
     augmentation = make_augmentation(config.augment)
     examples = Examples(train_data.image[index], train_data.label[index])
     (batch,) = make_batches(np.arange(len(index)), len(index), 1)

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from jaxft.config import auto_keys, default_config, flatten, may_change, resolve
+from jaxft.config import auto_keys, default_config, flatten, keys_from_weights, may_change, resolve
 from jaxft.errors import UserError, shortened, write_message
 from jaxft.files import atomic_write, expand_user, read_json, reason
 from jaxft.main_process import is_main_process
@@ -253,17 +253,19 @@ class Workdir:
         return config
 
     def resolve_config(self, config: ConfigDict) -> ConfigDict:
-        """Returns a copy of `config` with the values that were derived when the run began, if it has; see config.AUTO.
+        """Returns a copy of `config` with the values that were derived when the run began, if it has.
 
-        Raises UserError if the workdir belongs to a run with another config; keys that `may_change` may differ, and
-        num_epochs may be higher if the run then ends as if it had begun with it.
+        They are those of config.AUTO and config.FROM_WEIGHTS. Raises UserError if the workdir belongs to a run with
+        another config; keys that `may_change` may differ, and num_epochs may be higher if the run then ends as if it
+        had begun with it.
         """
         config = ConfigDict(config.to_dict())
         stored = self.read_config()
         if stored is None:
             return config
         derived = flatten(stored)
-        config.update_from_flattened_dict({key: derived[key] for key in auto_keys(config)})
+        keys = (*auto_keys(config), *keys_from_weights(config))
+        config.update_from_flattened_dict({key: derived[key] for key in keys})
         differences = config_differences(stored, config)
         if [key for key, _, _ in differences] == ["num_epochs"]:
             if not (obstacle := _obstacle_to_more_epochs(stored, config)):

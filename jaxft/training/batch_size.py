@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jaxft.data.batches import Batch, Examples
 from jaxft.data.budget import device_memory, is_streamed
 from jaxft.data.dataset import Dataset
+from jaxft.data.datasets import interpolation_of
 from jaxft.data.loader import ResidentLoader
 from jaxft.errors import UserError
 from jaxft.models.build import make_model
@@ -47,7 +48,8 @@ def find_batch_size(config: ConfigDict, train_data: Dataset, eval_data: Dataset)
     tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
     state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
     teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
-    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, config.data.resize)
+    resize, interpolation = config.data.resize, interpolation_of(config.data)
+    preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, resize, interpolation)
     steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing, teacher))
     num_steps = StepsPerCall(padded=on_cpu(model.formulation)).scan_length(1)
 

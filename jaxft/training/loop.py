@@ -72,6 +72,7 @@ def make_train_programs(
             epoch,
             config.num_epochs,
             config.augment.num_image_sizes,
+            step_config.model.patch_size,
         )
         settings[epoch] = make_policy(config, step_config.model, epoch), size
         first, last = max(int(state.step), (epoch - 1) * steps_per_epoch), epoch * steps_per_epoch

@@ -17,6 +17,9 @@ SCALERS = {
     "lion": optax.scale_by_lion,
 }
 
+# Without weight decay if decay_all is False, though they are 3-D: timm's VisionTransformer.no_weight_decay
+UNDECAYED = ("cls_token", "dist_token", "pos_embed", "reg_token")
+
 
 def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates.
@@ -44,6 +47,11 @@ def learning_rate_factor(config: ConfigDict, path: str, parts: Parts) -> float:
     part = stage_of(path, parts)
     later_parts = len(parts) - 1 - list(parts).index(part)
     return config.layer_decay**later_parts * (config.head_factor if part == "head" else 1.0)
+
+
+def is_decayed(path: str, array: Any) -> bool:
+    """Returns whether weight decay applies to a parameter if decay_all is False: not to vectors, as in timm."""
+    return array.ndim > 1 and path.rpartition("/")[2] not in UNDECAYED
 
 
 def unfreeze_warmup(config: ConfigDict, steps_per_epoch: int, parts: Parts) -> optax.GradientTransformation:
@@ -83,7 +91,7 @@ def make_optimizer(
     """
 
     def decayed(params: Any) -> Any:
-        return jax.tree.map(lambda array: config.decay_all or array.ndim > 1, params)
+        return jax.tree.map(lambda _: True, params) if config.decay_all else map_with_path(is_decayed, params)
 
     decay = optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity()
     if config.name == "sgd":

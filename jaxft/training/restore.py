@@ -112,11 +112,11 @@ def is_workdir(source: str) -> bool:
         return False
 
 
-def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_weights(workdir: str, arch: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns (variables, provenance) of a run's best checkpoint, or of its latest if none is evaluated, on the host.
 
     head_norm is folded into the head. The provenance has the class names. Raises UserError if there is no checkpoint or
-    if it is of another architecture.
+    if it is of another architecture than `arch`; None accepts any.
     """
     try:
         folder = Workdir(reading_folder(workdir))
@@ -126,7 +126,7 @@ def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any
     except UserError as error:
         raise named_after(error, "model.pretrained") from None
     found = info["config"]["model"]["arch"]
-    if found != arch:
+    if arch not in (None, found):
         raise UserError(f"{workdir} is a run of a {found}, not a {arch}; set --config.model.arch={found}")
     scored = f", accuracy {accuracy[step]:.2%}" if step in accuracy else ""
     provenance = {
@@ -137,6 +137,7 @@ def load_weights(workdir: str, arch: str) -> tuple[dict[str, Any], dict[str, Any
         "checkpoint": step,
         "mean": info["preprocessing"]["mean"],
         "std": info["preprocessing"]["std"],
+        "preprocessing": info["preprocessing"],
         "class_names": info["class_names"],
         "weights": info["weights"],
         "num_batches_tracked": info["weights"].get("num_batches_tracked", {}),

@@ -19,11 +19,13 @@ from jaxft.data.loader import Loader, make_loader
 from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
 from jaxft.models.heads import HEAD_NORM, get_head
-from jaxft.models.network import Network, is_random
+from jaxft.models.network import Network, is_random, options_of
 from jaxft.models.partition import make_policy, trains_only_head
 from jaxft.models.policy import Policy
+from jaxft.models.vit import ViT, repool
 from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.load import load_pretrained
+from jaxft.pretrained.weights_file import Weights
 from jaxft.run import remote_workdir
 from jaxft.run.checkpoint_reader import DamagedCheckpointError
 from jaxft.run.checkpoints import Checkpoints
@@ -36,7 +38,7 @@ from jaxft.training.distill import Teacher
 from jaxft.training.restore import is_workdir, load_checkpoint, load_weights, named_after
 from jaxft.training.state import TrainState, abstract_train_state, create_train_state, initial_train_state
 from jaxft.transforms.augment import NO_AUGMENTATION, make_augmentation
-from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, epoch_image_size
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 
 class Start(NamedTuple):
@@ -77,6 +79,19 @@ def make_loaders(config: ConfigDict, train_data: Dataset, eval_data: Dataset) ->
     return make_loader(train_data, config.data, partners=mixes), make_loader(eval_data, config.data)
 
 
+def load_start_weights(config: ConfigDict) -> Weights | None:
+    """Loads the weights of model.pretrained, from another run if it names one; None for random weights.
+
+    Raises UserError if they cannot be read or are not of model.arch.
+    """
+    source = config.model.pretrained
+    if not source:
+        return None
+    load = load_weights if is_workdir(source) else load_pretrained
+    return Weights(*load(source, None if config.model.arch == "auto" else config.model.arch))
+
+
+# More than six parameters: the parts of a run that exist before its state.
 def begin_or_resume(
     config: ConfigDict,
     workdir: Workdir,
@@ -84,10 +99,12 @@ def begin_or_resume(
     tx: optax.GradientTransformation,
     splits: tuple[Dataset, Dataset],
     metrics: MetricsFile,
+    weights: Weights | None = None,
 ) -> tuple[Start, Checkpoints]:
     """Resumes from the latest checkpoint, or begins at step 0 and writes the workdir's config.
 
-    Raises UserError if the checkpoint, the weights or the teacher cannot be used.
+    weights: those of a new run, if they are already loaded. Raises UserError if the checkpoint, the weights or the
+    teacher cannot be used.
     """
     train_data, _ = splits
     policy = make_policy(config, model, config.num_epochs)
@@ -113,7 +130,7 @@ def begin_or_resume(
         teacher = load_teacher(config, train_data.class_names, which, model.formulation)
         return Start(state, info, teacher), checkpoints
     check_not_trained(workdir, metrics)
-    state, provenance = initial_state(config, model, policy, tx, train_data.class_names)
+    state, provenance = initial_state(config, model, policy, tx, train_data.class_names, weights)
     teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
     info = run_info(config, splits, provenance, teacher)
     workdir.write_config(config)
@@ -142,24 +159,28 @@ def initial_state(
     policy: Policy,
     tx: optax.GradientTransformation,
     class_names: tuple[str, ...] = (),
+    weights: Weights | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state of step 0, pretrained or random, and the provenance of the weights.
 
-    The head of pretrained weights is new, except for those of another run with the same `class_names`. Raises UserError
-    if the weights belong to another architecture.
+    weights: what load_start_weights returned; by default it is called. The head of pretrained weights is new, except
+    for those of another run with the same `class_names`. Raises UserError if the weights belong to another architecture
+    or have other options than the model.
     """
     rng = jax.random.key(config.seed)
     ema = config.optimizer.ema_decay > 0
     if not config.model.pretrained:
         create = jax.jit(partial(create_train_state, model, tx, policy=policy, ema=ema))
         return create(rng), {"source": "random initialisation"}
+    weights = weights or load_start_weights(config)
+    assert weights
+    variables, provenance = weights
     of_run = is_workdir(config.model.pretrained)
-    load = load_weights if of_run else load_pretrained
-    variables, provenance = load(config.model.pretrained, config.model.arch)
-    for key in model.options:
-        value = provenance.get(key, config.model[key])
-        if value != config.model[key]:
+    for key, ours in options_of(model).items():
+        if (value := provenance.get(key, ours)) != ours and key != "pool":
             raise UserError(f"{config.model.pretrained} has {key} {value}; set --config.model.{key}={value}")
+    if isinstance(model, ViT):
+        variables = {**variables, "params": repool(model, variables["params"], rng)}
     variables = jax.tree.map(np.float32, variables)
     keeps_head = of_run and tuple(provenance["class_names"]) == class_names
     if of_run:
@@ -209,6 +230,7 @@ def run_info(
             "mean": provenance.get("mean", IMAGENET_MEAN),
             "std": provenance.get("std", IMAGENET_STD),
             "resize": config.data.resize,
+            "interpolation": datasets.interpolation_of(config.data),
         },
         "weights": provenance,
         "versions": {name: version(name) for name in ("jaxft", "jax", "flax", "optax", "orbax-checkpoint")},
@@ -221,16 +243,11 @@ def check_image_size(config: ConfigDict, model: Network) -> None:
     key = "augment.first_image_size" if first else "image_size"
     if (size := first or config.image_size) < model.min_image_size:
         raise UserError(f"{key} is {size}, but a {arch} needs at least {model.min_image_size}; set it to that or more")
-    sizes = [
-        epoch_image_size(first, config.image_size, epoch, config.num_epochs, config.augment.num_image_sizes)
-        for epoch in range(1, config.num_epochs + 1)
-    ]
-    if size := next((size for size in (config.image_size, *sizes) if size % patch), 0):
-        low, key = size // patch * patch, "image_size" if config.image_size % patch else "augment.first_image_size"
-        near = f"{low} or {low + patch}" if low else f"{patch}"
+    if config.image_size % patch:  # sizes of earlier epochs are rounded
+        low = config.image_size // patch * patch
         raise UserError(
-            f"a {arch} has patches of {patch} pixels, which do not divide an image size of {size} ({key}); "
-            f"the nearest sizes are {near}"
+            f"a {arch} has patches of {patch} pixels, which do not divide an image_size of {config.image_size}; "
+            f"the nearest sizes are {low} and {low + patch}"
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +264,13 @@ def statistics_step(variables: Any, examples: Examples | None, batch: Batch, *, 
     return updates.get("batch_stats", {})
 
 
-def predict_step(variables: Any, image: Array, *, config: EvalConfig) -> jax.Array:
-    """Returns the probabilities (B, num_classes) of uint8 images (B, H, W, 3)."""
-    return jax.nn.softmax(eval_logits(config.model, variables, preprocess(image, config.preprocessing), config.policy))
+Layer = Literal["pooled", "logits", "probabilities"]
+
+
+def predict_step(variables: Any, image: Array, *, config: EvalConfig, layer: Layer = "probabilities") -> jax.Array:
+    """Returns a row for each of the uint8 images (B, H, W, 3): pooled features (B, F) or one number per class."""
+    image = preprocess(image, config.preprocessing)
+    if layer == "pooled":
+        return eval_features(config.model, variables, image, config.policy)
+    logits = eval_logits(config.model, variables, image, config.policy)
+    return jax.nn.softmax(logits) if layer == "probabilities" else logits

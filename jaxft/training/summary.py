@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxft.config import count_steps_per_epoch, flatten
+from jaxft.config import FROM_WEIGHTS, count_steps_per_epoch, flatten
 from jaxft.data import datasets
 from jaxft.data.dataset import Dataset
 from jaxft.errors import printable
-from jaxft.models.network import Network
+from jaxft.models.network import Network, options_of
 from jaxft.models.partition import make_policy, table, unfreezing
 from jaxft.run import remote_workdir
 from jaxft.run.workdir import Workdir
@@ -49,7 +49,8 @@ def print_start(
         *datasets.describe_origin(train_data, eval_data),
     ):
         print(f"{'':9}{printable(line)}")
-    print(f"model    {config.model.arch}, {num_params:,} parameters, {config.model.dtype}")
+    options = [f"{key} {value}" for key, value in options_of(model).items() if f"model.{key}" in FROM_WEIGHTS]
+    print(f"model    {', '.join([config.model.arch, f'{num_params:,} parameters', config.model.dtype, *options])}")
     print(f"weights  {source}")
     for note in weights.get("notes", ()):
         print(f"{'':9}{note}")
@@ -66,10 +67,14 @@ def print_start(
 
 
 def print_auto(config: ConfigDict, keys: list[str]) -> None:
-    """Prints the values of keys that were derived from the data, if any."""
+    """Prints the values of keys that were derived from the weights or the data, if any."""
     values = flatten(config)
-    if texts := [f"{key} {values[key]:.4g}" for key in keys if key != "batch_size"]:  # the search prints that
-        print(f"auto     {', '.join(texts)}", flush=True)
+    keys = [key for key in keys if key != "batch_size" and not key.startswith("model.")]  # which other lines show
+    if values["data.interpolation"] in ("auto", "bilinear"):
+        keys = [key for key in keys if key != "data.interpolation"]
+    texts = {key: values[key] if isinstance(values[key], str) else f"{values[key]:.4g}" for key in keys}
+    if texts:
+        print(f"auto     {', '.join(f'{key} {text}' for key, text in texts.items())}", flush=True)
 
 
 def print_end(config: ConfigDict, workdir: Workdir) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from jaxft.transforms.pillow_resize import FILTERS
 from jaxft.transforms.preprocessing import Preprocessing, normalize, preprocess
 from jaxft.transforms.trivial_augment import trivial_augment
 
@@ -72,31 +73,43 @@ def random_boxes(keys: jax.Array, augmentation: Augmentation, height: int, width
     return jax.vmap(box)(keys)
 
 
-def sampling_weights(start: jax.Array, end: jax.Array, size_in: int, size_out: int) -> jax.Array:
-    """Returns Pillow's bilinear filter for the part of a side from `start` to `end`: (size_out, size_in).
+def sampling_weights(
+    start: jax.Array, end: jax.Array, size_in: int, size_out: int, interpolation: str = "bilinear"
+) -> jax.Array:
+    """Returns Pillow's filter for the part of a side from `start` to `end`: (size_out, size_in).
 
     start, end: fractions of the side; start > end mirrors it. Rows sum to 1, or to 0 beyond the ends of the side.
     """
     scale = (end - start) * size_in / size_out
-    support = jnp.maximum(jnp.abs(scale), 1.0)
+    filter_scale = jnp.maximum(jnp.abs(scale), 1.0)
     centre = (start * size_in + (jnp.arange(size_out) + 0.5) * scale)[:, None]
-    weights = jnp.maximum(0.0, 1 - jnp.abs(jnp.arange(size_in) + 0.5 - centre) / support)
+    weights = FILTERS[interpolation].kernel(jnp.abs(jnp.arange(size_in) + 0.5 - centre) / filter_scale)
     inside = (centre >= 0) & (centre <= size_in)
     return jnp.where(inside, weights / weights.sum(1, keepdims=True), 0.0)
 
 
-def crop_and_resize(images: jax.Array, boxes: Boxes, size: int, fill: ArrayLike) -> jax.Array:
+def crop_and_resize(
+    images: jax.Array, boxes: Boxes, size: int, fill: ArrayLike, interpolation: str = "bilinear"
+) -> jax.Array:
     """Resizes the crop of each uint8 image (N, H, W, 3) to float32 (N, size, size, 3) in 0..255.
 
     fill: the colour (3,) outside of the image.
     """
     _, height, width, _ = images.shape
-    vertical = jax.vmap(lambda a, b: sampling_weights(a, b, height, size))(boxes.top, boxes.bottom)
-    horizontal = jax.vmap(lambda a, b: sampling_weights(a, b, width, size))(boxes.left, boxes.right)
-    pixels = images.astype(jnp.float32) - jnp.asarray(fill)
-    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # by default a TPU rounds pixels to bfloat16
-    pixels = product("nvw,nhwc->nhvc", horizontal, pixels)
-    return product("nuh,nhvc->nuvc", vertical, pixels) + jnp.asarray(fill)
+    weights = partial(sampling_weights, interpolation=interpolation)
+    vertical = jax.vmap(lambda a, b: weights(a, b, height, size))(boxes.top, boxes.bottom)
+    horizontal = jax.vmap(lambda a, b: weights(a, b, width, size))(boxes.left, boxes.right)
+    fill = jnp.asarray(fill)
+
+    def apply(equation: str, weights: jax.Array, pixels: jax.Array) -> jax.Array:
+        # By default a TPU rounds pixels to bfloat16.
+        pixels = jnp.einsum(equation, weights, pixels, precision=jax.lax.Precision.HIGHEST)
+        # Negative weights overshoot at edges; Pillow clips after each pass, too.
+        return pixels if interpolation == "bilinear" else jnp.clip(pixels, -fill, 255 - fill)
+
+    pixels = images.astype(jnp.float32) - fill
+    pixels = apply("nvw,nhwc->nhvc", horizontal, pixels)
+    return apply("nuh,nhvc->nuvc", vertical, pixels) + fill
 
 
 def erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
@@ -170,7 +183,7 @@ def augment(images: ArrayLike, keys: jax.Array, augmentation: Augmentation, prep
     boxes = random_boxes(keys, augmentation, height, width, share)
     fill = 255 * jnp.array(preprocessing.mean)
     further_keys = jax.vmap(jax.random.fold_in, (0, None))
-    images = crop_and_resize(images, boxes, preprocessing.image_size, fill)
+    images = crop_and_resize(images, boxes, preprocessing.image_size, fill, preprocessing.interpolation)
     if augmentation.trivial:
         images = trivial_augment(images, further_keys(keys, 3), fill)
     images = normalize(images, preprocessing)

@@ -28,6 +28,10 @@ TPU = """
 backend_config={"estimated_cycles":"120"}
   ROOT %f.2 = f32[8]{0} fusion(%f.1), metadata={op_name="jit(s)/transpose(jvp(ResNet))/ResNet._features/conv1/mul"}, \
 backend_config={"estimated_cycles":"7"}
+  ROOT %f.4 = f32[8]{0} fusion(%f.1), metadata={op_name="jit(s)/jvp(ViT)/ViT._features/blocks/0/mlp/fc1/dot_general"}, \
+backend_config={"estimated_cycles":"3"}
+  ROOT %f.5 = f32[8]{0} fusion(%f.1), metadata={op_name="jit(s)/jvp(ConvNeXt)/stages/0/blocks/1/conv_dw/conv"}, \
+backend_config={"estimated_cycles":"2"}
   %copy.3 = f32[8]{0} copy(%f.1), backend_config={"estimated_cycles":"5"}
   %copy.4 = f32[8]{0} copy(%f.1)
 """
@@ -46,7 +50,13 @@ def test_a_kernel_moves_its_operands_and_its_results() -> None:
 
 
 def test_cycles_belong_to_layers() -> None:
-    assert list(cycles(TPU)) == [("forward bn", 120), ("backward conv", 7), ("forward copy", 5)]
+    assert list(cycles(TPU)) == [
+        ("forward bn", 120),
+        ("backward conv", 7),
+        ("forward mlp", 3),
+        ("forward conv", 2),
+        ("forward copy", 5),
+    ]
 
 
 def test_a_variant_that_aborts_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import contenders, kernels, steps, variants
+from benchmarks.gpu import contenders, families, kernels, steps, variants
 from benchmarks.gpu.contenders import missing
 from benchmarks.gpu.part import Settings, Skipped, run_child, say
 from benchmarks.gpu.variant_table import Variant
-from benchmarks.train_step import Task
+from benchmarks.train_step import Task, is_timms
 
 
 @pytest.fixture
@@ -337,6 +337,15 @@ def test_cases_on_a_gpu_are_measured_in_order(on_gpu: Settings, capsys: pytest.C
     train = on_gpu.results["train 256 bfloat16"]
     assert train["best_torch"] in ("torch compile", "torch eager") and train["ratio"] == 1
     assert train["not_measured"] == {"torch compile-graphs": "not compiled after 0 s"}
+    assert not FakeChild.alive
+
+
+def test_families_on_a_gpu(on_gpu: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpu.results.update(families.families(on_gpu, 20))
+    assert [*on_gpu.results] == [case.label for case in families.CASES]
+    assert all(result["ratio"] == 1 for result in on_gpu.results.values())
+    assert capsys.readouterr().out.startswith("families: vit_small_patch16_224 train 256 bfloat16: jaxft 5000 images/s")
+    assert {is_timms(case.arch) for case in families.CASES} == {True, False}
     assert not FakeChild.alive
 
 

@@ -33,18 +33,21 @@ from tests.helpers.runs import ROOT, Run
 SHAPES = [(32, 32), (45, 30), (30, 45), (300, 200), (1, 7), (17, 19), (201, 100), (160, 10)]
 
 
-@pytest.mark.parametrize(("resize", "stored_size"), [(0, 0), (37, 0), (36, 40)])
-def test_resizing_any_shape_equals_pillow(resize: int, stored_size: int) -> None:
+@pytest.mark.parametrize(
+    ("resize", "stored_size", "interpolation"),
+    [(0, 0, "bilinear"), (36, 40, "bicubic"), (37, 0, "lanczos")],
+)
+def test_resizing_any_shape_equals_pillow(resize: int, stored_size: int, interpolation: str) -> None:
     """Compares with the steps on the host, in which a run stores its images and predicts."""
     for height, width in SHAPES:
         images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
         expected = []
         for image in images:
             if stored_size and min(height, width) > stored_size:
-                image = shrink(image, stored_size)
-            expected.append(central_square(shrink(image, resize or 32), 32))
-        found = jax.jit(partial(resize_and_crop_any, tall_by_height=TALL_BY_HEIGHT), static_argnums=(1, 2, 3))(
-            images, 32, resize, stored_size
+                image = shrink(image, stored_size, interpolation)
+            expected.append(central_square(shrink(image, resize or 32, interpolation), 32))
+        found = jax.jit(partial(resize_and_crop_any, tall_by_height=TALL_BY_HEIGHT), static_argnums=(1, 2, 3, 4))(
+            images, 32, resize, stored_size, interpolation
         )
         np.testing.assert_array_equal(found, expected, f"{height} x {width}")
 
@@ -87,14 +90,14 @@ def photo(height: int, width: int) -> np.ndarray:
     return np.asarray(coarse) + rng.integers(0, 30, (height, width, 3), np.uint8)
 
 
-@pytest.mark.parametrize(("resize", "stored_size"), [(0, 48), (36, 0)])
+@pytest.mark.parametrize(("resize", "stored_size", "interpolation"), [(0, 48, "bilinear"), (36, 0, "bicubic")])
 def test_the_export_returns_what_predict_returns(
-    small_run: Path, tmp_path: Path, resize: int, stored_size: int
+    small_run: Path, tmp_path: Path, resize: int, stored_size: int, interpolation: str
 ) -> None:
     """Compares photos that are larger than stored_size, smaller, wide, thin and more than twice as tall as wide."""
     checkpoint = load_checkpoint(small_run, "best")
     checkpoint.info["config"]["data"] |= {"stored_size": stored_size, "resize": resize}
-    checkpoint.info["preprocessing"] |= {"resize": resize}
+    checkpoint.info["preprocessing"] |= {"resize": resize, "interpolation": interpolation}
     export_stablehlo(checkpoint, tmp_path / "model.zip", "float32")
     classifier, network = Classifier(checkpoint), read(tmp_path / "model.zip")
     for shape in [(600, 450), (40, 47), (90, 300), (301, 150), (9, 500)]:

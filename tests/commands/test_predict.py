@@ -18,12 +18,17 @@ from PIL import Image
 
 import jaxft
 from jaxft import predict
-from jaxft.classifier import BATCH_SIZE, Classifier
+from jaxft.classifier import Classifier
 from jaxft.data import datasets
+from jaxft.data.batches import Examples
 from jaxft.data.dataset import DataOptions
+from jaxft.data.loader import ResidentLoader
 from jaxft.errors import UserError, run_command
-from jaxft.training.evaluation import evaluate
+from jaxft.export import export_flax
+from jaxft.inference import BATCH_SIZE
+from jaxft.training.evaluation import evaluate, extract_features
 from jaxft.training.restore import load_checkpoint
+from jaxft.training.steps import EvalConfig
 from jaxft.transforms.preprocessing import preprocess
 from tests.helpers.runs import ROOT, Run, environment
 
@@ -84,9 +89,11 @@ def test_the_classifier_matches_the_network(small_run: Path, classifier: Classif
     assert [p.probability for p in predictions] == pytest.approx(found[: len(files)].max(1).tolist())
 
 
-@pytest.mark.parametrize(("stored_size", "resize"), [(48, 0), (0, 40), (48, 40)])
+@pytest.mark.parametrize(
+    ("stored_size", "resize", "interpolation"), [(48, 0, "bilinear"), (0, 40, "bicubic"), (48, 40, "lanczos")]
+)
 def test_large_images_are_preprocessed_like_the_runs_data(
-    small_run: Path, tmp_path: Path, stored_size: int, resize: int
+    small_run: Path, tmp_path: Path, stored_size: int, resize: int, interpolation: str
 ) -> None:
     """The data is a folder of images of several sizes, stored as squares for an image_size of 32."""
     rng = np.random.default_rng(0)
@@ -95,11 +102,11 @@ def test_large_images_are_preprocessed_like_the_runs_data(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
     side = stored_size or resize
-    kept = datasets.load(f"folder:{tmp_path}", "test", DataOptions(side=side)).image
+    kept = datasets.load(f"folder:{tmp_path}", "test", DataOptions(side=side, interpolation=interpolation)).image
     assert kept.shape == (6, side, side, 3)
     checkpoint = load_checkpoint(small_run, "best")
     checkpoint.info["config"]["data"] |= {"stored_size": stored_size, "resize": resize}
-    checkpoint.info["preprocessing"]["resize"] = resize
+    checkpoint.info["preprocessing"] |= {"resize": resize, "interpolation": interpolation}
     classifier = Classifier(checkpoint)
     files = sorted(tmp_path.rglob("*.png"))
     np.testing.assert_array_equal(classifier.probabilities(files), classifier.probabilities(kept))
@@ -196,6 +203,37 @@ def test_errors_are_reported_in_one_line(fails: Callable[..., str], small_run: P
     assert "no checkpoint '7'" in fails("-m", "jaxft.predict", "--workdir", small_run, "--checkpoint=7", "a.png")
 
 
+def test_features_of_no_readable_image_are_not_written(
+    fails: Callable[..., str], small_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.npz"
+    assert "1 of 1 file could not be read: there is no image" in fails(
+        "-m", "jaxft.predict", "--workdir", small_run, "--features", out, tmp_path / "absent.png"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("a.png", "one of the arguments --workdir --weights is required"),
+        ("--workdir=runs/a --weights=resnet50 a.png", "not allowed with argument"),
+        ("--weights=WORKDIR a.png", "is a run's workdir, not a weights file; use --workdir"),
+        ("--weights=resnet50 a.png", "similar names: resnet50.tv_in1k_v1"),
+        ("--weights=resnet50 --checkpoint=7 a.png", "--checkpoint 7 is for --workdir"),
+        ("--weights=resnet50 --features=a.txt a.png", "--features must end in .npz, not a.txt"),
+        ("--weights=resnet50 --features=no/a.npz a.png", "there is no folder no; create it, or name another file"),
+        ("--weights=resnet50 --features=a.npz --json a.png", "--features writes a file; leave out --json"),
+        ("--weights=resnet50 --features=a.npz --serve", "--features writes a file; leave out --serve"),
+        ("--weights=resnet50 --layer=pooled a.png", "--layer pooled is for --features OUT.npz"),
+        ("--weights=resnet50 --layer=stage4 --features=a.npz a.png", "invalid choice: 'stage4'"),
+    ],
+)
+def test_arguments_that_do_not_fit(fails: Callable[..., str], small_run: Path, arguments: str, message: str) -> None:
+    line = fails("-m", "jaxft.predict", *arguments.replace("WORKDIR", str(small_run)).split())
+    assert message in line
+
+
 def test_a_single_image_is_a_list_of_one(classifier: Classifier, folder: Path) -> None:
     file = next(folder.rglob("*.png"))
     image = Image.open(file)
@@ -248,3 +286,36 @@ def test_the_python_api_is_silent(run: Run, small_run: Path, tmp_path: Path) -> 
     code = f"import jaxft; print(len(jaxft.load({str(small_run)!r}).predict([{str(tmp_path / 'a.png')!r}])))"
     result = run("-c", code)
     assert (result.returncode, result.stdout, result.stderr) == (0, "1\n", "")
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_features_are_those_that_training_caches(small_run: Path, classifier: Classifier) -> None:
+    """With test_flip, which averages the features of an image and its mirror image."""
+    checkpoint = load_checkpoint(small_run, "best")
+    policy = checkpoint.policy._replace(test_flip=True)
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    config = EvalConfig(checkpoint.model, classifier.preprocessing, policy)
+    loader = ResidentLoader(Examples(images, np.zeros(20, np.int32)))
+    cached = np.asarray(extract_features(config, checkpoint.state, loader, 32).image)
+    found = Classifier(checkpoint._replace(policy=policy)).features(images)
+    assert (found.dtype, found.shape) == (np.float32, (20, 64))
+    np.testing.assert_allclose(found, cached, rtol=1e-5, atol=1e-5 * np.abs(cached).max())
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_an_exported_run_predicts_what_the_run_predicts(
+    small_run: Path, classifier: Classifier, tmp_path: Path
+) -> None:
+    """Images are shrunk twice, as the run's are: to data.stored_size and to data.resize."""
+    checkpoint = load_checkpoint(small_run, "best")
+    checkpoint.info["config"]["data"] |= {"stored_size": 48, "resize": 40}
+    checkpoint.info["preprocessing"]["resize"] = 40
+    path = tmp_path / "run.safetensors"
+    export_flax(small_run, checkpoint, path, "float32")
+    run, exported = Classifier(checkpoint), jaxft.load(path)
+    assert (exported.class_names, exported.preprocessing.resize) == (run.class_names, 40)
+    images = np.random.default_rng(0).integers(0, 256, (20, 70, 60, 3), np.uint8)
+    found = jax.nn.softmax(exported.features(images, "logits"))
+    np.testing.assert_allclose(found, run.probabilities(images), rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="pretrained weights, which have no test images; evaluate a run"):
+        exported.evaluate()

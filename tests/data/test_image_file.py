@@ -20,6 +20,7 @@ from PIL import Image
 
 from jaxft.data import image_file
 from jaxft.data.image_file import ImageError, decode, shrink
+from jaxft.transforms.pillow_resize import FILTERS
 from tests.helpers.reference import torchvision
 
 COLOUR = (200, 100, 50)
@@ -110,13 +111,23 @@ def test_damaged_files_decode_or_raise_image_error(data: st.DataObject, kind: st
     assert array.ndim == 3
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 60), st.integers(0, 2**32 - 1))
-def test_shrink_equals_torchvisions_resize_and_crop(height: int, width: int, size: int, seed: int) -> None:
-    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+def resize_and_crop(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """Applies torchvision's Resize and CenterCrop."""
     transforms = torchvision.transforms
-    transform = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-    np.testing.assert_array_equal(shrink(image, size), np.asarray(transform(Image.fromarray(image))))
+    resize = transforms.Resize(size, transforms.InterpolationMode[interpolation.upper()])
+    return np.asarray(transforms.CenterCrop(size)(resize(Image.fromarray(image))))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(1, 60), st.sampled_from([*FILTERS]), st.integers(0, 2**32 - 1)
+)
+def test_shrink_equals_torchvisions_resize_and_crop(
+    height: int, width: int, size: int, interpolation: str, seed: int
+) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    expected = resize_and_crop(image, size, interpolation)
+    np.testing.assert_array_equal(shrink(image, size, interpolation), expected)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +267,25 @@ def test_thin_images_are_not_resized_as_a_whole(
     np.testing.assert_array_equal(decode(data, side=64), expected)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 8), st.integers(200, 900), st.integers(1, 40), st.booleans(), st.integers(0, 2**32 - 1))
-def test_thin_images_are_shrunk_like_others(shorter: int, longer: int, size: int, upright: bool, seed: int) -> None:
-    """Only the central part is resized; the result is the same as of resizing everything, as torchvision does."""
-    shape = (longer, shorter, 3) if upright else (shorter, longer, 3)
-    image = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    transforms = torchvision.transforms
-    transform = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-    np.testing.assert_array_equal(shrink(image, size), np.asarray(transform(Image.fromarray(image))))
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 8), st.integers(200, 900)),
+    st.integers(1, 40),
+    st.booleans(),
+    st.sampled_from([*FILTERS]),
+    st.integers(0, 2**32 - 1),
+)
+def test_thin_images_are_shrunk_like_others(
+    sides: tuple[int, int], size: int, upright: bool, interpolation: str, seed: int
+) -> None:
+    """Only the central part is resized; the result is the same as of resizing everything, as torchvision does.
+
+    Pixels of 0 and 255 make negative weights overshoot.
+    """
+    shape = (*sides[:: -1 if upright else 1], 3)
+    image = np.random.default_rng(seed).choice(np.array([0, 255], np.uint8), shape)
+    expected = resize_and_crop(image, size, interpolation)
+    np.testing.assert_array_equal(shrink(image, size, interpolation), expected)
 
 
 def test_grey_images_are_shrunk_as_if_they_were_rgb() -> None:
@@ -289,7 +310,9 @@ def test_at_most_shrinks_only_larger_images() -> None:
     image = Image.effect_noise((40, 30), 50).convert("RGB")
     data = encoded(image, "PNG")
     np.testing.assert_array_equal(decode(data, at_most=30), np.asarray(image))
-    np.testing.assert_array_equal(decode(data, at_most=20), shrink(np.asarray(image), 20))
+    for interpolation in FILTERS:
+        expected = shrink(np.asarray(image), 20, interpolation)
+        np.testing.assert_array_equal(decode(data, at_most=20, interpolation=interpolation), expected)
 
 
 def test_threads_decode_a_bounded_number_of_pixels_at_once() -> None:

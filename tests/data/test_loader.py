@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxft.data import budget, datasets, lazy_images
+from jaxft.data import budget, datasets, image_file, lazy_images
 from jaxft.data.batches import make_batches
 from jaxft.data.dataset import DataOptions, Dataset
 from jaxft.data.lazy_images import LazyImages, MappedImages
@@ -83,6 +83,31 @@ def test_lazy_images_from_files_index_like_arrays(folder: Path) -> None:
     np.testing.assert_array_equal(files.label, arrays.label)
     for index in (7, np.int64(7), [3, 999, 3], np.arange(20).reshape(4, 5), np.array([], int)):
         np.testing.assert_array_equal(files.image[index], arrays.image[index])
+
+
+@pytest.mark.parametrize("source", ["folder", "records"])
+def test_images_shrunk_by_another_filter_are_not_taken_from_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "arrays"))
+    if source == "folder":
+        load = partial(datasets.load, f"folder:{folder}", "test")
+    else:
+        load = partial(datasets.load, "tiny_pictures", "train[10%:]")
+    options = DataOptions(dir=str(DATA / "array_record"), side=24)
+    index = np.arange(5)
+    names = ("bilinear", "bicubic")
+    kept = {name: np.array(load(options._replace(interpolation=name)).image[index]) for name in names}
+    assert (kept["bilinear"] != kept["bicubic"]).any()
+    with monkeypatch.context() as patch:
+        patch.setattr(image_file, "open_regular", None)  # so that no image can be read again
+        patch.setattr("subprocess.run", None)
+        for name in names:
+            np.testing.assert_array_equal(load(options._replace(interpolation=name)).image[index], kept[name])
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "records"))
+    lazy = load(options._replace(interpolation="bicubic", cache="never"))
+    assert isinstance(lazy.image, LazyImages)
+    np.testing.assert_array_equal(lazy.image[index], kept["bicubic"])
 
 
 def test_decoded_images_are_cached_if_the_disk_has_twice_their_size(

@@ -54,12 +54,22 @@ def onednn_in_double_precision() -> Iterator[None]:
         numbers = ("NHWC", "HWIO", "NHWC")
         return after(lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=numbers), epilogue)
 
+    def depthwise(
+        x: jax.Array, kernel: jax.Array, padding: int, dtype: Any = None, bias: jax.Array | None = None
+    ) -> jax.Array:
+        pads, numbers = [(padding, padding)] * 2, ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(
+            x, kernel, (1, 1), pads, dimension_numbers=numbers, feature_group_count=x.shape[-1]
+        )
+        return after(y, onednn.Epilogue(bias))
+
     def matmul(
         a: jax.Array,
         b: jax.Array,
         transpose_a: bool = False,
         transpose_b: bool = False,
         epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, immutable
+        dtype: Any = None,
     ) -> jax.Array:
         return after((a.mT if transpose_a else a) @ (b.mT if transpose_b else b), epilogue)
 
@@ -71,5 +81,6 @@ def onednn_in_double_precision() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onednn, "convolution", convolution)
         patch.setattr(onednn, "matmul", matmul)
+        patch.setattr(onednn, "depthwise", depthwise)
         patch.setattr(onednn, "DTYPES", (jnp.float64,))
         yield

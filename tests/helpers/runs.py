@@ -33,6 +33,7 @@ TINY = (
     "--config.data.train_split=test",
     "--config.image_size=16",
     "--config.model.width=4",
+    "--config.model.dropout=0.1",
     "--config.batch_size=72",  # 14 steps an epoch, the last of fewer images
     "--config.num_epochs=3",
     "--config.augment.flip=True",

@@ -66,6 +66,11 @@ def test_parts_are_torchvisions_modules() -> None:
         ({"freeze": "."}, "leaves nothing to train"),
         ({"freeze": "stem", "unfreeze": "stem"}, "as in '3: stage4, 5: stage3'"),
         ({"freeze": "stem", "unfreeze": "2: stage1"}, "names 'stage1', which is not frozen in that epoch"),
+        ({"freeze": "stage1-stage5"}, "there is no part 'stage5'; parts are stem, stage1-stage4, head"),
+        ({"freeze": "backbone-head"}, "there is no part 'backbone'"),
+        ({"freeze": "stage3-stage1"}, "'stage1' comes first; write stage1-stage3"),
+        ({"freeze": "stem-head"}, "leaves nothing to train"),
+        ({"freeze": "stem", "unfreeze": "2: stage1-stage2"}, "names 'stage1-stage2', which is not frozen"),
     ],
 )
 def test_wrong_names_are_errors(values: dict[str, str], part: str) -> None:
@@ -102,6 +107,21 @@ def test_parts_that_join_later_are_announced() -> None:
     ]
     assert len(partition.unfreezing(config, 2)) == 1
     assert partition.unfreezing(config, 4) == []
+
+
+def test_ranges_are_the_parts_between_two() -> None:
+    """In the order of the network, both ends included, also as epochs say."""
+    assert partition.select(PATHS, "stem - stage2, head", PARTS) == partition.select(
+        PATHS, "stem,stage1,stage2,head", PARTS
+    )
+    assert partition.select(PATHS, "stage4-stage4", PARTS) == partition.select(PATHS, "stage4", PARTS)
+    config = config_with(freeze="stem-stage4", unfreeze="2: stage3-stage4")
+    assert partition.make_policy(config, MODEL, 1).frozen == partition.select(PATHS, "backbone", PARTS)
+    assert partition.make_policy(config, MODEL, 2).frozen == partition.select(PATHS, "stem-stage2", PARTS)
+    assert partition.first_epoch(config.optimizer, "layer3/0/conv1/kernel", PARTS) == 2
+    many = {"embed": "a", **{f"block{i}": "b" for i in range(24)}, "head": "c"}
+    assert partition.listed(many) == "embed, block0-block23, head"
+    assert partition.parts_between("embed-block10", many) == ["embed", *(f"block{i}" for i in range(11))]
 
 
 def train(policy: Policy, config: Any, state: TrainState, steps: int, devices: int = 2) -> TrainState:

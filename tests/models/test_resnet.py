@@ -22,6 +22,7 @@ from tests.helpers.reference import torch, torchvision
 from tests.helpers.torch_models import flax_model, images, nchw, random_torch_model, to_flax
 
 KEY = jax.random.key(0, impl="rbg")  # compiles much sooner than JAX's default generator
+TORCHVISIONS = [arch for arch in ARCHITECTURES if hasattr(torchvision.models, arch)]  # others: test_resnet_variants.py
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4", "fc")
 
 
@@ -31,7 +32,7 @@ def double_precision() -> Any:
         yield
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", TORCHVISIONS)
 def test_parameters_are_torchvisions(arch: str) -> None:
     with torch.device("meta"):  # shapes only
         state = getattr(torchvision.models, arch)().state_dict()
@@ -40,15 +41,14 @@ def test_parameters_are_torchvisions(arch: str) -> None:
 
 
 SIZES = [(224, 224), (64, 64), (97, 97), (160, 224)]
-QUICK = {("resnet50", 160), ("resnext50_32x4d", 97)}
 
 
 @pytest.mark.parametrize(
     ("arch", "height", "width"),
     [
-        pytest.param(arch, *size, marks=[] if (arch, size[0]) in QUICK else pytest.mark.slow)
-        for arch in ARCHITECTURES
-        for size in SIZES
+        ("bottleneck", 160, 224),
+        ("resnext50_32x4d", 97, 97),
+        *(pytest.param(arch, *size, marks=pytest.mark.slow) for arch in TORCHVISIONS for size in SIZES),
     ],
 )
 def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: int) -> None:
@@ -63,7 +63,7 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
     with torch.no_grad():
         reference(nchw(x))
     for dtype, tolerance in ((jnp.float64, 1e-11), (jnp.float32, 1e-5)):
-        model = ARCHITECTURES[arch](num_classes=10, dtype=dtype, formulation="cpu")
+        model = flax_model(arch, dtype=dtype, formulation="cpu")
         variables = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), to_flax(reference.state_dict(), model))
         apply = partial(
             model.apply,
@@ -85,11 +85,7 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
         ("basic", True, "plain"),
         ("basic", False, "cpu-onednn"),
         ("basic", True, "tpu"),
-        *(
-            pytest.param(arch, train, "cpu", marks=pytest.mark.slow)
-            for arch in ARCHITECTURES
-            for train in (True, False)
-        ),
+        *(pytest.param(arch, train, "cpu", marks=pytest.mark.slow) for arch in TORCHVISIONS for train in (True, False)),
         *(
             pytest.param(arch, train, formulation, marks=pytest.mark.slow)
             for arch, train in (("resnet18", True), ("resnet18", False), ("resnet50", True))

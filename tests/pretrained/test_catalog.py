@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 
+from jaxft import convert
 from jaxft.files import cache_dir
+from jaxft.models.architectures import ALIASES, NAMES
+from jaxft.models.architectures import TORCHVISION as TORCHVISION_ARCHITECTURES
 from jaxft.models.build import ARCHITECTURES
+from jaxft.models.network import num_params
 from jaxft.pretrained import download
 from jaxft.pretrained.catalog import PARAMETERS, WEIGHTS, NamedWeights, find, similar_names, table, weights_file
+from jaxft.pretrained.listing import FAMILY_NAMES
 from tests.helpers.reference import torchvision
 
 MODELS = torchvision.models
 TORCHVISION = [
     (f"{arch}.tv_in1k_{enum.name.removeprefix('IMAGENET1K_').lower()}", enum)
-    for arch in ARCHITECTURES
+    for arch in sorted(TORCHVISION_ARCHITECTURES)
     for enum in MODELS.get_model_weights(arch)
     if math.isfinite(enum.meta["_metrics"]["ImageNet-1K"]["acc@1"])  # one of vgg16's files has no trained head
+    and "SWAG" not in enum.name  # not for commercial use
 ]
 
 
@@ -52,7 +58,7 @@ def test_every_row_is_consistent(weights: NamedWeights) -> None:
     assert weights.arch in ARCHITECTURES
     assert weights.interpolation in ("bilinear", "bicubic")
     assert 160 <= weights.crop_size <= weights.resize_size <= 320
-    assert 69 < weights.top1 < 84
+    assert 69 < weights.top1 < 85
     assert weights.license
 
 
@@ -67,6 +73,46 @@ def test_the_table_lists_all_weights_within_100_columns() -> None:
     assert [line.split()[0] for line in lines] == [weights.name for weights in WEIGHTS]
     assert [float(line.split()[1]) for line in lines] == [weights.top1 for weights in WEIGHTS]
     assert max(map(len, (head, *lines))) <= 100
+
+
+@pytest.mark.parametrize(
+    "arch", [name if name == "vgg11" else pytest.param(name, marks=pytest.mark.slow) for name in PARAMETERS]
+)
+def test_parameters_are_those_of_the_models(arch: str) -> None:
+    assert num_params(ARCHITECTURES[arch](num_classes=1000)) == PARAMETERS[arch]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_family_is_listed_with_its_weights(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    timm = pytest.importorskip("timm")
+    convert.main(["--list", family])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["model.arch", "parameters", "image_size", "weights"]
+    assert max(map(len, (head, *lines))) <= 140
+    for line in lines:
+        arch, parameters, image_size, *weights = line.replace(", ", " ").split()
+        assert arch in NAMES
+        assert parameters == f"{PARAMETERS[arch]:,}"
+        assert image_size.isdecimal()
+        for name in weights:
+            tag = name.removeprefix("hf:timm/")
+            assert (
+                weights[:2] == ["files", "of"] or find(name) or timm.get_pretrained_cfg(tag, allow_unregistered=False)
+            )
+
+
+def test_all_architectures_are_in_one_list(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = []
+    for family in FAMILY_NAMES:
+        convert.main(["--list", family])
+        listed += [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert sorted(listed) == sorted(NAMES)
+    assert {*PARAMETERS} == {*NAMES}
+    assert {*ALIASES.values()} <= {*NAMES}
+    convert.main(["--list"])
+    output = capsys.readouterr().out
+    assert output.startswith(table())
+    assert "vit (" in output
 
 
 def test_a_misspelt_name_gets_the_nearest_names() -> None:

@@ -15,13 +15,16 @@ from flax.traverse_util import flatten_dict
 
 from jaxft import convert
 from jaxft.errors import UserError
+from jaxft.models.architectures import TORCHVISION
 from jaxft.models.build import ARCHITECTURES
 from jaxft.pretrained import catalog
 from jaxft.pretrained.convert import to_torch
-from jaxft.pretrained.families import family_of
+from jaxft.pretrained.families import FAMILIES, family_of
 from jaxft.pretrained.load import load_pretrained, read_weights
 from jaxft.pretrained.recognise import infer_arch
+from jaxft.pretrained.state_dict import find_networks
 from jaxft.pretrained.torch_files import read_tensors, write_tensors
+from jaxft.pretrained.unpickle import Tensor
 from jaxft.pretrained.weights_file import Weights, write_weights
 from jaxft.targets.classification import replace_head
 from tests.helpers.reference import torch, torchvision
@@ -163,12 +166,15 @@ def test_a_round_trip_is_bit_identical(
         torchvision.models.resnet18(num_classes=7).load_state_dict(torch.load(tmp_path / "out.pth"), strict=True)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", sorted(TORCHVISION))
 def test_every_architecture_is_recognised(arch: str) -> None:
     with torch.device("meta"):  # only shapes
         state = getattr(torchvision.models, arch)(num_classes=3).state_dict()
-    tensors = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in state.items()}
-    assert infer_arch(tensors, family_of(arch)) == arch
+    content = {key: Tensor(np.dtype(np.float32), tuple(value.shape), key) for key, value in state.items()}
+    (network,) = find_networks(content, FAMILIES)
+    assert network.family == family_of(arch)
+    assert network.naming.library == "torchvision"
+    assert infer_arch(network.tensors, network.family) == arch
 
 
 @pytest.mark.parametrize("depths", [[2, 2, 2, 2], [3, 4, 6, 3]])
@@ -211,8 +217,9 @@ def test_timms_plain_resnets_are_recognised(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("resnet50d", "its stem is three 3x3 convolutions"),
-        ("seresnet50", "its blocks hold attention"),
+        ("resnetrs50", "its stem ends with a convolution instead of the max-pool"),
+        ("ecaresnet50d", "its blocks hold attention other than timm's squeeze and excitation"),
+        ("legacy_seresnet18", "its blocks hold attention other than"),
         ("resnetv2_50", "it is a ResNet v2"),
         ("resnet50_gn", "GroupNorm, not BatchNorm"),
     ],

@@ -48,7 +48,7 @@ def array() -> bytes:
         ("a.pth", LFS, "Git LFS pointer for a file of 102,530,333 bytes; in its repository: git lfs pull"),
         ("a.pth", b"\n <!DOCTYPE html><html>", "it is HTML"),
         ("a.pth", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "it is XML"),
-        ("model.safetensors.index.json", b'{"weight_map": {}}', "a checkpoint in several files"),
+        ("model.safetensors.index.json", b'{"weight_map": {}}', 'it has no "weight_map"'),
         ("config.json", b'{"a": 1}', "it is JSON"),
         ("a.pth.gz", gzip.compress(TINY), "gunzip"),
         ("a.tar", tarred(), "tar archive"),
@@ -92,8 +92,8 @@ def test_a_folder_gives_its_weights_or_says_what_it_holds(tmp_path: Path) -> Non
         return str(error.value)
 
     assert "is a folder without model.safetensors" in message()
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert "in several files" in message()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"fc.bias": "a.safetensors"}}')
+    assert "a.safetensors is missing, which model.safetensors.index.json names" in message()
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "epoch3.pth").write_bytes(TINY)
     assert "it holds epoch3.pth" in message()
@@ -178,6 +178,6 @@ def test_a_pickled_call_beside_the_weights_is_not_made(tmp_path: Path) -> None:
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     torch.save({"a": torch.ones(1), "b": Touch()}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="not named as a ResNet's"):
+    with pytest.raises(UserError, match="not named as those of jaxft's networks"):
         read_weights(tmp_path / "a.pth")
     assert not (tmp_path / "ran").exists()

@@ -204,8 +204,8 @@ def test_differences_are_shown_in_threes(save: Any, state: State) -> None:
         read_weights(save({key: value for key, value in state.items() if not key.startswith("layer4")}))
     with pytest.raises(
         UserError,
-        match=r"its 3 tensors are not named as a ResNet's \(layer1\.0\.conv1\.weight\) or a VGG's "
-        r"\(features\.0\.weight\): model\.0, model\.1, model\.2$",
+        match=r"its 3 tensors are not named as those of jaxft's networks \(ResNet, VGG, ViT, ConvNeXt\): "
+        r"model\.0, model\.1, model\.2$",
     ):
         read_weights(save({f"model.{i}": torch.ones(1) for i in range(3)}))
 

@@ -104,9 +104,9 @@ def test_other_architectures_and_incomplete_files_are_refused(save: Any, state: 
     ("name", "part"),
     [
         ("alexnet", "its first convolution is 11x11, as in AlexNet, not 3x3"),
-        ("densenet121", r"its 727 tensors are not named as a ResNet's .* or a VGG's .*: features\.conv0\.weight"),
-        ("mobilenet_v3_small", "its features are blocks of layers"),
-        ("convnext_tiny", "its features are blocks of layers"),
+        ("densenet121", "it is a DenseNet"),
+        ("mobilenet_v3_small", "it is an EfficientNet or MobileNet"),
+        ("efficientnet_b0", "it is an EfficientNet or MobileNet"),
         ("squeezenet1_1", "its features are blocks of layers"),
     ],
 )

@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from jaxft.config import default_config
+from jaxft.models.build import ARCHITECTURES
+from jaxft.models.network import abstract_variables
 from jaxft.models.resnet import ResNet
-from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxft.training.optimizer import is_decayed, learning_rate_factor, learning_rate_schedule, make_optimizer
 from tests.helpers.reference import torch
 
 
@@ -198,3 +201,43 @@ def test_without_the_new_keys_the_optimizer_has_the_same_state() -> None:
     config.unfreeze_warmup = 1.0
     after = make_optimizer(config, 10, 2, ResNet.parts).init({"fc": {"kernel": jax.numpy.ones(2)}})
     assert len(jax.tree.leaves(after)) == len(jax.tree.leaves(before)) + 1
+
+
+def factors_and_decays(arch: str) -> tuple[dict[str, tuple[float, bool]], dict[str, tuple[float, bool]]]:
+    """Returns timm's and our factor of the learning rate, and whether weight decay applies, by timm's key."""
+    timm = pytest.importorskip("timm")
+    optim = pytest.importorskip("timm.optim")
+    reference = timm.create_model(arch, num_classes=3)
+    names = {parameter: name for name, parameter in reference.named_parameters()}
+    excluded = reference.no_weight_decay() if hasattr(reference, "no_weight_decay") else ()
+    groups = optim.param_groups_layer_decay(reference, 0.1, excluded, layer_decay=0.5)
+    theirs = {names[p]: (group["lr_scale"], group["weight_decay"] > 0) for group in groups for p in group["params"]}
+
+    config = default_config().optimizer
+    config.layer_decay = 0.5
+    model = ARCHITECTURES[arch](num_classes=3)
+    ours = {}
+    for path, array in flatten_dict(abstract_variables(model)["params"], sep="/").items():
+        key = path.replace("/", ".").replace("kernel", "weight").replace("scale", "weight")
+        ours[key] = learning_rate_factor(config, path, model.parts), is_decayed(path, array)
+    assert ours.keys() == theirs.keys()
+    return theirs, ours
+
+
+@pytest.mark.parametrize("arch", ["test_vit", pytest.param("vit_small_patch14_reg4_dinov2", marks=pytest.mark.slow)])
+def test_rates_and_decay_of_a_vit_are_timms(arch: str) -> None:
+    theirs, ours = factors_and_decays(arch)
+    assert ours == theirs
+
+
+def test_rates_of_a_convnext_fall_by_stage_and_its_decay_is_timms() -> None:
+    """timm multiplies once per block, so that its stem has 0.5**10 here; our last norm is not part of the head."""
+    theirs, ours = factors_and_decays("test_convnext")
+    assert {key: decays for key, (_, decays) in ours.items()} == {key: decays for key, (_, decays) in theirs.items()}
+    factors = {key: factor for key, (factor, _) in ours.items()}
+    assert factors["stem.0.weight"] == 0.5**5
+    assert {factors[f"stages.{i}.blocks.0.conv_dw.weight"] for i in range(4)} == {0.5**i for i in range(1, 5)}
+    assert factors["head.norm.weight"] == 0.5
+    assert factors["head.fc.weight"] == 1
+    by_theirs = sorted(factors, key=lambda key: (theirs[key][0], factors[key]))
+    assert [factors[key] for key in by_theirs] == sorted(factors.values())

@@ -61,7 +61,7 @@ def test_evaluation_resizes_and_crops_as_torchvision(photos: Path, resize: int, 
     [
         ({"data__resize": "31"}, "'data.resize' is 31, less than the image_size of 32"),
         ({"data__resize": "40", "data__stored_size": "36"}, "'data.stored_size' is 36, less than data.resize"),
-        ({"data__resize": "-1"}, "must be at least 0"),
+        ({"data__resize": "-2"}, "must be at least 0, or -1 to derive it from the weights"),
     ],
 )
 def test_sizes_that_cannot_be_cropped_are_refused(

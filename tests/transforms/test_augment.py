@@ -29,6 +29,7 @@ from jaxft.transforms.augment import (
     mix,
     random_boxes,
 )
+from jaxft.transforms.pillow_resize import FILTERS
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess
 from tests.helpers.runs import ROOT
 
@@ -39,20 +40,42 @@ augment_compiled = jax.jit(augment, static_argnums=(2, 3))
 EVERYTHING = Augmentation(flip=True, shift=0.1, crop_area=0.3, crop_ratio=4 / 3)
 
 
-@settings(deadline=None, max_examples=5)
-@given(st.integers(8, 40), st.integers(8, 40), st.integers(4, 70), st.booleans(), st.floats(0.1, 1), st.floats(0, 1))
+@pytest.mark.parametrize("interpolation", FILTERS)
+@settings(deadline=None, max_examples=3)
+@given(
+    st.tuples(st.integers(8, 40), st.integers(8, 40)),
+    st.integers(4, 70),
+    st.booleans(),
+    st.floats(0.1, 1),
+    st.floats(0, 1),
+)
 def test_crop_and_resize_matches_pillow(
-    height: int, width: int, size: int, mirrored: bool, part: float, place: float
+    interpolation: str, sides: tuple[int, int], size: int, mirrored: bool, part: float, place: float
 ) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    """Pixels from 96 to 159 never overshoot so far that they are clipped, so the order of the passes is irrelevant."""
+    height, width = sides
+    image = np.random.default_rng(0).integers(96, 160, (height, width, 3), np.uint8)
     left, top = place * (1 - part), (1 - place) * (1 - part)
     right, bottom = left + part, top + part
     pixels = (left * width, top * height, right * width, bottom * height)
-    expected = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, pixels), np.float32)
-    sides = (right, left) if mirrored else (left, right)
-    boxes = Boxes(*(jnp.array([side]) for side in (top, bottom, *sides)))
-    (ours,) = jax.jit(crop_and_resize, static_argnums=2)(image[None], boxes, size, 0.0)
-    np.testing.assert_allclose(ours[:, ::-1] if mirrored else ours, expected, rtol=0, atol=1.1)  # Pillow rounds, twice
+    kind = Image.Resampling[interpolation.upper()]
+    expected = np.asarray(Image.fromarray(image).resize((size, size), kind, pixels), np.float32)
+    across = (right, left) if mirrored else (left, right)
+    boxes = Boxes(*(jnp.array([side]) for side in (top, bottom, *across)))
+    (ours,) = jax.jit(crop_and_resize, static_argnums=(2, 4))(image[None], boxes, size, 100.0, interpolation)
+    # Pillow rounds after each pass, and negative weights enlarge the error of the first.
+    np.testing.assert_allclose(ours[:, ::-1] if mirrored else ours, expected, rtol=0, atol=1.3)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos"])
+def test_overshooting_crops_are_clipped_after_each_pass_as_pillows(interpolation: str) -> None:
+    image = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (30, 30, 3))
+    kind = Image.Resampling[interpolation.upper()]
+    expected = np.asarray(Image.fromarray(image).resize((26, 26), kind, (3, 6, 21, 24)), np.float32)
+    boxes = Boxes(*(jnp.array([side / 30]) for side in (6, 24, 3, 21)))
+    (ours,) = jax.jit(crop_and_resize, static_argnums=(2, 4))(image[None], boxes, 26, 100.0, interpolation)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1.3)
+    assert ours.min() == 0 and ours.max() == 255
 
 
 def test_boxes_show_the_mean_colour_outside_the_image() -> None:
@@ -167,11 +190,11 @@ def test_mixup_and_cutmix_are_chosen_equally_often() -> None:
     assert 150 < cut.sum() < 250
 
 
-@pytest.mark.parametrize("crop_area", [1.0, 0.999])
-def test_without_random_crops_training_sees_what_evaluation_crops(crop_area: float) -> None:
+@pytest.mark.parametrize(("crop_area", "interpolation"), [(1.0, "bilinear"), (0.999, "bilinear"), (1.0, "lanczos")])
+def test_without_random_crops_training_sees_what_evaluation_crops(crop_area: float, interpolation: str) -> None:
     """An augmentation that changes almost nothing; with random crops it shows the whole image."""
     image = np.asarray(Image.effect_noise((40, 50), 90).convert("RGB").resize((60, 48)))[None]
-    preprocessing = Preprocessing(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize=40)
+    preprocessing = Preprocessing(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 40, interpolation)
     keys = image_keys(0, 0, np.arange(1))
     found = np.asarray(augment(image, keys, Augmentation(shift=1e-6, crop_area=crop_area), preprocessing))
     cropped, whole = (preprocess(image, p) for p in (preprocessing, preprocessing._replace(resize=0)))
@@ -180,7 +203,7 @@ def test_without_random_crops_training_sees_what_evaluation_crops(crop_area: flo
 
 
 def test_the_crop_keeps_its_share_at_another_size() -> None:
-    preprocessing = PREPROCESSING._replace(image_size=224, resize=256)
+    preprocessing = PREPROCESSING._replace(image_size=224, resize=256, interpolation="bicubic")
     assert preprocessing.at_size(112) == preprocessing._replace(image_size=112, resize=128)
     assert PREPROCESSING.at_size(16) == PREPROCESSING._replace(image_size=16)
 

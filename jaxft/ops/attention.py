@@ -1,0 +1,115 @@
+"""Attention of tokens to tokens. The softmax is computed in at least float32.
+
+On a CPU jax.nn.dot_product_attention takes 1.5 to 3 times as long as these formulations, forward and backward.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxft.ops import onednn
+from jaxft.ops.formulation import Formulation, on_cpu
+from jaxft.ops.fusion import materialize
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, formulation: Formulation = "plain") -> jax.Array:
+    """Returns the mean of values, weighted by softmax(q k / sqrt(d)): (N, T, heads, d), in v's type.
+
+    q: (N, T, heads, d). k, v: (N, S, heads, d).
+    """
+    if formulation == "cpu-onednn" and q.dtype in onednn.DTYPES:
+        return _onednn_attention(q, k, v)
+    if on_cpu(formulation):
+        return _attention_on_cpu(q, k, v)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("nthd,nshd->nhts", q, k, preferred_element_type=wide)
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("nhts,nshd->nthd", weights.astype(v.dtype), v)
+
+
+def _attention_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Scales the queries and normalises the result, which are d wide, instead of the scores, which are S wide."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
+    scores = jnp.einsum("nhtd,nhsd->nhts", q, k, preferred_element_type=wide)
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    y = jnp.einsum("nhts,nhsd->nhtd", weights.astype(v.dtype), v, preferred_element_type=wide)
+    return (y / weights.sum(-1, keepdims=True)).astype(v.dtype).transpose(0, 2, 1, 3)
+
+
+# NOTES: Attention on a CPU (docs/notes/families.md)
+@jax.custom_vjp
+def _onednn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Computes attention with few passes over the scores: only its result is divided by the sums of the softmax.
+
+    The backward pass keeps the exponentials and the inverse of their sums, and subtracts the softmax's mean gradient
+    as flash attention does (Dao et al. 2022, appendix B), as the sum of y dy.
+    """
+    return _onednn_attention_fwd(q, k, v)[0]
+
+
+def _onednn_attention_fwd(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple]:
+    shape = q.shape
+    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+    weights = _exponentials(_matmul(q, k, transpose_b=True), q.shape[-1] ** -0.5, v.dtype)
+    inverse = 1 / _row_sums(weights)
+    y = _heads_last(_matmul(weights, v), inverse, shape, v.dtype).reshape(shape)
+    return y, (q, k, v, weights, inverse, y)
+
+
+def _onednn_attention_bwd(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, weights, inverse, y = residuals
+    dy, mean = _divided_gradient(dy, y, inverse)
+    dv = _matmul(weights, dy, transpose_a=True)
+    dscores = _score_gradient(weights, _matmul(dy, v, transpose_b=True), mean, q.shape[-1] ** -0.5)
+    dq, dk = _matmul(dscores, k), _matmul(dscores, q, transpose_a=True)
+    batch, _, heads, _ = y.shape
+    dq, dk, dv = (d.reshape(batch, heads, *d.shape[1:]).swapaxes(1, 2).astype(v.dtype) for d in (dq, dk, dv))
+    return dq, dk, dv
+
+
+_onednn_attention.defvjp(_onednn_attention_fwd, _onednn_attention_bwd)
+
+
+def _matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+    """Multiplies stacks of matrices, with a result of at least float32."""
+    return onednn.matmul(a, b, transpose_a, transpose_b, dtype=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    """Returns (N * heads, T, d) of (N, T, heads, d)."""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+@partial(materialize, static_argnums=(1, 2))
+def _exponentials(scores: jax.Array, scale: float, dtype: Any) -> jax.Array:
+    """Returns exp(scale (scores - maximum of the row))."""
+    return jnp.exp((scores - scores.max(-1, keepdims=True)) * scale).astype(dtype)
+
+
+@materialize
+def _row_sums(weights: jax.Array) -> jax.Array:
+    """Sums the weights as they are rounded, so that the divided ones sum to 1."""
+    return weights.astype(jnp.promote_types(weights.dtype, jnp.float32)).sum(-1, keepdims=True)
+
+
+@partial(materialize, static_argnums=(2, 3))
+def _heads_last(y: jax.Array, inverse: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Multiplies y (N * heads, T, d) by `inverse` and returns (N * T, heads * d). shape: (N, T, heads, d)."""
+    y = (y * inverse).reshape(shape[0], shape[2], shape[1], shape[3])
+    return y.swapaxes(1, 2).reshape(shape[0] * shape[1], -1).astype(dtype)
+
+
+@materialize
+def _divided_gradient(dy: jax.Array, y: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns dy times `inverse`, with the heads first, and its product with y summed over features."""
+    mean = _heads_first((dy.astype(inverse.dtype) * y).sum(-1, keepdims=True)) * inverse
+    return (_heads_first(dy) * inverse).astype(dy.dtype), mean
+
+
+@partial(materialize, static_argnums=3)
+def _score_gradient(weights: jax.Array, dweights: jax.Array, mean: jax.Array, scale: float) -> jax.Array:
+    return (weights * (dweights - mean) * scale).astype(weights.dtype)
