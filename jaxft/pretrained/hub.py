@@ -84,11 +84,12 @@ def find_commit(repository: Repository) -> Found:
             if not _is_out_of_reach(error):
                 raise
             return Found(_cached_commit(repository, error), online=False)
-    if not re.fullmatch("[0-9a-f]{40,64}", found.commit_hash or ""):
+    commit = found.commit_hash or ""
+    if not re.fullmatch("[0-9a-f]{40,64}", commit):
         raise UserError(f"{_endpoint()} does not answer as the Hugging Face Hub does; check HF_ENDPOINT and the proxy")
     if (found.size or 0) > MAX_CONFIG:
         raise UserError(f"the {CONFIG} of {repository} has {found.size:,} bytes, so it is not timm's or transformers'")
-    return Found(found.commit_hash, online=True)
+    return Found(commit, online=True)
 
 
 def _cached_commit(repository: Repository, error: Exception) -> str:
