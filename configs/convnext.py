@@ -3,14 +3,14 @@
 python -m jaxft.train --config configs/convnext.py --config.data.name=folder:PATH [--config.model.pretrained=FILE]
 
 PATH holds train/CLASS/* and val/CLASS/*, or only CLASS/*: then a fifth of each class is held out for testing. The
-architecture, image size, mean and interpolation are those of the weights: a name on the Hugging Face Hub, which is
-downloaded once, or a file. The zeros and -1 below are derived when the run begins, and stored; any of them can be set
-instead.
+architecture, image size, mean and interpolation are those of the weights, which are a repository on the Hugging Face
+Hub, downloaded once, or a file. Values are derived for the zeros and -1 below when the run begins, and stored; any of
+them can be set instead.
 
 AdamW with a rate of 5e-5, layer-wise decay, a cosine, label smoothing 0.1 and weight decay 1e-8 is ConvNeXt's own
 fine-tuning (Liu et al. 2022, table 6). Its layer decay of 0.8 for each of twelve groups of blocks gives the stem 0.06
-of the head's rate, as 0.57 per stage does; 0.6 is used here. The rest is as in vit.py: the head begins as a linear
-probe, a warm-up, and a bound on the gradient's norm. docs/recipes.md has measurements.
+of the head's rate, as 0.57 per stage does; 0.6 is used here. As in vit.py, the head begins as a linear probe, the rate
+is warmed up, and the gradient's norm is bounded. docs/recipes.md has measurements.
 """
 
 from ml_collections import ConfigDict

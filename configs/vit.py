@@ -3,9 +3,9 @@
 python -m jaxft.train --config configs/vit.py --config.data.name=folder:PATH [--config.model.pretrained=FILE]
 
 PATH holds train/CLASS/* and val/CLASS/*, or only CLASS/*: then a fifth of each class is held out for testing. The
-architecture, image size, mean and interpolation are those of the weights: a name on the Hugging Face Hub, which is
-downloaded once, or a file. The zeros and -1 below are derived when the run begins, and stored; any of them can be set
-instead.
+architecture, image size, mean and interpolation are those of the weights, which are a repository on the Hugging Face
+Hub, downloaded once, or a file. Values are derived for the zeros and -1 below when the run begins, and stored; any of
+them can be set instead.
 
 AdamW with layer-wise decay, warm-up, a cosine, stochastic depth and smoothed labels is the fine-tuning of BEiT (Bao et
 al. 2022, appendix) and MAE (He et al. 2022, table 9): weight decay 0.05 but not of biases, norms and embeddings, layer

@@ -1,4 +1,4 @@
-"""Fine-tunes pretrained ResNets on your own images, in pure JAX.
+"""Fine-tunes pretrained ResNets, ViTs and ConvNeXts on your own images, in pure JAX.
 
     import jaxft
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,11 +22,11 @@ from jaxft.training.restore import LoadedCheckpoint, is_workdir, load_checkpoint
 from jaxft.training.steps import Layer
 
 FeatureLayer = Literal["pooled", "logits"]
-LAYERS = ("pooled", "logits")
+LAYERS: tuple[FeatureLayer, ...] = get_args(FeatureLayer)
 
 
 class Classifier:
-    """A network that classifies images and computes their features; one of a run can be evaluated, too."""
+    """A network that classifies images and computes their features; a run's network can also be evaluated."""
 
     def __init__(self, source: LoadedCheckpoint | Weights) -> None:
         self._checkpoint: LoadedCheckpoint | None = None
@@ -106,7 +106,7 @@ def load(workdir: str | Path, checkpoint: str | int = "best") -> Classifier:
     workdir: a run's folder, or a name or file that `load_pretrained` takes. Raises UserError if there is none.
     """
     if not isinstance(workdir, str | os.PathLike) or not str(workdir):
-        raise UserError(f"workdir must be the path of a run's folder, not {workdir!r}")
+        raise UserError(f"workdir must be a run's folder or the name or file of pretrained weights, not {workdir!r}")
     if not _is_weights(str(workdir)):
         return Classifier(load_checkpoint(workdir, str(checkpoint)))
     if checkpoint != "best":
@@ -115,17 +115,17 @@ def load(workdir: str | Path, checkpoint: str | int = "best") -> Classifier:
 
 
 def features(source: str | Path, images: ImageLike | Iterable[ImageLike], layer: FeatureLayer = "pooled") -> np.ndarray:
-    """Returns what a network computes of images before its head ("pooled") or after it ("logits"), float32 (N, D).
+    """Returns features of images, float32 (N, D): the input of a network's head ("pooled") or its output ("logits").
 
     source: a run's workdir, a weights file, or the name of pretrained weights. images: paths, Pillow images, or uint8
     arrays (N, H, W, 3) or (H, W, 3), of any size. They are resized, cropped and normalised as in the run's evaluation,
-    or as the weights' config says (by default torchvision's: 256, 224 and ImageNet's mean and deviation). With weights,
-    images of the network's own size are only normalised. They are read in batches, so only the features must fit into
-    memory.
+    or as the weights' config.json says (by default as torchvision does: 256 and 224 pixels, ImageNet's mean and
+    deviation). With weights, images of the network's own size are only normalised. Images are read in batches, so only
+    the features must fit into memory.
 
     Each call loads and compiles the network. To call it repeatedly, load it once: `model = jaxft.load(source)`, then
-    `model.features(images)`. Raises UserError for an image that cannot be read, and if logits are asked of a network
-    without a head.
+    `model.features(images)`. Raises UserError for an image that cannot be read, and for the logits of a network without
+    a head.
     """
     if layer not in LAYERS:  # before the weights are loaded
         raise UserError(f"layer must be {' or '.join(map(repr, LAYERS))}, not {layer!r}")
@@ -133,9 +133,9 @@ def features(source: str | Path, images: ImageLike | Iterable[ImageLike], layer:
 
 
 def _is_weights(source: str) -> bool:
-    """Returns whether a source is pretrained weights (a file, a folder that holds one, or a name) and not a run.
+    """Returns whether a source names pretrained weights (a file, a folder that holds one, or a name), not a run.
 
-    Raises UserError if there is neither.
+    Raises UserError if it names neither.
     """
     if is_workdir(source):
         return False
@@ -147,7 +147,7 @@ def _is_weights(source: str) -> bool:
     except (OSError, ValueError):  # not a path
         exists = False
     if exists or catalog.shipped(source) or ":" in source or "#" in source or catalog.similar_names(Path(source).name):
-        return True  # else load_pretrained says what is wrong with it
+        return True  # load_pretrained says what is wrong, if anything is
     raise UserError(
         f"there is no run and no weights file {source}; jaxft convert --list shows the names of weights, and "
         "hf:OWNER/NAME is a repository on the Hub"

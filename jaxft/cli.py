@@ -10,7 +10,7 @@ from typing import NoReturn
 from jaxft import interrupts  # and nothing that takes longer, before signals are handled
 
 COMMANDS = {
-    "train": "fine-tune a ResNet on labelled images",
+    "train": "fine-tune a network on labelled images",
     "evaluate": "test a checkpoint on its run's test images",
     "predict": "classify images, or serve a web page that does",
     "export": "write a checkpoint for torchvision, for another run or as one StableHLO file",
@@ -83,7 +83,7 @@ def _without_command(argv: list[str]) -> None:
 
     (argument,) = argv
     if argument in ("-h", "--help"):
-        print("usage: jaxft COMMAND ...\n\nFine-tunes pretrained ResNets on your own images, in pure JAX.\n")
+        print("usage: jaxft COMMAND ...\n\nFine-tunes pretrained ResNets, ViTs and ConvNeXts on your own images, in pure JAX.\n")
         for name, meaning in COMMANDS.items():
             print(f"  {name:<10}{meaning}")
         print("\n`jaxft COMMAND --help` shows a command's options, `jaxft --version` the version.")

@@ -55,7 +55,7 @@ def default_config() -> ConfigDict:
                 "train_split": "train",  # split to train on; TFDS's syntax is allowed: train[:90%]
                 "eval_split": "test",  # split to evaluate on after each epoch
                 "stored_size": 0,  # images of several sizes are stored as squares of this side; 0: resize or image_size
-                "resize": 0,  # shorter side before evaluation's central crop; 0: image_size; -1: as for the weights
+                "resize": 0,  # shorter side before evaluation's central crop; 0: image_size; -1: that of the weights
                 "interpolation": "auto",  # bilinear, bicubic, lanczos; auto: that of the weights' config, else bilinear
                 "layout": "auto",  # arrangement of a folder: splits (PATH/SPLIT/CLASS), classes (PATH/CLASS), or auto
                 "holdout": 0.2,  # fraction of a folder's images to evaluate on, if it has no folder for each split
@@ -79,7 +79,7 @@ def default_config() -> ConfigDict:
                 "adaptive_clip": 0.0,  # largest norm of a unit's gradient relative to its weights' norm; 0: no clipping
                 "ema_decay": 0.0,  # decay of an EMA of the weights, for evaluation, prediction and export; 0: no EMA
                 "accumulate_steps": 1,  # gradient accumulation: batches per update
-                "freeze": "",  # parts (stem), ranges (stage1-stage3), backbone (all but the head), patterns; by commas
+                "freeze": "",  # comma-separated: parts, ranges (stage1-stage3), backbone (all but the head) or patterns
                 "unfreeze": "",  # epochs from which frozen parts train again: '3: stage4, 5: stage1-stage3'
                 "unfreeze_warmup": 0.0,  # epochs of linear warm-up from 0 for each part after it is unfrozen
                 "fit_head": "no",  # fit the head to frozen features: first (before training), only (instead), or no
@@ -197,7 +197,7 @@ AUTO: dict[str, float] = {
 }
 
 
-# The same for values that depend on the pretrained weights, or on the architecture if they do not tell.
+# The same for values that are taken from the pretrained weights, or from the architecture if the weights lack them.
 FROM_WEIGHTS: dict[str, Any] = {
     "model.arch": "auto",
     "model.norm_eps": 0.0,

@@ -100,7 +100,11 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.convert", __doc__)
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="the weights to convert: a file, or a name")
     parser.add_argument(
-        "out", metavar="OUT", nargs="?", type=output_argument, help="a .safetensors file, or .pth for torchvision"
+        "out",
+        metavar="OUT",
+        nargs="?",
+        type=output_argument,
+        help="a .safetensors file; with --to torch or torchvision also a .pth file",
     )
     parser.add_argument(
         "--list",

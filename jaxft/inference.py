@@ -31,7 +31,7 @@ from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preproce
 
 BATCH_SIZE = 64  # at most
 IMAGENET_SIZES = (224, 256)  # image_size and resize of torchvision's usual evaluation
-CATALOGUE_KEYS = {"image_size": "crop_size", "resize": "resize_size"}  # names of Preprocessing's fields in NamedWeights
+CATALOGUE_KEYS = {"image_size": "crop_size", "resize": "resize_size"}  # fields of Preprocessing -> of NamedWeights
 
 ImageLike = str | Path | Image.Image | np.ndarray  # a file, or uint8 (H, W, 3)
 EXPECTED = "a file's path, a Pillow image or a uint8 array (H, W, 3)"
@@ -45,20 +45,20 @@ class LoadedNetwork(NamedTuple):
     preprocessing: Preprocessing
     policy: Policy
     stored_size: int = 0  # a run's data.stored_size: larger images are first shrunk to squares of this side; 0: never
-    keep_own_size: bool = False  # images of image_size x image_size are only normalised, whatever preprocessing.resize
+    keep_own_size: bool = False  # images of image_size x image_size are only normalised, not resized and cropped
 
 
 def from_checkpoint(checkpoint: LoadedCheckpoint) -> LoadedNetwork:
-    """Returns a run's network, which gets its images as in the run's evaluation."""
+    """Returns a run's network with the preprocessing of the run's evaluation."""
     _, info, model, policy, state = checkpoint
     preprocessing = Preprocessing(**info["preprocessing"])
     return LoadedNetwork(model, state.variables(), preprocessing, policy, resolve(info["config"]).data.stored_size)
 
 
 def from_weights(weights: Weights) -> LoadedNetwork:
-    """Returns the network of pretrained weights in float32, which gets its images as the weights' provenance says.
+    """Returns the network of pretrained weights in float32, with the preprocessing that their provenance names.
 
-    Images for weights that were exported from a run are prepared as in that run's evaluation.
+    That of weights that were exported from a run is the one of the run's evaluation.
     """
     provenance = weights.provenance
     model = model_of(provenance).clone(formulation=default_formulation())
@@ -71,9 +71,9 @@ def from_weights(weights: Weights) -> LoadedNetwork:
 
 
 def preprocessing_of(provenance: Mapping[str, Any], model: Network) -> Preprocessing:
-    """Returns the preprocessing with which weights are evaluated; what the provenance lacks is ImageNet's usual one.
+    """Returns the preprocessing with which weights are evaluated, with ImageNet's values for those that are unknown.
 
-    A network with position embeddings has an image size of its own.
+    The default image size of a network with position embeddings is that of their grid.
     """
     catalogue = {key: provenance[name] for key, name in CATALOGUE_KEYS.items() if name in provenance}
     own = {key: provenance[key] for key in Preprocessing._fields if key in provenance}
@@ -120,7 +120,7 @@ class Inference:
         Images are read in batches, the next batch while the devices compute.
         """
         waiting: deque[Iterator[np.ndarray | UserError]] = deque()
-        source, size = iter(_each(images)), 1
+        source, size = iter(_as_iterable(images)), 1
         with ThreadPoolExecutor() as pool:
             while chunk := list(islice(source, BATCH_SIZE)):
                 size = max(size, 1 << (len(chunk) - 1).bit_length())  # few shapes, since each is a compilation
@@ -135,7 +135,7 @@ class Inference:
         interrupts.check()
         interpolation = self.preprocessing.interpolation
         try:
-            # A file is shrunk while only one copy of it is in memory; the lines below then change nothing.
+            # Files are shrunk here, while only one copy is in memory; the lines below then leave them unchanged.
             array = _decode(image, self.decoded_size, interpolation)
             if self._keep_own_size and array.shape[:2] == (self.preprocessing.image_size,) * 2:
                 return array
@@ -164,8 +164,8 @@ class Inference:
         return rows_and_errors()
 
 
-def _each(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """Returns several images as they are, and one as a list. Raises UserError for anything else."""
+def _as_iterable(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Returns several images unchanged, and a single one in a list. Raises UserError for anything else."""
     if isinstance(images, str | os.PathLike | Image.Image):
         return [images]
     if isinstance(images, np.ndarray):

@@ -204,14 +204,14 @@ def check_arguments(args: Namespace) -> None:
     if args.features and args.features.suffix != ".npz":
         raise UserError(f"--features must end in .npz, not {args.features}")
     if args.layer and not args.features:
-        raise UserError(f"--layer {args.layer} is for --features OUT.npz; predictions are of the logits")
+        raise UserError(f"--layer {args.layer} needs --features OUT.npz")
 
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("python -m jaxft.predict", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="workdir of the run")
-    source.add_argument("--weights", metavar="SOURCE", help="pretrained weights: a name or a file")
+    source.add_argument("--weights", metavar="SOURCE", help="pretrained weights: a name, hf:OWNER/NAME or a file")
     parser.add_argument("--checkpoint", default="best", help="best (default), latest or the number of a step")
     parser.add_argument("--top_k", type=int, default=3, metavar="K", help="classes shown for each image (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")

@@ -1,4 +1,4 @@
-"""Fine-tunes a ResNet on labelled images.
+"""Fine-tunes an image classifier on labelled images.
 
 python -m jaxft.train --config configs/cifar10.py [--workdir DIR] [--config.KEY=VALUE ...]
 
@@ -95,7 +95,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     check_batch_size(config.batch_size)
     check_trackers(config.log)
 
-    # weights, which tell what the config leaves open
+    # weights, from which the config takes some values
     pretrained = None
     if not workdir.has_checkpoint():
         pretrained = load_start_weights(config)

@@ -102,7 +102,7 @@ def load_config_data(
 
 
 def interpolation_of(data: ConfigDict) -> str:
-    """Returns the filter that the config's `data` section names; auto, where nothing has resolved it, is bilinear."""
+    """Returns the filter that the config's `data` section names; an auto that was never resolved is bilinear."""
     return "bilinear" if data.interpolation == "auto" else data.interpolation
 
 

@@ -31,7 +31,7 @@ class ViTArchitecture(NamedTuple):
     layer_scale: float = 0.0  # initial value of LayerScale; 0: without
     class_token: bool = True
     distillation_token: bool = False
-    registers: int = 0  # further tokens, behind the class token
+    registers: int = 0  # further tokens, after the class token
     embedded: int = 1  # position embeddings of tokens that are not patches: those of the first ones
     pool: Literal["token", "mean", "mean_norm", "attention"] = "token"  # see ViT.pool
     pool_all: bool = False  # pool over the class token and registers, too

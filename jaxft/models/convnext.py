@@ -19,10 +19,10 @@ from jaxft.models.heads import HEAD_NORM, Standardize
 from jaxft.models.layers import Dense, LayerNorm
 from jaxft.models.network import Output
 from jaxft.models.policy import Policy
-from jaxft.ops.dense import dense, patch_conv
+from jaxft.ops.dense import dense, dense_and_gelu, patch_conv
 from jaxft.ops.depthwise import depthwise_conv
 from jaxft.ops.formulation import Formulation
-from jaxft.ops.layer_norm import gelu, response_norm
+from jaxft.ops.layer_norm import response_norm
 
 PATCH = 4  # pixels of each side of the stem's patches
 KERNEL = 7  # pixels of each side of the depthwise kernels
@@ -32,7 +32,7 @@ GRN_EPSILON = 1e-6
 
 
 class Layers(NamedTuple):
-    """Creates the layers of a network, which have their numerics in common."""
+    """Creates the layers of a network with the numerics that they share."""
 
     epsilon: float  # of LayerNorm
     tanh: bool  # GELU by tanh, not by erf
@@ -67,8 +67,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = EXPANSION * self.features
-        x = self.layers.dense(self.features, hidden, name="fc1")(x)
-        x = gelu(x, self.layers.tanh, self.layers.formulation)
+        with_gelu = partial(dense_and_gelu, approximate=self.layers.tanh)
+        x = self.layers.dense(self.features, hidden, name="fc1", apply_kernel=with_gelu)(x)
         if self.response:
             x = ResponseNorm(self.layers.dtype, name="grn")(x)
         return self.layers.dense(hidden, self.features, name="fc2")(x)
@@ -251,8 +251,8 @@ class ConvNeXt(nn.Module):
         """Returns the logits (N, num_classes), at least float32, of normalised images (N, H, W, 3) or pooled features.
 
         output: "features" returns {"stage1": (N, h, w, C), ..., "stage4", "pooled": (N, F)} instead; pooled is after
-        the last LayerNorm and before head_norm. mask and policy do not matter, as there is no BatchNorm. keys: (N,),
-        for dropout and stochastic depth in training; None: neither. Raises UserError for images that are too small.
+        the last LayerNorm and before head_norm. mask and policy have no effect. keys: (N,), for dropout and stochastic
+        depth in training; None: neither. Raises UserError for images that are too small.
         """
         architecture = self.architecture
         layers = Layers(architecture.norm_eps, architecture.tanh, self.formulation, self.dtype)

@@ -1,4 +1,4 @@
-"""Layers that several families have: a convolution, BatchNorm, which can be folded into it, and those of ViTs.
+"""Layers that several families share: convolution, BatchNorm (which can be folded into it), dense and LayerNorm.
 
 Images are NHWC; parameters are float32; `dtype` is what a layer computes in.
 """
@@ -122,7 +122,7 @@ def fold(
 
 
 class Dense(nn.Module):
-    """A dense layer, or one whose kernel is applied in another way, in the fastest formulation."""
+    """A layer with a kernel and a bias: dense, or what `apply_kernel` computes with them."""
 
     shape: tuple[int, ...]  # of the kernel
     dtype: Any = jnp.float32
@@ -147,7 +147,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def with_input(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the result and x, which a shortcut should take from here: see ops/layer_norm.py."""
+        """Returns the normalised x, and x for a shortcut: see ops/layer_norm.py."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         return layer_norm_and_input(x, scale, bias, self.epsilon, self.dtype, self.formulation)

@@ -2,8 +2,8 @@
 
 torch.nn.functional.interpolate(mode="bicubic", antialias=True) is the reference. Other libraries differ from timm when
 the grids are not equal: Meta's DINOv2 and transformers' ViT, DeiT and DINOv2 without registers interpolate without
-antialiasing, for which torch takes -0.75 as Keys' coefficient; Meta's adds 0.1 to the new size when it computes the
-scale. transformers' DINOv2 with registers does the same as timm.
+antialiasing, for which torch takes -0.75 as Keys' coefficient instead of -0.5; Meta's adds 0.1 to the new size when it
+computes the scale. transformers' DINOv2 with registers does the same as timm.
 """
 
 from functools import cache
@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_A = -0.5  # Keys' coefficient, as torch and Pillow have it with antialiasing
+from jaxft.transforms.pillow_resize import FILTERS
 
 
 def resize_grid(embedding: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Interpolates embeddings (height, width, D) to another grid, in at least float32.
 
-    Those of an equal grid are returned unchanged.
+    Returns them unchanged if the grids are equal.
     """
     if embedding.shape[:2] == size:
         return embedding
@@ -41,9 +41,6 @@ def bicubic_weights(old: int, new: int) -> np.ndarray:
     first = np.maximum((center - 2 * stretch + 0.5).astype(int), 0)
     last = np.minimum((center + 2 * stretch + 0.5).astype(int), old)
     pixel = np.arange(old)
-    x = np.abs(pixel - center[:, None] + 0.5) / stretch
-    inner = ((_A + 2) * x - (_A + 3)) * x * x + 1
-    outer = (((x - 5) * x + 8) * x - 4) * _A
-    weights = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+    weights = FILTERS["bicubic"].kernel(np.abs(pixel - center[:, None] + 0.5) / stretch)
     weights[(pixel < first[:, None]) | (pixel >= last[:, None])] = 0
     return weights / weights.sum(1, keepdims=True)

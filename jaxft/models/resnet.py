@@ -42,8 +42,8 @@ def bn_name(conv: str) -> str:
     return str(int(conv) + 1) if conv.isdecimal() else conv.replace("conv", "bn")
 
 
-def squeezed(features: int) -> int:
-    """Returns the hidden channels of timm's SEModule: a sixteenth, rounded to a multiple of 8."""
+def squeezed_channels(features: int) -> int:
+    """Returns the number of hidden channels in timm's SEModule: a sixteenth, rounded to a multiple of 8."""
     return max(8, (features // 16 + 4) // 8 * 8)
 
 
@@ -76,7 +76,7 @@ class ConvBN:
     def __call__(
         self, name: str, features: int, size: int, stride: int = 1, groups: int = 1, norm: BatchNorm | None = None
     ) -> Layer:
-        """norm: by default a new one, called as `bn_name` says."""
+        """Creates both. norm: by default a new one with the name `bn_name(name)`."""
         conv = Conv(features, size, stride, groups, self.dtype, self.formulation, self.folded, name=name)
         norm = norm or self.norm(bn_name(name), features)
 
@@ -124,7 +124,7 @@ class Downsample(nn.Module):
 
 
 class PixelConv(nn.Module):
-    """A 1x1 convolution of one pixel (N, C), with torch's initial bias. It computes in at least float32."""
+    """A 1x1 convolution of images of one pixel (N, C), with torch's initial bias, in at least float32."""
 
     features: int
 
@@ -145,7 +145,7 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, shortcut: jax.Array) -> jax.Array:
         features = x.shape[-1]
-        hidden = nn.relu(PixelConv(squeezed(features), name="fc1")(mean_of_pixels(x)))
+        hidden = nn.relu(PixelConv(squeezed_channels(features), name="fc1")(mean_of_pixels(x)))
         gate = nn.sigmoid(PixelConv(features, name="fc2")(hidden))
         return gate_and_add(x, gate, shortcut, self.formulation)
 
@@ -157,7 +157,7 @@ def mean_of_pixels(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class BlockOptions:
-    """What the blocks of timm's variants have in common."""
+    """Options of the blocks of timm's variants."""
 
     average_shortcut: bool = False
     squeeze_excite: bool = False
@@ -278,9 +278,9 @@ class ResNet(nn.Module):
     @nn.nowrap
     def multiply_adds(self, image_size: int) -> float:
         """Estimates the multiply-adds of one image's forward pass, within 20 % (ResNet-200: 35 %)."""
-        side_behind_stem = image_size / (4 if self.stem == "imagenet" else 1)
+        side_after_stem = image_size / (4 if self.stem == "imagenet" else 1)
         params = flatten_dict(abstract_variables(self)["params"])
-        total = sum(leaf.size for path, leaf in params.items() if "se" not in path) * side_behind_stem**2 / 20
+        total = sum(leaf.size for path, leaf in params.items() if "se" not in path) * side_after_stem**2 / 20
         if self.deep_stem:  # its convolutions have four times the pixels, and half of the network's width
             total += sum(leaf.size for path, leaf in params.items() if path[0] == "conv1") * (image_size / 2) ** 2
         return total

@@ -113,7 +113,7 @@ class VGG(nn.Module):
     formulation: Formulation = "plain"  # how its layers are computed: see jaxft/ops/README.md
     folded: bool = False  # BatchNorm is folded into the convolutions, for evaluation only: see fold.py
     head_norm: bool = False  # standardise the head's input by statistics of the training set: see heads.py
-    dropout: float = 0.5  # behind both hidden layers, in training
+    dropout: float = 0.5  # after both hidden layers, in training
     dtype: Any = jnp.float32
     precision: str = "high"  # of float32 products on accelerators, as in jax.default_matmul_precision
 

@@ -22,9 +22,8 @@ from jaxft.models.network import Output
 from jaxft.models.policy import Policy
 from jaxft.models.position import resize_grid
 from jaxft.ops.attention import attention
-from jaxft.ops.dense import patch_conv
+from jaxft.ops.dense import dense_and_gelu, patch_conv
 from jaxft.ops.formulation import Formulation
-from jaxft.ops.layer_norm import gelu
 
 Pool = Literal["token", "mean", "mean_norm", "attention"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
@@ -35,7 +34,7 @@ token_init = nn.initializers.normal(1e-6)
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its size."""
+    """A convolution whose stride is its kernel's size."""
 
     features: int
     size: int
@@ -74,8 +73,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        layer = self.layer((width, self.hidden), name="fc1")
-        return self.layer((self.hidden, width), name="fc2")(gelu(layer(x), formulation=layer.formulation))
+        x = self.layer((width, self.hidden), apply_kernel=dense_and_gelu, name="fc1")(x)
+        return self.layer((self.hidden, width), name="fc2")(x)
 
 
 class LayerScale(nn.Module):
@@ -89,7 +88,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each behind a LayerNorm and added to the tokens."""
+    """Attention and an MLP; each has a LayerNorm before it, and its result is added to the tokens."""
 
     heads: int
     hidden: int
@@ -162,8 +161,8 @@ class ViT(nn.Module):
     architecture: ViTArchitecture
     num_classes: int
     norm_eps: float = 1e-6  # epsilon of LayerNorm
-    # pooled features are: token: the first token, mean: the mean of the patches, mean_norm: the same before the last
-    # LayerNorm, which is then named fc_norm, attention: see AttentionPool
+    # The pooled features. token: the first token; mean: the mean of the patches; attention: AttentionPool. All three
+    # follow the last LayerNorm. mean_norm: the mean comes before that norm, which is then named fc_norm.
     pool: Pool = "token"
     grid: int = 14  # side of the grid of position embeddings, which are interpolated to that of an image
     remat: bool = False  # recompute a block's activations in the backward pass instead of keeping them
@@ -180,12 +179,12 @@ class ViT(nn.Module):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The values of timm's network."""
+        """The options and their values in timm's network."""
         return {"norm_eps": 1e-6, "pool": self.architecture.pool, "grid": self.architecture.grid}
 
     @property
     def parts(self) -> Mapping[str, str]:
-        """The last LayerNorm belongs to the last block."""
+        """The parts from input to head; the last LayerNorm belongs to the last block."""
         last = self.architecture.depth - 1
         return {
             "embed": r"^(patch_embed|cls_token|dist_token|reg_token|pos_embed)(/|$)",
@@ -241,10 +240,10 @@ class ViT(nn.Module):
     ) -> Any:
         """Returns the logits (N, num_classes), at least float32, of normalised images (N, H, W, 3) or pooled features.
 
-        output: "features" returns {"tokens": (N, T, D), "pooled": (N, D)} instead; tokens are behind the last
-        LayerNorm, and begin with the class token; pooled is before head_norm. mask and policy have no effect. keys:
-        (N,), for dropout and stochastic depth in training; None: without both. Raises UserError for images whose sides
-        the patches do not divide.
+        output: "features" returns {"tokens": (N, T, D), "pooled": (N, D)} instead. tokens begin with the class token,
+        if there is one, and are normalised by the last LayerNorm unless `pool` is mean_norm; pooled is before
+        head_norm. mask and policy have no effect. keys: (N,), for dropout and stochastic depth in training; None:
+        neither. Raises UserError for images whose sides the patches do not divide.
         """
         with jax.default_matmul_precision(self.precision):
             features = {"pooled": image} if image.ndim == 2 else self._features(image, keys)
@@ -259,7 +258,8 @@ class ViT(nn.Module):
         own = self.architecture
         layer = partial(Dense, dtype=self.dtype, formulation=self.formulation)
         norm = partial(LayerNorm, self.norm_eps, self.dtype, self.formulation)
-        x = self._embed(PatchEmbed(own.width, own.patch, layer, name="patch_embed")(_divided(image, own.patch)))
+        _check_sides(image, own.patch)
+        x = self._embed(PatchEmbed(own.width, own.patch, layer, name="patch_embed")(image))
         block = partial(Block, own.heads, self.hidden, own.layer_scale, norm, layer, self.formulation)
         x = Blocks(own.depth, self.drop_path, self.remat, block, name="blocks")(x, keys)
         last_norm = partial(LayerNorm, self.norm_eps, x.dtype, self.formulation)
@@ -293,8 +293,8 @@ class ViT(nn.Module):
         return jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape)), x], 1)
 
 
-def _divided(image: jax.Array, patch: int) -> jax.Array:
-    """Returns the images. Raises UserError if patches do not divide their sides."""
+def _check_sides(image: jax.Array, patch: int) -> None:
+    """Raises UserError if patches do not divide the sides of the images."""
     for side in image.shape[1:3]:
         if side % patch:
             low = side // patch * patch
@@ -302,7 +302,6 @@ def _divided(image: jax.Array, patch: int) -> jax.Array:
             raise UserError(
                 f"a ViT with patches of {patch} pixels cannot process a side of {side}; the nearest sizes are {near}"
             )
-    return image
 
 
 def _make(architecture: ViTArchitecture) -> Callable[..., ViT]:
@@ -313,9 +312,10 @@ ARCHITECTURES: dict[str, Callable[..., ViT]] = {name: _make(architecture) for na
 
 
 def repool(model: ViT, params: Mapping[str, Any], rng: jax.Array) -> dict[str, Any]:
-    """Returns parameters of weights for the model's way of pooling.
+    """Returns the parameters of pretrained weights, adapted to the model's way of pooling.
 
-    The last LayerNorm keeps its parameters on either side of the mean. Attention that the weights lack is random.
+    The last LayerNorm keeps its parameters whether it comes before or after the mean. An AttentionPool that the weights
+    lack is random.
     """
     params = dict(params)
     norm, other = ("fc_norm", "norm") if model.pool == "mean_norm" else ("norm", "fc_norm")

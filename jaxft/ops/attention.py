@@ -45,8 +45,8 @@ def _attention_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _onednn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Computes attention with few passes over the scores: only its result is divided by the sums of the softmax.
 
-    The backward pass keeps the exponentials and the inverse of their sums, and subtracts the softmax's mean gradient
-    as flash attention does (Dao et al. 2022, appendix B), as the sum of y dy.
+    The backward pass keeps the exponentials and the inverse of their sums. It computes the softmax's mean gradient as
+    the sum of y dy, as flash attention does (Dao et al. 2022, appendix B).
     """
     return _onednn_attention_fwd(q, k, v)[0]
 

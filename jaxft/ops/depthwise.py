@@ -79,19 +79,19 @@ def _kernel_grad(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
     def product(padded: jax.Array, dy: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         return lax.dynamic_slice(padded, (i, j, 0), dy.shape).astype(wide) * dy.astype(wide)
 
-    def of_image(total: jax.Array, arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def add_image(total: jax.Array, arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         padded, dy = arrays
         taps = jnp.arange(size * size)
         return total + lax.map(lambda tap: product(padded, dy, tap // size, tap % size).sum((0, 1)), taps), None
 
-    total, _ = lax.scan(of_image, jnp.zeros((size * size, x.shape[-1]), wide), (_pad(x, size // 2), dy))
+    total, _ = lax.scan(add_image, jnp.zeros((size * size, x.shape[-1]), wide), (_pad(x, size // 2), dy))
     return total.reshape(size, size, 1, -1)
 
 
 def _onednn_kernel_grad(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
     """Returns the kernel gradient, float32, which is itself a depthwise convolution: of each x with its dy as kernel.
 
-    Either the images are one after the other, or they are channels of one image, which copies x and dy.
+    Large maps are computed image by image, small ones as the channels of a single image, which copies x and dy.
     """
     count, height, width, channels = x.shape
     if height * width > _LARGE_MAP:

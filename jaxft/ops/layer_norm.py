@@ -14,21 +14,6 @@ from jaxft.ops.fusion import materialize, materialize_on_cpu
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715  # of GELU by tanh
 
 
-def layer_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    epsilon: float,
-    dtype: Any = None,
-    formulation: Formulation = "plain",
-) -> jax.Array:
-    """Normalises x (..., C) over its last axis, with the biased variance; scale and bias are (C,).
-
-    dtype: of the result; default: at least float32.
-    """
-    return layer_norm_and_input(x, scale, bias, epsilon, dtype, formulation)[0]
-
-
 def layer_norm_and_input(
     x: jax.Array,
     scale: jax.Array,
@@ -37,7 +22,11 @@ def layer_norm_and_input(
     dtype: Any = None,
     formulation: Formulation = "plain",
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns `layer_norm` and x, which a shortcut should take from here: CPUs then add both gradients only once."""
+    """Normalises x (..., C) over its last axis, with the biased variance; scale and bias are (C,).
+
+    Returns the result and x itself. A shortcut should use this x: on a CPU the backward pass then adds the gradients of
+    both in a single pass over memory. dtype: of the result; default: at least float32.
+    """
     dtype = dtype or jnp.promote_types(x.dtype, jnp.float32)
     if on_cpu(formulation):
         return _cpu_layer_norm(x, scale, bias, epsilon, dtype)
@@ -85,7 +74,7 @@ def _statistics(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
 def _layer_norm_grad(
     x: jax.Array, scale: jax.Array, mean: jax.Array, inverse: jax.Array, dy: jax.Array, shortcut: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of x, to which that of the shortcut is added, of scale and of bias."""
+    """Returns the gradients of x (including the shortcut's), scale and bias."""
     normalized, dy = (x - mean) * inverse, dy.astype(mean.dtype)
     by_scale = dy * scale
     average = by_scale.mean(-1, keepdims=True)
@@ -112,7 +101,8 @@ def _gelu(x: jax.Array, approximate: bool) -> jax.Array:
 
 
 @partial(materialize_on_cpu, static_argnums=2)
-def _gelu_grad(x: jax.Array, dy: jax.Array, approximate: bool) -> jax.Array:
+def gelu_grad(x: jax.Array, dy: jax.Array, approximate: bool) -> jax.Array:
+    """Returns the gradient of gelu's input x, given that of its result."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     cdf = _cdf(wide, approximate)
     if approximate:
@@ -134,7 +124,7 @@ def _gelu_fwd(x: jax.Array, approximate: bool, formulation: Formulation) -> tupl
 
 
 def _gelu_bwd(approximate: bool, formulation: Formulation, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    return (_gelu_grad(x, dy, approximate, formulation=formulation),)
+    return (gelu_grad(x, dy, approximate, formulation=formulation),)
 
 
 gelu.defvjp(_gelu_fwd, _gelu_bwd)

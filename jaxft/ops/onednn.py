@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +52,12 @@ def self_test() -> bool:
 
 
 class Epilogue(NamedTuple):
-    """Post-ops, applied before a result is written: adds `bias` (F,) and `shortcut` of its shape, then a ReLU."""
+    """Post-ops before a result is written: adds `bias` (F,) and `shortcut` of its shape, then applies an activation."""
 
     bias: jax.Array | None = None
     shortcut: jax.Array | None = None
     relu: bool = False
+    gelu: Literal["", "erf", "tanh"] = ""
 
 
 # Seven parameters: those of oneDNN's convolution.
@@ -148,7 +149,8 @@ def _call(
 ) -> jax.Array:
     added = {"BIAS": epilogue.bias, "BINARY_ADD": epilogue.shortcut}
     added = {operation: array for operation, array in added.items() if array is not None}
-    config = {description: config | {"fusions": {"ops": [*added, *["RELU"] * epilogue.relu]}}}
+    activations = ["RELU"] * epilogue.relu + ([f"GELU_{epilogue.gelu.upper()}"] if epilogue.gelu else [])
+    config = {description: config | {"fusions": {"ops": [*added, *activations]}}}
     call = jax.ffi.ffi_call(
         f"__onednn${name}", result, custom_call_api_version=2, legacy_backend_config=json.dumps(config)
     )
@@ -175,6 +177,9 @@ def check() -> None:
         bias, shortcut = jnp.arange(-24.0, 24), c
         after = np.maximum(wide_a @ wide_b + np.asarray(bias) + wide_c, 0)
         compare(matmul(a, b, epilogue=Epilogue(bias, shortcut, relu=True)), after)
+        for kind in ("erf", "tanh"):
+            expected = jax.nn.gelu(wide_a @ wide_b + np.asarray(bias), approximate=kind == "tanh")
+            compare(matmul(a, b, epilogue=Epilogue(bias, gelu=kind)), np.asarray(expected, np.float64))
         for size, stride, extra, transposed in ((3, 1, 0, False), (3, 2, 0, False), (7, 2, 0, False), (2, 1, 1, True)):
             x = jnp.asarray(random.normal(size=(2, 9, 8, 32)), dtype)
             kernel = jnp.asarray(random.normal(size=(size, size, 32, 32)), dtype)

@@ -62,17 +62,17 @@ _ONE_BY_ONE_IN_TIMM = [name for name in CONVNEXTS if name.endswith(("atto", "fem
 _ONE_BY_ONE = {f"{_BLOCK}.mlp.{layer}.weight": (-1, -1, 1, 1) for layer in ("fc1", "fc2")}
 _ANCHORS = ("stem.0.weight", "stages.0.blocks.0.conv_dw.weight", "stages.0.blocks.0.mlp.fc1.weight")
 
-_OTHER_MIXER = "its blocks mix otherwise than by a depthwise convolution (InceptionNeXt, MetaFormer)"
+_OTHER_MIXER = "its blocks mix pixels without a 7x7 depthwise convolution (InceptionNeXt, MetaFormer)"
 
 # Arguments of timm's models that change what a network computes, but not its keys: value of a plain one, meaning.
 _TIMM_ARGUMENTS = {
     "output_stride": (32, "its last stages are dilated"),
-    "global_pool": ("avg", "it pools otherwise than by the mean"),
+    "global_pool": ("avg", "it does not pool by the mean"),
 }
 
 
 def _found(tensors: Tensors) -> ConvNeXtArchitecture:
-    """Returns the depths and widths of these tensors, and whether they are version 2; 0 for what is missing."""
+    """Returns the depths, widths and version that these tensors show; 0 for missing ones."""
     matches = (re.match(r"stages\.([0-3])\.blocks\.(\d{1,3})\.", key, re.ASCII) for key in tensors)
     blocks = {(int(match[1]), int(match[2])) for match in matches if match}
     depths = tuple(sum(stage == i for stage, _ in blocks) for i in range(4))

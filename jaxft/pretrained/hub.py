@@ -1,6 +1,7 @@
 """Fetches weights from the Hugging Face Hub through its own library, which caches, authenticates and retries.
 
-Its environment variables apply: HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and others.
+Its environment variables apply: HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and others. The library is
+imported only where it is used, because the import takes 0.2 s.
 """
 
 import errno
@@ -24,7 +25,7 @@ PREFIX = "hf:"
 # The weights that timm and transformers save, the preferred ones first; an index names several files.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_BYTES = 10_000_000_000  # of the weights; the largest network that jaxft has needs 5 GB
-TIMEOUT_SECONDS = 10.0  # for the answer to a question; HF_HUB_DOWNLOAD_TIMEOUT is that of a download
+TIMEOUT_SECONDS = 10.0  # of requests for metadata; HF_HUB_DOWNLOAD_TIMEOUT is that of downloads
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -51,25 +52,25 @@ class Repository(NamedTuple):
 
 
 def parse(source: str) -> tuple[Repository, str]:
-    """Splits hf:OWNER/NAME[@REVISION][#NETWORK]; the network of several in a file is '' by default.
+    """Splits hf:OWNER/NAME[@REVISION][#NETWORK]. NETWORK, '' by default, selects one of several in a file.
 
     Raises UserError if it has another form.
     """
     place, _, network = source.removeprefix(PREFIX).partition("#")
     identity, at, revision = place.partition("@")
     if not is_id(identity) or (at and not revision):
-        raise UserError(f"{excerpt(source, 100)} is not hf:OWNER/NAME or hf:OWNER/NAME@REVISION, as hf:timm/NAME is")
+        raise UserError(f"{excerpt(source, 100)} does not have the form hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     return Repository(identity, revision or "main"), network
 
 
-class Found(NamedTuple):
-    """What a revision of a repository is now; or was when it was last fetched, if the Hub is out of reach."""
+class Commit(NamedTuple):
+    """A revision's current commit; the one that was fetched last if the Hub is out of reach."""
 
-    commit: str
-    online: bool
+    hash: str
+    online: bool  # the Hub has answered
 
 
-def find_commit(repository: Repository) -> Found:
+def find_commit(repository: Repository) -> Commit:
     """Asks the Hub, or its cache if the Hub is out of reach, for the commit of the repository's revision.
 
     Raises UserError if there is no such repository, or if it is neither reachable nor in the cache.
@@ -83,13 +84,13 @@ def find_commit(repository: Repository) -> Found:
         except Exception as error:
             if not _is_out_of_reach(error):
                 raise
-            return Found(_cached_commit(repository, error), online=False)
+            return Commit(_cached_commit(repository, error), online=False)
     commit = found.commit_hash or ""
     if not re.fullmatch("[0-9a-f]{40,64}", commit):
         raise UserError(f"{_endpoint()} does not answer as the Hugging Face Hub does; check HF_ENDPOINT and the proxy")
     if (found.size or 0) > MAX_CONFIG:
         raise UserError(f"the {CONFIG} of {repository} has {found.size:,} bytes, so it is not timm's or transformers'")
-    return Found(commit, online=True)
+    return Commit(commit, online=True)
 
 
 def _cached_commit(repository: Repository, error: Exception) -> str:
@@ -107,7 +108,7 @@ def _cached_commit(repository: Repository, error: Exception) -> str:
     return commit
 
 
-def fetch(repository: Repository, found: Found) -> Path:
+def fetch(repository: Repository, commit: Commit) -> Path:
     """Returns the weights file, or its index, in the Hub's cache, with the files that belong to it beside it.
 
     They are config.json, which is checked first, preprocessor_config.json if there is one, and the shards of an index.
@@ -115,16 +116,16 @@ def fetch(repository: Repository, found: Found) -> Path:
     """
     with _translated(repository):
         # by revision, so that the cache keeps the commit of a branch
-        config = _download(repository, CONFIG, repository.revision if found.online else found.commit)
-        commit = config.parent.name
+        config = _download(repository, CONFIG, repository.revision if commit.online else commit.hash)
+        revision = config.parent.name
         _check_config(repository, read_small_json(config))
-        sizes = _sizes(repository, commit) if found.online else _cached_sizes(config.parent)
-        names = _choose(repository, commit, sizes, found.online)
+        sizes = _sizes(repository, revision) if commit.online else _cached_sizes(config.parent)
+        names = _choose(repository, revision, sizes, commit.online)
         if 0 < sizes.get(PREPROCESSOR, 0) <= MAX_CONFIG:
             names.append(PREPROCESSOR)
         if (size := sum(sizes[name] for name in names)) > MAX_BYTES:
             raise UserError(f"{repository} has {size:,} bytes of weights; jaxft's networks need at most {MAX_BYTES:,}")
-        weights, *_ = (_download(repository, name, commit) for name in names)
+        weights, *_ = (_download(repository, name, revision) for name in names)
     return weights
 
 
@@ -172,7 +173,7 @@ def _cached_sizes(folder: Path) -> dict[str, int]:
 
 
 def _download(repository: Repository, file: str, revision: str) -> Path:
-    """Returns a file in the Hub's cache, which is asked first if the revision is a commit."""
+    """Returns a file in the Hub's cache; downloads it unless the revision is a commit and the file is cached."""
     import huggingface_hub as hub
 
     return Path(hub.hf_hub_download(repository.id, file, revision=revision))
@@ -216,7 +217,7 @@ def _out_of_reach(error: Exception) -> str:
     import huggingface_hub as hub
 
     if hub.constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE forbids to fetch it; unset it, or fetch it on another machine and copy the cache"
+        return "HF_HUB_OFFLINE is set; unset it, or fetch it on another machine and copy the cache"
     return f"{_endpoint()} is out of reach ({_cause(error)}); try again, or copy the cache of a machine that has it"
 
 
@@ -234,7 +235,7 @@ def _translated(repository: Repository) -> Iterator[None]:
         raise
     except Exception as error:
         page, login = f"{_endpoint()}/{repository.id}", "`hf auth login`, or set HF_TOKEN"
-        if isinstance(error, hub.LocalEntryNotFoundError):  # the Hub went out of reach meanwhile
+        if isinstance(error, hub.LocalEntryNotFoundError):  # the Hub was in reach until then
             text = f"{page}: {_out_of_reach(error.__cause__ if isinstance(error.__cause__, Exception) else error)}"
         elif isinstance(error, hub.GatedRepoError):
             text = f"{page} is gated: accept its conditions there, then {login} to a token of that account"

@@ -49,20 +49,20 @@ def load_pretrained(source: str, arch: str | None = None) -> Weights:
 
 
 def _load_from_hub(source: str, arch: str | None) -> Weights:
-    """Returns the weights of a repository on the Hub, whose converted copy is kept by its commit."""
+    """Returns the weights of a repository on the Hub. A converted copy of each commit is kept."""
     repository, network = hub.parse(source)
     if network:
         return read_weights(source, arch)
-    found = hub.find_commit(repository)
-    converted = catalog.weights_dir() / "hub" / repository.id.replace("/", "--") / f"{found.commit}.safetensors"
+    commit = hub.find_commit(repository)
+    converted = catalog.weights_dir() / "hub" / repository.id.replace("/", "--") / f"{commit.hash}.safetensors"
     weights = None
     if converted.exists():
         with suppress(UserError):  # if it is damaged, it is converted again
             weights = read_weights(converted)
     if weights is None:
-        variables, provenance = read_weights(hub.fetch(repository, found), arch)
-        name = f"{hub.PREFIX}{repository.id}@{found.commit[:12]}"
-        weights = Weights(variables, provenance | {"name": name, "commit": found.commit})
+        variables, provenance = read_weights(hub.fetch(repository, commit), arch)
+        name = f"{hub.PREFIX}{repository.id}@{commit.hash[:12]}"
+        weights = Weights(variables, provenance | {"name": name, "commit": commit.hash})
         with suppress(UserError, OSError):  # without a copy, the next start converts it again
             converted.parent.mkdir(parents=True, exist_ok=True)
             write_weights(converted, weights)
@@ -91,7 +91,7 @@ def read_weights(source: str | Path, arch: str | None = None) -> Weights:
 def read_network(
     source: str | Path, select: Callable[[Recognised], Mapping[str, Any]]
 ) -> tuple[Recognised, dict[str, np.ndarray]] | None:
-    """Returns a network, and its tensors that `select` returns before they are read; None for a jaxft file."""
+    """Returns a network and the numbers of the tensors that `select` chooses; None for a jaxft file."""
     path, name = locate(source)
     with open_tensors(path) as file:
         if read_metadata(path, file.metadata) is not None:
@@ -101,7 +101,7 @@ def read_network(
 
 
 def locate(source: str | Path) -> tuple[Path, str]:
-    """Splits FILE#NAME and returns the file, also for a folder that holds one, and the network's name or ''.
+    """Splits FILE#NAME; returns the file and the network's name or ''. A folder stands for the weights file in it.
 
     A name on the Hub is fetched. A file whose own name has a '#' takes precedence. Raises UserError for a URL and for
     other folders.

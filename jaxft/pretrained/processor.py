@@ -1,4 +1,4 @@
-"""Reads how a network's images are prepared, and its classes, from the config.json of timm or transformers beside it.
+"""Reads a network's preprocessing and class names from timm's or transformers' files beside its weights.
 
 The files are not trusted: a value of a wrong type or out of range is left out, and a note says so.
 """
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from jaxft.pretrained.declared import CONFIG, describes, read_small_json
 from jaxft.pretrained.family import Declarations
 from jaxft.pretrained.state_dict import excerpt
+from jaxft.transforms.pillow_resize import FILTERS
 
 PREPROCESSOR = "preprocessor_config.json"  # of transformers
 LARGEST_SIZE, LARGEST_RESIZE = 1024, 4096  # pixels
-FILTERS = ("bilinear", "bicubic", "lanczos")  # that jaxft resizes with
 _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's number
 # Of transformers' ConvNextImageProcessor: smaller images are resized by crop_pct and cropped, larger ones only resized.
 _CONVNEXT_CROP_PCT, _CONVNEXT_CROPS_BELOW = 224 / 256, 384
@@ -84,7 +84,7 @@ class _Reader:
         value = self.get(key)
         if type(value) is int and 0 <= value < len(_PIL_FILTERS):
             value = _PIL_FILTERS[value]
-        if value is None or value in FILTERS:
+        if value in (None, *FILTERS):
             return value
         if value == "random":  # of timm's training
             self.ignore(key, "taken as bicubic")
@@ -122,7 +122,7 @@ def read_facts(path: Path, family: Declarations, num_classes: int) -> Facts:
 
 
 def _of_timm(config: _Reader) -> dict[str, Any]:
-    """Returns what timm's transforms_imagenet_eval does."""
+    """Returns the preprocessing of timm's transforms_imagenet_eval."""
     mode = config.get("crop_mode", "center")
     if mode != "center":
         config.ignore("crop_mode", "but jaxft crops the centre")
@@ -142,7 +142,7 @@ def _of_timm(config: _Reader) -> dict[str, Any]:
 
 
 def _of_transformers(config: _Reader) -> dict[str, Any]:
-    """Returns what the image processors of transformers do, which squash images where jaxft crops."""
+    """Returns the preprocessing of an image processor of transformers, which may squash images where jaxft crops."""
     kind = config.get("image_processor_type", config.get("feature_extractor_type"))
     resized = config.side("size") if config.get("do_resize", True) is True else None
     image_size = resized

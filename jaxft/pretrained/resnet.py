@@ -36,7 +36,7 @@ def _sequential(before: int) -> dict[str, str]:
 
 
 # Patterns of the names that a checkpoint's `arch` or a config.json's `architecture` may have for networks whose keys
-# and shapes are those of a plain ResNet -> what they compute otherwise (timm/models/resnet.py).
+# and shapes are those of a plain ResNet -> what they compute differently (timm/models/resnet.py).
 LOOK_ALIKES = {
     r"blur": "it blurs before each stride (BlurPool, which has no weights)",
     r"resne(t|xt)aa": "it averages before each stride (anti-aliasing, which has no weights)",
@@ -75,8 +75,8 @@ def _nearest(tensors: Tensors) -> list[str]:
 
     def distance(architecture: ResNetArchitecture) -> tuple[int, ...]:
         has = (architecture.squeeze_excite, architecture.deep_stem, architecture.average_shortcut)
-        apart = sum(abs(ours - theirs) for ours, theirs in zip(depths, architecture.depths, strict=True))
-        return architecture.block != block, *(a != b for a, b in zip(has, found, strict=True)), apart
+        difference = sum(abs(ours - theirs) for ours, theirs in zip(depths, architecture.depths, strict=True))
+        return architecture.block != block, *(a != b for a, b in zip(has, found, strict=True)), difference
 
     distances = {name: distance(architecture) for name, architecture in RESNETS.items()}
     return [name for name in RESNETS if distances[name] == min(distances.values())]
@@ -170,7 +170,7 @@ FAMILY = Family(
             _sequential(2),
         ),
     ),
-    # Layers between these change what the network computes: they are not left out as a projection head is.
+    # Keys that begin so change what the network computes: they are not left out, as a projection head is.
     body=r"((conv|bn|norm|layer|stage|stem|root|downsample|maxpool|se|sa|ca|cbam|attn|attnpool)[\d_]*|fc|encoder|embedder|[0-7])\.",
     head="fc",
     others={  # jaxft's ResNet cannot represent a network that has such a key

@@ -26,7 +26,8 @@ def read_index(path: Path) -> dict[str, str]:
             raise ValueError('it has no "weight_map"')
         for key, name in index.items():
             if type(name) is not str or not _is_file_name(name):
-                raise ValueError(f"{excerpt(key, 40)} is in {excerpt(name, 40)!r}, which is no file beside the index")
+                shown = f"{excerpt(key, 40)} is in {excerpt(name, 40)!r}"
+                raise ValueError(f"{shown}, which is not a file beside the index")
             if len(key) > MAX_KEY:
                 raise ValueError(f"the name of one of its tensors has {len(key):,} characters")
         if (count := len({*index.values()})) > MAX_SHARDS:

@@ -6,14 +6,11 @@ TEXT_TOWER = {
         f"it is CLIP's or SigLIP's, with an image and a text tower; if the image tower is one of timm's, {_IMAGE_TOWER}"
     ),
 }
-QUANTISED = {
-    r"\.(absmax|nested_absmax|quant_map|SCB|weight_format|qweight|qzeros|weight_scale|weight_packed|_packed_params)$"
-    r"|\.quant_state\.": "its weights are quantised; save them as floats: torch.save(model.float().state_dict(), FILE)",
-}
 # Pattern of a key -> the network. The first one that fits is named.
 STRANGERS = {
     **TEXT_TOWER,
-    **QUANTISED,
+    r"\.(absmax|nested_absmax|quant_map|SCB|weight_format|qweight|qzeros|weight_scale|weight_packed|_packed_params)$"
+    r"|\.quant_state\.": "its weights are quantised; save them as floats: torch.save(model.float().state_dict(), FILE)",
     r"(^|\.)(vision_model\.encoder|visual\.class_embedding)": "it is CLIP's or SigLIP's image tower",
     r"(^|\.)(layers|stages|features)\.\d+\.(blocks\.)?\d+\.attn(ention)?\.(self\.)?(relative_|cpb_|logit_)": (
         "it is a Swin Transformer"

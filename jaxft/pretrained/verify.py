@@ -189,7 +189,7 @@ def _import(name: str) -> Any:
 def _make_torchvision(recognised: Recognised, state: Mapping[str, Any], dtype: Any) -> tuple[Any, Collection[str]]:
     models = _import("torchvision").models
     model = recognised.model
-    size = {"image_size": getattr(model, "grid") * model.patch_size} if "grid" in model.options else {}  # noqa: B009
+    size = {"image_size": getattr(model, "grid", 0) * model.patch_size} if "grid" in model.options else {}
     reference = getattr(models, recognised.arch)(num_classes=model.num_classes or 1000, **size)
     return _load(reference.to(dtype), state)
 

@@ -64,7 +64,7 @@ class _Blocks(NamedTuple):
 
     models: Mapping[str, str]  # prefix of all keys but the head's -> model
     block: str
-    qkv: tuple[str, str, str]  # layers in `attention` that ours has in one
+    qkv: tuple[str, str, str]  # layers in `attention` that are one layer here
     layers: Mapping[str, str]
     anchor: str  # a key in each block that no other model has
     norm_eps: float
@@ -140,7 +140,7 @@ def _facts(tensors: Tensors) -> dict[str, Any]:
 
 
 def _distance(own: ViTArchitecture, facts: dict[str, Any], positions: int) -> float:
-    """Returns by how many facts an architecture differs, and as a fraction by how far the grid does."""
+    """Returns the number of facts in which an architecture differs, and a fraction more if its grid differs."""
     ours = own._asdict() | {"layer_scale": own.layer_scale > 0, "hidden": own.hidden or 4 * own.width}
     differences = sum(ours[key] != value for key, value in facts.items())
     grid = _side(positions - own.embedded)
@@ -210,7 +210,7 @@ def _transformers_config(model: ViT, library: str) -> tuple[str, dict[str, Any]]
 _TIMM_ARGUMENTS = {
     "act_layer": ("gelu", "its activation is another than GELU"),
     "pos_embed": ("learn", "it has no learned position embeddings"),
-    "fc_norm": (True, "it pools behind its last LayerNorm"),
+    "fc_norm": (True, "it pools after its last LayerNorm"),
     "pool_include_prefix": (False, "it pools over the class token, too"),
 }
 
@@ -242,7 +242,7 @@ FAMILY = Family(
         ),
         *_hugging_face(),
     ),
-    # Keys between these change what the network computes: they are not left out as a projection head is.
+    # Keys that begin so change what the network computes: they are not left out, as a projection head is.
     body=(
         r"(patch_embed|blocks|norm|norm_pre|fc_norm|attn_pool|head|pre_logits|encoder|layers)\.|embeddings\.(?!mask_token)|"
         r"(cls|dist|reg)_token$|pos_embed$|rel_pos|rope|conv_stem|heads\.pre_logits"

@@ -9,7 +9,7 @@ from typing import Any
 def names_for(provenance: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns a name for each output of weights with this provenance; () for those without a head.
 
-    They are the provenance's own, ImageNet's for 1,000 outputs without names, or else "class 0", "class 1", ...
+    They are the provenance's own; without any, ImageNet's for 1,000 outputs, else "class 0", "class 1", ...
     """
     number = provenance["num_classes"]
     if len(names := provenance.get("class_names", ())) == number:

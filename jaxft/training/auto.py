@@ -29,12 +29,12 @@ MIXUP_FROM, MIXUP = 20_000, 0.1  # training images, alpha
 def resolve_from_weights(config: ConfigDict, provenance: Mapping[str, Any] | None) -> ConfigDict:
     """Returns a copy with the weights' values in place of config.FROM_WEIGHTS; None means random weights.
 
-    An image_size of 0 and options of the network stay if the weights do not tell. Raises UserError if model.arch is
+    An image_size of 0 and options of the network stay if the provenance lacks them. Raises UserError if model.arch is
     auto without weights, or if the sizes contradict each other.
     """
     config = ConfigDict(config.to_dict())
     if provenance is None and config.model.arch == "auto":
-        raise UserError("model.arch is auto, which takes that of the weights; set --config.model.pretrained too")
+        raise UserError("model.arch is auto, which means that of the weights; set --config.model.pretrained too")
     found: dict[str, Any] = {key: value for key, value in (provenance or {}).items() if value is not None}
     found |= found.get("preprocessing", {})  # of a run
     size, resize = found.get("image_size"), found.get("resize")
@@ -50,7 +50,7 @@ def resolve_from_weights(config: ConfigDict, provenance: Mapping[str, Any] | Non
 
 
 def resolve_options(config: ConfigDict, model: Network) -> ConfigDict:
-    """Returns a copy with the model's own options where neither config nor weights set them."""
+    """Returns a copy with the model's values of the options that neither the config nor the weights set."""
     config, options = ConfigDict(config.to_dict()), options_of(model)
     for key in keys_from_weights(config):
         section, _, option = key.rpartition(".")

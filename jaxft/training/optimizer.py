@@ -17,7 +17,7 @@ SCALERS = {
     "lion": optax.scale_by_lion,
 }
 
-# Without weight decay if decay_all is False, though they are 3-D: timm's VisionTransformer.no_weight_decay
+# Not decayed if decay_all is False, although they have three axes: timm's VisionTransformer.no_weight_decay
 UNDECAYED = ("cls_token", "dist_token", "pos_embed", "reg_token")
 
 

@@ -163,9 +163,9 @@ def initial_state(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state of step 0, pretrained or random, and the provenance of the weights.
 
-    weights: what load_start_weights returned; by default it is called. The head of pretrained weights is new, except
-    for those of another run with the same `class_names`. Raises UserError if the weights belong to another architecture
-    or have other options than the model.
+    weights: those of load_start_weights, which is called by default. The head of pretrained weights is replaced, except
+    if they come from another run with the same `class_names`. Raises UserError if the weights belong to another
+    architecture or have other options than the model.
     """
     rng = jax.random.key(config.seed)
     ema = config.optimizer.ema_decay > 0
@@ -177,7 +177,7 @@ def initial_state(
     variables, provenance = weights
     of_run = is_workdir(config.model.pretrained)
     for key, ours in options_of(model).items():
-        if (value := provenance.get(key, ours)) != ours and key != "pool":
+        if (value := provenance.get(key, ours)) != ours and key != "pool":  # repool, below, can change that one
             raise UserError(f"{config.model.pretrained} has {key} {value}; set --config.model.{key}={value}")
     if isinstance(model, ViT):
         variables = {**variables, "params": repool(model, variables["params"], rng)}

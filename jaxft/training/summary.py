@@ -69,7 +69,7 @@ def print_start(
 def print_auto(config: ConfigDict, keys: list[str]) -> None:
     """Prints the values of keys that were derived from the weights or the data, if any."""
     values = flatten(config)
-    keys = [key for key in keys if key != "batch_size" and not key.startswith("model.")]  # which other lines show
+    keys = [key for key in keys if key != "batch_size" and not key.startswith("model.")]  # other lines show these
     if values["data.interpolation"] in ("auto", "bilinear"):
         keys = [key for key in keys if key != "data.interpolation"]
     texts = {key: values[key] if isinstance(values[key], str) else f"{values[key]:.4g}" for key in keys}

@@ -20,13 +20,13 @@ _LOW_BITS = 7
 
 
 class Preprocessing(NamedTuple):
-    """Image size and normalisation of a network's input; stored with weights and checkpoints."""
+    """Size, interpolation and normalisation of a network's input; stored with weights and checkpoints."""
 
     image_size: int  # pixels: the side of the central square that is cropped
     mean: tuple[float, float, float]  # per RGB channel, for values in [0, 1]
     std: tuple[float, float, float]
-    resize: int = 0  # pixels of the shorter side before the central crop; 0: image_size. Checkpoints of 0.1 lack it
-    interpolation: str = "bilinear"  # a key of FILTERS. Older checkpoints lack it
+    resize: int = 0  # pixels of the shorter side before the central crop; 0: image_size; older checkpoints lack it
+    interpolation: str = "bilinear"  # a key of FILTERS; older checkpoints lack it
 
     def at_size(self, image_size: int) -> "Preprocessing":
         """Returns the same for another image size: the crop keeps its share of the image."""

@@ -225,7 +225,7 @@ def test_features_of_no_readable_image_are_not_written(
         ("--weights=resnet50 --features=no/a.npz a.png", "there is no folder no; create it, or name another file"),
         ("--weights=resnet50 --features=a.npz --json a.png", "--features writes a file; leave out --json"),
         ("--weights=resnet50 --features=a.npz --serve", "--features writes a file; leave out --serve"),
-        ("--weights=resnet50 --layer=pooled a.png", "--layer pooled is for --features OUT.npz"),
+        ("--weights=resnet50 --layer=pooled a.png", "--layer pooled needs --features OUT.npz"),
         ("--weights=resnet50 --layer=stage4 --features=a.npz a.png", "invalid choice: 'stage4'"),
     ],
 )

@@ -76,7 +76,8 @@ def onednn_in_double_precision() -> Iterator[None]:
     def after(y: jax.Array, epilogue: onednn.Epilogue) -> jax.Array:
         y = y if epilogue.bias is None else y + epilogue.bias
         y = y if epilogue.shortcut is None else y + epilogue.shortcut
-        return jax.nn.relu(y) if epilogue.relu else y
+        y = jax.nn.relu(y) if epilogue.relu else y
+        return jax.nn.gelu(y, approximate=epilogue.gelu == "tanh") if epilogue.gelu else y
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onednn, "convolution", convolution)

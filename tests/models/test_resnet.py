@@ -16,10 +16,12 @@ from jaxft.models.network import abstract_variables
 from jaxft.models.policy import Policy, eval_features, eval_logits
 from jaxft.models.resnet import ARCHITECTURES, BasicBlock, ResNet
 from jaxft.ops.formulation import Formulation
-from jaxft.pretrained.convert import from_torch, torch_shapes
+from jaxft.pretrained.convert import torch_shapes
 from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch, torchvision
 from tests.helpers.torch_models import flax_model, images, nchw, random_torch_model, to_flax
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 KEY = jax.random.key(0, impl="rbg")  # compiles much sooner than JAX's default generator
 TORCHVISIONS = [arch for arch in ARCHITECTURES if hasattr(torchvision.models, arch)]  # others: test_resnet_variants.py
@@ -62,7 +64,10 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
     x = images(height, width, count=1)
     with torch.no_grad():
         reference(nchw(x))
-    for dtype, tolerance in ((jnp.float64, 1e-11), (jnp.float32, 1e-5)):
+    tolerances = {jnp.float64: 1e-11, jnp.float32: 1e-5}
+    if (arch, height) == ("resnext50_32x4d", 97):
+        del tolerances[jnp.float32]  # which saves the default tests a compilation
+    for dtype, tolerance in tolerances.items():
         model = flax_model(arch, dtype=dtype, formulation="cpu")
         variables = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), to_flax(reference.state_dict(), model))
         apply = partial(
@@ -82,7 +87,7 @@ def test_logits_and_every_stage_are_torchvisions(arch: str, height: int, width: 
     ("arch", "train", "formulation"),
     [
         ("bottleneck", True, "cpu"),
-        ("basic", True, "plain"),
+        pytest.param("basic", True, "plain", marks=pytest.mark.slow),
         ("basic", False, "cpu-onednn"),
         ("basic", True, "tpu"),
         *(pytest.param(arch, train, "cpu", marks=pytest.mark.slow) for arch in TORCHVISIONS for train in (True, False)),
@@ -107,14 +112,14 @@ def test_gradients_and_running_statistics_are_torchs(arch: str, train: bool, for
     gradients: dict[str, Any] = {key: parameter.grad for key, parameter in reference.named_parameters()}
     expected = to_flax(reference.state_dict() | gradients, model)
 
-    @jax.jit
     def loss(params: Any, x: jax.Array) -> Any:
         variables_ = {"params": params, "batch_stats": variables["batch_stats"]}
         logits, updates = model.apply(variables_, x, train=train, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[jnp.arange(3), label].mean(), updates["batch_stats"]
 
     with onednn_in_double_precision() if formulation == "cpu-onednn" else nullcontext():
-        (grads, image_grad), new_statistics = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+        gradients_of = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        (grads, image_grad), new_statistics = gradients_of(variables["params"], x)
     for (path, ours), want in zip(
         jax.tree.leaves_with_path({"params": grads, "batch_stats": new_statistics}),
         jax.tree.leaves({"params": expected["params"], "batch_stats": expected["batch_stats"]}),
@@ -212,11 +217,9 @@ def test_all_products_have_the_precision_asked_for(precision: str) -> None:
 def test_random_initialisation_is_torchvisions() -> None:
     """Each layer has the same deviation and range, as far as a sample shows."""
     torch.manual_seed(0)
-    expected = from_torch(
-        {key: value.numpy() for key, value in torchvision.models.resnet18().state_dict().items()},
-        ARCHITECTURES["resnet18"](num_classes=1000),
-    )["params"]
-    model = ARCHITECTURES["resnet18"](num_classes=1000)
+    reference = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=1000)
+    expected = to_flax(reference.state_dict(), model)["params"]
     ours = jax.jit(lambda: model.init(KEY, jnp.zeros((1, 32, 32, 3)), train=False))()["params"]
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
         assert abs(float(a.std()) - float(b.std())) <= 0.05 * float(b.std()), jax.tree_util.keystr(path)

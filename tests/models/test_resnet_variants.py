@@ -116,7 +116,10 @@ def test_logits_and_every_stage_are_timms(arch: str, height: int, width: int) ->
         pooled = reference.forward_head(stages[-1], pre_logits=True)
         expected = {f"stage{i}": stage.numpy().transpose(0, 2, 3, 1) for i, stage in enumerate(stages, 1)}
         expected |= {"pooled": pooled.numpy(), "logits": reference(nchw(x)).numpy()}
-    for dtype, tolerance in ((jnp.float64, 1e-11), (jnp.float32, 1e-5)):
+    tolerances = {jnp.float64: 1e-11, jnp.float32: 1e-5}
+    if arch == "bottleneck":
+        del tolerances[jnp.float32]  # which saves the default tests a compilation
+    for dtype, tolerance in tolerances.items():
         model = flax_model(arch, dtype=dtype, formulation="cpu")
         variables = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), to_flax(reference.state_dict(), model))
 
@@ -157,13 +160,13 @@ def test_gradients_and_running_statistics_are_torchs(
     gradients: dict[str, Any] = {key: parameter.grad for key, parameter in reference.named_parameters()}
     expected = to_flax(reference.state_dict() | gradients, model)
 
-    @jax.jit
     def loss(params: Any, x: jax.Array) -> Any:
         logits, updates = model.apply(variables | {"params": params}, x, train=train, mutable=["batch_stats"])
         return -jax.nn.log_softmax(logits)[jnp.arange(3), label].mean(), updates["batch_stats"]
 
     with onednn_in_double_precision() if formulation == "cpu-onednn" else nullcontext():
-        (grads, image_grad), new_statistics = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+        gradients_of = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        (grads, image_grad), new_statistics = gradients_of(variables["params"], x)
     for (path, ours), want in zip(
         jax.tree.leaves_with_path({"params": grads, "batch_stats": new_statistics}),
         jax.tree.leaves({"params": expected["params"], "batch_stats": expected["batch_stats"]}),
@@ -299,4 +302,4 @@ def test_stages_to_compare_are_timms_modules() -> None:
     assert {*FAMILY.stages(ARCHITECTURES["seresnet18"](num_classes=10))} <= {
         name for name, _ in reference.named_modules()
     }
-    assert resnet.squeezed(64) == reference.layer1[0].se.fc1.out_channels == 8
+    assert resnet.squeezed_channels(64) == reference.layer1[0].se.fc1.out_channels == 8

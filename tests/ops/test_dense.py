@@ -1,40 +1,21 @@
-"""Compares attention, dense layers, LayerNorm and GELU with their plain formulations, above all by oneDNN."""
+"""Compares dense layers and convolutions of patches with their plain formulations and torch's."""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxft.ops.attention import attention
-from jaxft.ops.dense import dense
+from jaxft.ops.dense import dense, dense_and_gelu, patch_conv
 from jaxft.ops.formulation import Formulation
-from jaxft.ops.layer_norm import gelu, layer_norm_and_input
 from tests.helpers.devices import uncached_programs
 from tests.helpers.formulations import on_x86, onednn_in_double_precision, random, same
+from tests.helpers.reference import torch
+from tests.helpers.torch_models import nchw
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-SHAPES = (2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)  # of queries, keys and values
-
-
-def arrays(factor: float, dtype: Any) -> list[jax.Array]:
-    return [jnp.asarray(factor * random(*shape, seed=i), dtype) for i, shape in enumerate(SHAPES)]
-
-
-def test_attention_by_onednn_equals_the_plain_one() -> None:
-    """Scores of up to about 1000, whose exponentials overflow unless the maximum is subtracted."""
-    with jax.enable_x64(True), onednn_in_double_precision():
-        same(partial(attention, formulation="cpu-onednn"), attention, *arrays(10, jnp.float64))
-
-
-@on_x86
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.01)])
-def test_attention_by_onednn_in_its_own_types(dtype: Any, tolerance: float) -> None:
-    with uncached_programs():
-        ours = partial(attention, formulation="cpu-onednn")
-        same(ours, attention, *arrays(1, dtype), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("formulation", ["cpu", "cpu-onednn"])
@@ -47,6 +28,20 @@ def test_dense_equals_the_plain_one(formulation: Formulation) -> None:
         same(ours, plain, random(2, 3, 5), random(5, 4), random(4))
 
 
+@pytest.mark.parametrize("approximate", [False, True])
+def test_dense_and_gelu_by_onednn_equal_the_plain_ones(approximate: bool) -> None:
+    """In the forward pass without gradients, which computes both at once, and with them."""
+    arguments = random(2, 3, 5), random(5, 4), random(4)
+
+    def function(x: Any, kernel: Any, bias: Any, formulation: Formulation) -> jax.Array:
+        return dense_and_gelu(x, kernel, formulation, bias, approximate)
+
+    with jax.enable_x64(True), onednn_in_double_precision():
+        ours, plain = (partial(function, formulation=name) for name in ("cpu-onednn", "plain"))
+        same(ours, plain, *arguments)
+        np.testing.assert_allclose(ours(*arguments), plain(*arguments), atol=1e-12)
+
+
 @on_x86
 @pytest.mark.parametrize("rows", [64, 33])
 def test_dense_by_onednn_in_bfloat16(rows: int) -> None:
@@ -56,14 +51,13 @@ def test_dense_by_onednn_in_bfloat16(rows: int) -> None:
         same(partial(dense, formulation="cpu-onednn"), dense, x, kernel, tolerance=0.01)
 
 
-@pytest.mark.parametrize("approximate", [False, True])
-def test_layer_norm_and_gelu_equal_the_plain_ones(approximate: bool) -> None:
-    """The input of the norm is also that of a shortcut."""
-
-    def block(x: Any, scale: Any, bias: Any, formulation: Formulation) -> jax.Array:
-        y, x = layer_norm_and_input(x, scale, bias, 1e-6, formulation=formulation)
-        return 2 * x + gelu(y, approximate, formulation)
-
-    with jax.enable_x64(True):
-        ours, plain = (partial(block, formulation=name) for name in ("cpu", "plain"))
-        same(ours, plain, random(3, 4, 8) + 5, random(8), random(8))
+@pytest.mark.parametrize("formulation", ["plain", "cpu", "cpu-onednn"])
+def test_patches_are_torchs_convolution(formulation: Formulation) -> None:
+    """Also of images with pixels beyond the last whole patch."""
+    x, kernel = random(2, 11, 14, 3), random(4, 4, 3, 5)
+    weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+    expected = torch.nn.functional.conv2d(nchw(x), weight, stride=4)
+    with jax.enable_x64(True), onednn_in_double_precision():
+        ours = patch_conv(jnp.asarray(x), jnp.asarray(kernel), formulation)
+        np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
+        same(partial(dense, formulation=formulation), jnp.matmul, random(2, 3, 5), random(5, 4))

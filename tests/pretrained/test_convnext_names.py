@@ -105,7 +105,7 @@ def test_metas_names_are_those_that_timm_reads(arch: str) -> None:
         ("convnext_atto_rms", "its norms have no bias: RMSNorm, not LayerNorm"),
         ("test_convnext3", "it has depthwise kernels of 3x3, not 7x7"),
         ("edgenext_xx_small", "its blocks hold other layers, as in EdgeNeXt"),
-        ("inception_next_atto", "its blocks mix otherwise"),
+        ("inception_next_atto", "its blocks mix pixels without"),
     ],
 )
 def test_relatives_are_told_from_it(save: Any, name: str, part: str) -> None:

@@ -165,7 +165,7 @@ def test_weights_are_fetched_and_converted_once(
     converted.unlink()
     jax.tree.map(np.testing.assert_array_equal, first.variables, load_pretrained("hf:me/net").variables)
     assert capsys.readouterr().err == ""
-    assert "HF_HUB_OFFLINE forbids to fetch it" in message("hf:me/other")
+    assert "HF_HUB_OFFLINE is set; unset it" in message("hf:me/other")
 
 
 def test_a_new_commit_is_fetched(serve: Callable[..., Server], weights: bytes) -> None:

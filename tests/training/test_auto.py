@@ -185,7 +185,7 @@ def test_what_a_config_leaves_open_comes_from_the_weights() -> None:
     assert resolved({"arch": "resnet18"}) == unknown
     assert resolved(None, model__arch="resnet18") == unknown
     assert resolved({"arch": "resnet18", "image_size": 64, "resize": 0})["data.resize"] == 0
-    with pytest.raises(UserError, match=r"model.arch is auto, which takes that of the weights; set"):
+    with pytest.raises(UserError, match=r"model.arch is auto, which means that of the weights; set"):
         resolved(None)
     with pytest.raises(
         UserError, match=r"'data.stored_size' is 250, less than data.resize; set it to 0 or at least 256"
