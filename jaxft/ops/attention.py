@@ -52,36 +52,38 @@ def _onednn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _onednn_attention_fwd(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple]:
-    shape = q.shape
-    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    weights = _exponentials(_matmul(q, k, transpose_b=True), q.shape[-1] ** -0.5, v.dtype)
+    weights = _exponentials(_scores(q, k), q.shape[-1] ** -0.5, v.dtype)
     inverse = 1 / _row_sums(weights)
-    y = _heads_last(_matmul(weights, v), inverse, shape, v.dtype).reshape(shape)
+    y = _normalized(_mix(weights, v), inverse, v.dtype)
     return y, (q, k, v, weights, inverse, y)
 
 
 def _onednn_attention_bwd(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v, weights, inverse, y = residuals
     dy, mean = _divided_gradient(dy, y, inverse)
-    dv = _matmul(weights, dy, transpose_a=True)
-    dscores = _score_gradient(weights, _matmul(dy, v, transpose_b=True), mean, q.shape[-1] ** -0.5)
-    dq, dk = _matmul(dscores, k), _matmul(dscores, q, transpose_a=True)
-    batch, _, heads, _ = y.shape
-    dq, dk, dv = (d.reshape(batch, heads, *d.shape[1:]).swapaxes(1, 2).astype(v.dtype) for d in (dq, dk, dv))
+    dscores = _score_gradient(weights, _scores(dy, v), mean, q.shape[-1] ** -0.5)
+    gradients = _mix(dscores, k), _mix(dscores, q, transpose=True), _mix(weights, dy, transpose=True)
+    dq, dk, dv = (gradient.astype(v.dtype) for gradient in gradients)
     return dq, dk, dv
 
 
 _onednn_attention.defvjp(_onednn_attention_fwd, _onednn_attention_bwd)
 
-
-def _matmul(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
-    """Multiplies stacks of matrices, with a result of at least float32."""
-    return onednn.matmul(a, b, transpose_a, transpose_b, dtype=jnp.promote_types(a.dtype, jnp.float32))
+# Axes of (N, heads, T, d) in memory, which is that of (N, T, heads, d), and of scores (N, heads, T, S).
+_TOKENS, _SCORES = (0, 2, 1, 3), (0, 1, 2, 3)
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
-    """Returns (N * heads, T, d) of (N, T, heads, d)."""
-    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Multiplies tokens (N, T, heads, d) by (N, S, heads, d): (N, heads, T, S), in at least float32."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
+    return onednn.matmul(q, k, transpose_b=True, dtype=dtype, layouts=(_TOKENS, _TOKENS, _SCORES))
+
+
+def _mix(weights: jax.Array, v: jax.Array, transpose: bool = False) -> jax.Array:
+    """Multiplies weights (N, heads, T, S), or their transposes, by tokens: (N, T, heads, d), in at least float32."""
+    dtype, layouts = jnp.promote_types(v.dtype, jnp.float32), (_SCORES, _TOKENS, _TOKENS)
+    return onednn.matmul(weights, v.swapaxes(1, 2), transpose, dtype=dtype, layouts=layouts).swapaxes(1, 2)
 
 
 @partial(materialize, static_argnums=(1, 2))
@@ -96,18 +98,17 @@ def _row_sums(weights: jax.Array) -> jax.Array:
     return weights.astype(jnp.promote_types(weights.dtype, jnp.float32)).sum(-1, keepdims=True)
 
 
-@partial(materialize, static_argnums=(2, 3))
-def _heads_last(y: jax.Array, inverse: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Multiplies y (N * heads, T, d) by `inverse` and returns (N * T, heads * d). shape: (N, T, heads, d)."""
-    y = (y * inverse).reshape(shape[0], shape[2], shape[1], shape[3])
-    return y.swapaxes(1, 2).reshape(shape[0] * shape[1], -1).astype(dtype)
+@partial(materialize, static_argnums=2)
+def _normalized(y: jax.Array, inverse: jax.Array, dtype: Any) -> jax.Array:
+    """Multiplies y (N, T, heads, d) by `inverse` (N, heads, T, 1)."""
+    return (y * inverse.swapaxes(1, 2)).astype(dtype)
 
 
 @materialize
 def _divided_gradient(dy: jax.Array, y: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns dy times `inverse`, with the heads first, and its product with y summed over features."""
-    mean = _heads_first((dy.astype(inverse.dtype) * y).sum(-1, keepdims=True)) * inverse
-    return (_heads_first(dy) * inverse).astype(dy.dtype), mean
+    """Returns dy times `inverse`, and its product with y summed over features: (N, heads, T, 1)."""
+    divided = dy * inverse.swapaxes(1, 2)
+    return divided.astype(dy.dtype), (divided * y).sum(-1, keepdims=True).swapaxes(1, 2)
 
 
 @partial(materialize, static_argnums=3)

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -58,6 +59,9 @@ class Epilogue(NamedTuple):
     shortcut: jax.Array | None = None
     relu: bool = False
     gelu: Literal["", "erf", "tanh"] = ""
+
+
+Layouts = tuple[Sequence[int], Sequence[int], Sequence[int]]  # axes of two operands and the result, major to minor
 
 
 # Seven parameters: those of oneDNN's convolution.
@@ -124,10 +128,12 @@ def matmul(
     transpose_b: bool = False,
     epilogue: Epilogue = Epilogue(),  # noqa: B008, immutable
     dtype: Any = None,
+    layouts: Layouts | None = None,
 ) -> jax.Array:
     """Multiplies matrices or stacks of them: a @ b, a @ b.mT or a.mT @ b.
 
-    dtype: of the result, float32 or a's; default: a's, or float32 if a is transposed.
+    dtype: of the result, float32 or a's; default: a's, or float32 if a is transposed. layouts: those of a, b and the
+    result, without an epilogue; default: row-major.
     """
     result = jax.ShapeDtypeStruct(
         (*a.shape[:-2], a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]),
@@ -136,7 +142,7 @@ def matmul(
     config = {"transpose_a": transpose_a, "transpose_b": transpose_b}
     if epilogue.bias is not None:
         epilogue = epilogue._replace(bias=epilogue.bias.reshape(*[1] * (a.ndim - 1), -1))
-    return _call("matmul", "onednn_matmul_config", config, result, epilogue, a, b)
+    return _call("matmul", "onednn_matmul_config", config, result, epilogue, a, b, layouts=layouts)
 
 
 def _call(
@@ -146,13 +152,19 @@ def _call(
     result: jax.ShapeDtypeStruct,
     epilogue: Epilogue,
     *operands: jax.Array,
+    layouts: Layouts | None = None,
 ) -> jax.Array:
     added = {"BIAS": epilogue.bias, "BINARY_ADD": epilogue.shortcut}
     added = {operation: array for operation, array in added.items() if array is not None}
     activations = ["RELU"] * epilogue.relu + ([f"GELU_{epilogue.gelu.upper()}"] if epilogue.gelu else [])
     config = {description: config | {"fusions": {"ops": [*added, *activations]}}}
     call = jax.ffi.ffi_call(
-        f"__onednn${name}", result, custom_call_api_version=2, legacy_backend_config=json.dumps(config)
+        f"__onednn${name}",
+        result,
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps(config),
+        input_layouts=layouts and layouts[:2],
+        output_layouts=layouts and layouts[2],
     )
     return call(*operands, *added.values())
 
@@ -174,6 +186,13 @@ def check() -> None:
         compare(matmul(c, b, transpose_b=True), wide_c @ wide_b.T)
         compare(matmul(c, b, transpose_b=True, dtype=jnp.float32), wide_c @ wide_b.T)
         compare(matmul(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
+        heads = jnp.asarray(random.normal(size=(2, 5, 3, 8)), dtype).swapaxes(1, 2)
+        scores = np.asarray(heads, np.float64) @ np.asarray(heads, np.float64).swapaxes(2, 3)
+        layouts = ((0, 2, 1, 3), (0, 2, 1, 3), (0, 1, 2, 3))
+        compare(matmul(heads, heads, transpose_b=True, dtype=jnp.float32, layouts=layouts), scores)
+        scores = jnp.asarray(scores, dtype)
+        mean = np.asarray(scores, np.float64).swapaxes(2, 3) @ np.asarray(heads, np.float64)
+        compare(matmul(scores, heads, transpose_a=True, layouts=(layouts[2], *layouts[:2])), mean)
         bias, shortcut = jnp.arange(-24.0, 24), c
         after = np.maximum(wide_a @ wide_b + np.asarray(bias) + wide_c, 0)
         compare(matmul(a, b, epilogue=Epilogue(bias, shortcut, relu=True)), after)

@@ -70,6 +70,7 @@ def onednn_in_double_precision() -> Iterator[None]:
         transpose_b: bool = False,
         epilogue: onednn.Epilogue = onednn.Epilogue(),  # noqa: B008, immutable
         dtype: Any = None,
+        layouts: onednn.Layouts | None = None,
     ) -> jax.Array:
         return after((a.mT if transpose_a else a) @ (b.mT if transpose_b else b), epilogue)
 
