@@ -83,7 +83,7 @@ def _without_command(argv: list[str]) -> None:
 
     (argument,) = argv
     if argument in ("-h", "--help"):
-        print("usage: jaxft COMMAND ...\n\nFine-tunes pretrained ResNets, ViTs and ConvNeXts on your own images, in pure JAX.\n")
+        print("usage: jaxft COMMAND ...\n\nFine-tunes pretrained networks on your own images, in pure JAX.\n")
         for name, meaning in COMMANDS.items():
             print(f"  {name:<10}{meaning}")
         print("\n`jaxft COMMAND --help` shows a command's options, `jaxft --version` the version.")

@@ -187,10 +187,10 @@ def check() -> None:
         compare(matmul(c, b, transpose_b=True, dtype=jnp.float32), wide_c @ wide_b.T)
         compare(matmul(jnp.stack([a, 2 * a]), jnp.stack([b, b])), np.stack([wide_a @ wide_b, 2 * wide_a @ wide_b]))
         heads = jnp.asarray(random.normal(size=(2, 5, 3, 8)), dtype).swapaxes(1, 2)
-        scores = np.asarray(heads, np.float64) @ np.asarray(heads, np.float64).swapaxes(2, 3)
+        wide_scores = np.asarray(heads, np.float64) @ np.asarray(heads, np.float64).swapaxes(2, 3)
         layouts = ((0, 2, 1, 3), (0, 2, 1, 3), (0, 1, 2, 3))
-        compare(matmul(heads, heads, transpose_b=True, dtype=jnp.float32, layouts=layouts), scores)
-        scores = jnp.asarray(scores, dtype)
+        compare(matmul(heads, heads, transpose_b=True, dtype=jnp.float32, layouts=layouts), wide_scores)
+        scores = jnp.asarray(wide_scores, dtype)
         mean = np.asarray(scores, np.float64).swapaxes(2, 3) @ np.asarray(heads, np.float64)
         compare(matmul(scores, heads, transpose_a=True, layouts=(layouts[2], *layouts[:2])), mean)
         bias, shortcut = jnp.arange(-24.0, 24), c

@@ -126,7 +126,7 @@ def _renamed(path: Path) -> Path:
         ("{", "cannot be read as the index of a checkpoint"),
         ("[]", "it holds a list, not an object"),
         ('{"weight_map": []}', 'it has no "weight_map"'),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "a is in '../b.safetensors', which is not a file beside the index"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which is not a file beside the index"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "is not a file beside the index"),
         ('{"weight_map": {"a": ".."}}', "is not a file beside the index"),
         ('{"weight_map": {"a": 3}}', "is not a file beside the index"),
