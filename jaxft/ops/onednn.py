@@ -121,6 +121,7 @@ def depthwise(
     return _call("convolution", "onednn_conv_config", config, result, Epilogue(bias), x, kernel)
 
 
+# Seven parameters: those of oneDNN's matrix product.
 def matmul(
     a: jax.Array,
     b: jax.Array,

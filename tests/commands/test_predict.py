@@ -276,7 +276,7 @@ def test_top_k_is_a_positive_whole_number(classifier: Classifier, top_k: Any) ->
 
 def test_a_workdir_must_be_a_path() -> None:
     for workdir in (None, "", 3):
-        with pytest.raises(UserError, match="workdir must be the path of a run's folder"):
+        with pytest.raises(UserError, match="workdir must be a run's folder or the name or file of pretrained weights"):
             jaxft.load(workdir)  # type: ignore[arg-type]
 
 

@@ -28,6 +28,7 @@ from jaxft.errors import UserError
 from jaxft.reporting import http_server
 from jaxft.reporting.http_server import Queue, Uploads, make_server
 from jaxft.reporting.serve import MAX_BYTES, allowed_names, listen, make_app
+from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from tests.helpers.runs import ROOT, environment
 
 
@@ -130,6 +131,7 @@ class StandIn:
 
     class_names = ("cat", "dog")
     decoded_size = 32
+    preprocessing = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
 
     def probabilities(self, pictures: list[np.ndarray]) -> np.ndarray:
         return np.array([[0.25, 0.75]] * len(pictures), np.float32)
