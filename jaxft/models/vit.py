@@ -5,7 +5,7 @@ A parameter's path is timm's key split at its dots: params['blocks']['0']['attn'
 between them, LayerNorm and softmax are at least float32, as they are in torch's autocast.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -22,7 +22,7 @@ from jaxft.models.network import Output
 from jaxft.models.policy import Policy
 from jaxft.models.position import resize_grid
 from jaxft.ops.attention import attention
-from jaxft.ops.dense import dense, dense_and_gelu, patch_conv
+from jaxft.ops.dense import dense_and_gelu, patch_conv
 from jaxft.ops.formulation import Formulation
 
 Pool = Literal["token", "mean", "mean_norm", "attention"]
@@ -56,25 +56,12 @@ class Attention(nn.Module):
     formulation: Formulation
 
     @nn.compact
-    def __call__(self, x: jax.Array, queries: int) -> jax.Array:
-        """Returns the results of the first `queries` tokens, which attend to all tokens (N, T, D)."""
-        batch, _, width = x.shape
-        project = partial(_queries_keys_values, queries=queries)
-        qkv = self.layer((width, 3 * width), apply_kernel=project, name="qkv")(x)
-        q, k, v = (part.reshape(batch, -1, self.heads, width // self.heads) for part in qkv)
-        y = attention(q, k, v, self.formulation).reshape(batch, queries, width)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        layer = self.layer((width, 3 * width), name="qkv")
+        q, k, v = (part.reshape(batch, tokens, self.heads, -1) for part in jnp.split(layer(x), 3, axis=-1))
+        y = attention(q, k, v, layer.formulation).reshape(batch, tokens, width)
         return self.layer((width, width), name="proj")(y)
-
-
-def _queries_keys_values(
-    x: jax.Array, kernel: jax.Array, formulation: Formulation, bias: jax.Array, queries: int
-) -> list[jax.Array]:
-    """Projects tokens (N, T, D) to queries, of the first ones only, keys and values."""
-    width = x.shape[-1]
-    if queries == x.shape[1]:
-        return jnp.split(dense(x, kernel, formulation, bias), 3, axis=-1)
-    q = dense(x[:, :queries], kernel[:, :width], formulation, bias[:width])
-    return [q, *jnp.split(dense(x, kernel[:, width:], formulation, bias[width:]), 2, axis=-1)]
 
 
 class MLP(nn.Module):
@@ -113,18 +100,15 @@ class Block(nn.Module):
     drop_path: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None, first_only: bool = False) -> jax.Array:
-        """Processes tokens (N, T, D). keys: (N,), for drop_path. first_only: return only the first token (N, 1, D)."""
-        queries = 1 if first_only else x.shape[1]
-        attention = partial(Attention(self.heads, self.layer, self.formulation, name="attn"), queries=queries)
-        layers: tuple[Callable[..., jax.Array], ...] = attention, MLP(self.hidden, self.layer, name="mlp")
-        for i, layer in enumerate(layers, 1):
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Processes tokens (N, T, D). keys: (N,), for drop_path."""
+        attention = Attention(self.heads, self.layer, self.formulation, name="attn")
+        for i, layer in enumerate((attention, MLP(self.hidden, self.layer, name="mlp")), 1):
             y, x = self.norm(name=f"norm{i}").with_input(x)
             y = layer(y).astype(x.dtype)
             if self.layer_scale:
                 y = LayerScale(self.layer_scale, name=f"ls{i}")(y)
-            y = drop_path(y, self.drop_path, keys, 2 * self.number + i)  # the head's dropout has 0
-            x = x[:, :queries] + y
+            x = x + drop_path(y, self.drop_path, keys, 2 * self.number + i)  # the head's dropout has 0
         return x
 
 
@@ -137,24 +121,15 @@ class Blocks(nn.Module):
     block: Callable[..., Block]
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None, which: Sequence[bool]) -> list[jax.Array]:
-        """Returns the last block's result once for each of `which`: of the first token only, or of all tokens.
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        def apply(block: Any, x: jax.Array, keys: jax.Array | None) -> Any:
+            return block(x, keys)
 
-        The last block then spares the other tokens, whose keys and values are all that the first one needs: 7 % of a
-        ViT with twelve blocks.
-        """
-
-        def apply(block: Any, x: jax.Array, keys: jax.Array | None, first_only: bool) -> Any:
-            return block(x, keys, first_only)
-
-        apply = nn.remat(apply, static_argnums=(3,)) if self.remat else apply
-        blocks = [
-            self.block(number=i, drop_path=self.drop_path * i / max(self.depth - 1, 1), name=str(i))
-            for i in range(self.depth)
-        ]
-        for block in blocks[:-1]:
-            x = apply(block, x, keys, False)
-        return [apply(blocks[-1], x, keys, first_only) for first_only in which]
+        apply = nn.remat(apply) if self.remat else apply
+        for i in range(self.depth):
+            rate = self.drop_path * i / max(self.depth - 1, 1)
+            x = apply(self.block(number=i, drop_path=rate, name=str(i)), x, keys)
+        return x
 
 
 class AttentionPool(nn.Module):
@@ -271,7 +246,7 @@ class ViT(nn.Module):
         neither. Raises UserError for images whose sides the patches do not divide.
         """
         with jax.default_matmul_precision(self.precision):
-            features = {"pooled": image} if image.ndim == 2 else self._features(image, keys, output)
+            features = {"pooled": image} if image.ndim == 2 else self._features(image, keys)
             if output == "features":
                 return features
             x = dropout(features["pooled"], self.dropout, keys, 0)
@@ -279,25 +254,20 @@ class ViT(nn.Module):
                 x = Standardize(name=HEAD_NORM)(x)
             return nn.Dense(self.num_classes, kernel_init=kernel_init, name="head")(x)
 
-    def _features(self, image: jax.Array, keys: jax.Array | None, output: Output) -> dict[str, jax.Array]:
+    def _features(self, image: jax.Array, keys: jax.Array | None) -> dict[str, jax.Array]:
         own = self.architecture
         layer = partial(Dense, dtype=self.dtype, formulation=self.formulation)
         norm = partial(LayerNorm, self.norm_eps, self.dtype, self.formulation)
         _check_sides(image, own.patch)
         x = self._embed(PatchEmbed(own.width, own.patch, layer, name="patch_embed")(image))
         block = partial(Block, own.heads, self.hidden, own.layer_scale, norm, layer, self.formulation)
-        blocks = Blocks(own.depth, self.drop_path, self.remat, block, name="blocks")
+        x = Blocks(own.depth, self.drop_path, self.remat, block, name="blocks")(x, keys)
         last_norm = partial(LayerNorm, self.norm_eps, x.dtype, self.formulation)
+        tokens = x if self.pool == "mean_norm" else last_norm(name="norm")(x)
         if self.pool == "token":
             if not own.class_token:
                 raise UserError("model.pool is token, but this ViT has no class token; set it to mean")
-            final_norm = last_norm(name="norm")
-            which = [False, True] if output == "features" else [True]
-            *everything, first = (final_norm(x) for x in blocks(x, keys, which))
-            features = {"pooled": first[:, 0]}
-            return features | {"tokens": everything[0]} if everything else features
-        (x,) = blocks(x, keys, [False])
-        tokens = x if self.pool == "mean_norm" else last_norm(name="norm")(x)
+            return {"tokens": tokens, "pooled": tokens[:, 0]}
         x = tokens if own.pool_all else tokens[:, sum(self._tokens().values()) :]
         if self.pool == "attention":
             x = AttentionPool(own.heads, self.hidden, norm, layer, self.formulation, name="attn_pool")(x)

@@ -31,11 +31,11 @@ def test_the_backbone_is_small_and_records_its_provenance() -> None:
 
 def test_the_quickstart_beats_random_weights(run: Run, tmp_path: Path) -> None:
     """From random weights one epoch gives 20 %, all five give 43 % (benchmarks/quickstart.py)."""
-    result = run(*QUICKSTART, "--config.num_epochs=1", "--workdir", tmp_path / "run")
+    result = run(*QUICKSTART, "--config.num_epochs=2", "--workdir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 41))
-    assert [row["accuracy"] for row in rows if row["split"] == "eval"][-1] > 0.45
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 81))
+    assert [row["accuracy"] for row in rows if row["split"] == "eval"][-1] > 0.5
 
 
 def test_a_linear_probe_learns_and_keeps_the_bits_of_the_backbone(run: Run, tmp_path: Path) -> None:

@@ -343,9 +343,7 @@ def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
 def test_a_device_with_only_padding_does_no_harm(tmp_path: Path) -> None:
     """The last of 1,000 images in batches of 48 on eight devices are 40, in shares of 6: one device has none."""
     changes = {"batch_size": "48", "image_size": "16", "num_epochs": "1", "data.train_split": "test"}
-    config = load_config(
-        "quickstart", changes | {"model.pretrained": "", "model.arch": "resnet10t", "model.width": "4"}
-    )
+    config = load_config("quickstart", changes | {"model.pretrained": "", "model.width": "4"})
     state = train_and_evaluate(config, tmp_path / "run")
     assert int(state.step) == 21
     assert all(np.isfinite(array).all() for array in jax.tree.leaves((state.params, state.batch_stats)))
