@@ -118,6 +118,11 @@ def _other_layers(tensors: Tensors) -> str | None:
     return None
 
 
+def _timm_arguments(arch: str) -> dict[str, tuple[Any, str]]:
+    activation = "gelu_tanh" if CONVNEXTS[arch].tanh else "gelu"
+    return _TIMM_ARGUMENTS | {"act_layer": (activation, f"its activation is another than {activation}")}
+
+
 def _hugging_face_config(arch: str) -> dict[str, tuple[Any, str]]:
     activation = "gelu_pytorch_tanh" if CONVNEXTS[arch].tanh else "gelu"
     return {"hidden_act": (activation, f"its activation is another than {activation}")}
@@ -196,7 +201,7 @@ FAMILY = Family(
     declarations=Declarations(
         own_names=r"convnext",
         model_type=r"convnext(v2)?",
-        timm_arguments=_TIMM_ARGUMENTS,
+        timm_arguments=_timm_arguments,
         hugging_face_config=_hugging_face_config,
         option_keys={"layer_norm_eps": "norm_eps"},
     ),

@@ -95,7 +95,7 @@ def look_alike(declared: Declared, arch: str, family: Declarations) -> str | Non
 def _options(config: Mapping[str, Any], arch: str, family: Declarations) -> Mapping[str, tuple[Any, str]]:
     """Returns the keys of config.json that change what a network with these keys and shapes computes."""
     if "architecture" in config:
-        return family.timm_arguments
+        return family.timm_arguments(arch)
     return family.hugging_face_config(arch) if describes(config, family) else {}
 
 

@@ -74,8 +74,8 @@ class Declarations(NamedTuple):
     # pattern of a name in a checkpoint or in a config.json -> what such a network computes otherwise: refused
     look_alikes: Mapping[str, str] = {}
     remarks: Mapping[str, str] = {}  # the same, if the weights are of use all the same: a note
-    # key of config.json -> the value of a plain network, and what another one means; Hugging Face's by architecture
-    timm_arguments: Mapping[str, tuple[Any, str]] = {}
+    # by architecture: key of config.json -> the value of a plain network, and what another one means
+    timm_arguments: Callable[[str], Mapping[str, tuple[Any, str]]] = lambda arch: {}
     hugging_face_config: Callable[[str], Mapping[str, tuple[Any, str]]] = lambda arch: {}
     option_keys: Mapping[str, str] = {}  # key of Hugging Face's config.json -> option of the family
 

@@ -194,7 +194,7 @@ FAMILY = Family(
         model_type="resnet",
         look_alikes=LOOK_ALIKES,
         remarks={DILATED: "whose last stages are dilated; jaxft's are not"},
-        timm_arguments=TIMM_ARGUMENTS,
+        timm_arguments=lambda arch: TIMM_ARGUMENTS,
         hugging_face_config=_hugging_face_config,
     ),
     nearest=_nearest,

@@ -11,8 +11,9 @@ STRANGERS = {
     **TEXT_TOWER,
     r"\.(absmax|nested_absmax|quant_map|SCB|weight_format|qweight|qzeros|weight_scale|weight_packed|_packed_params)$"
     r"|\.quant_state\.": "its weights are quantised; save them as floats: torch.save(model.float().state_dict(), FILE)",
-    r"(^|\.)(vision_model\.encoder|visual\.class_embedding)": "it is CLIP's or SigLIP's image tower",
-    r"(^|\.)(layers|stages|features)\.\d+\.(blocks\.)?\d+\.attn(ention)?\.(self\.)?(relative_|cpb_|logit_)": (
+    r"(^|\.)(vision_model\.encoder|visual\.class_embedding|embeddings\.class_embedding$|"
+    r"layers\.\d+\.layer_norm1\.)": "it is CLIP's or SigLIP's image tower",
+    r"(^|\.)(layers|stages|features)\.\d+\.(blocks\.)?\d+\.att(entio)?n\.(self\.)?(relative_|cpb_|logit_)": (
         "it is a Swin Transformer"
     ),
     r"relative_position_bias_table$|\.(q|v)_bias$": "it has relative position embeddings, as BEiT",

@@ -215,9 +215,17 @@ _TIMM_ARGUMENTS = {
 }
 
 
+def _heads(arch: str) -> tuple[int, str]:
+    return VITS[arch].heads, f"a {arch} has {VITS[arch].heads} heads"
+
+
+def _timm_arguments(arch: str) -> dict[str, tuple[Any, str]]:
+    return _TIMM_ARGUMENTS | {"num_heads": _heads(arch)}
+
+
 def _hugging_face_config(arch: str) -> dict[str, tuple[Any, str]]:
     return {
-        "num_attention_heads": (VITS[arch].heads, f"a {arch} has {VITS[arch].heads} heads"),
+        "num_attention_heads": _heads(arch),
         "hidden_act": ("gelu", "its activation is another than GELU"),
     }
 
@@ -268,7 +276,7 @@ FAMILY = Family(
         own_names=r"^(test_)?(vit|deit|dinov2)\d*(_|$)",
         model_type=r"vit|deit|dinov2|dinov2_with_registers",
         look_alikes={r"quickgelu": "its activation is another than GELU"},
-        timm_arguments=_TIMM_ARGUMENTS,
+        timm_arguments=_timm_arguments,
         hugging_face_config=_hugging_face_config,
         option_keys={"layer_norm_eps": "norm_eps"},
     ),

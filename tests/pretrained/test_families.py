@@ -194,6 +194,46 @@ def test_other_networks_are_named(save: Any, name: str, part: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("SwinModel", "it is a Swin Transformer"),
+        ("CLIPVisionModel", "it is CLIP's or SigLIP's image tower"),
+        ("SiglipVisionModel", "it is CLIP's or SigLIP's image tower"),
+    ],
+)
+def test_other_networks_of_transformers_are_named(tmp_path: Path, name: str, part: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    small: dict[str, Any] = {"embed_dim": 8, "depths": [1], "num_heads": [2]} if name == "SwinModel" else {}
+    small = small or {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = getattr(transformers, name)
+    model(model.config_class(**small)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=part):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "plain", "other"),
+    [
+        ("test_vit", "num_heads", 2, 4),
+        ("test_vit", "act_layer", "gelu", "relu"),
+        ("convnext_atto", "act_layer", "gelu", "gelu_tanh"),
+        ("test_convnext", "act_layer", "gelu_tanh", "gelu"),
+    ],
+)
+def test_timm_arguments_that_shapes_do_not_show_are_refused(
+    tmp_path: Path, arch: str, key: str, plain: Any, other: Any
+) -> None:
+    write_tensors(tmp_path / "model.safetensors", to_torch(random_weights(family_of(arch), arch=arch)))
+    for value in (plain, other):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": arch, "model_args": {key: value}}))
+        if value == plain:
+            assert read_weights(tmp_path).provenance["arch"] == arch
+            continue
+        with pytest.raises(UserError, match=f"config.json says {key}={other}"):
+            read_weights(tmp_path)
+
+
 # ---- names ----
 
 
