@@ -1,7 +1,7 @@
 """Compares the train step and evaluation of a ViT-S/16, a ConvNeXt-T and a VGG-16 with PyTorch's: a table as Markdown.
 
     python -m benchmarks.families [--networks vit,convnext,vgg] [--dtypes float32,bfloat16] [--batch 8] [--pixels 224]
-        [--rounds 4] [--steps_per_turn 1] [--cores 0-1] [--no_compile]
+        [--rounds 3] [--steps_per_turn 2] [--cores 0-1] [--no_compile]
 
 PyTorch has scaled_dot_product_attention, eager and by torch.compile; ViT-S/16 is timm's, the others are torchvision's.
 The six contenders of a network and dtype (jaxft, eager and compiled, each for training and evaluation) start at once
@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pixels", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps_per_turn", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps_per_turn", type=int, default=2)
     parser.add_argument("--cores", default="", help="cores to use, such as 0 or 0-3; one core on a busy machine")
     parser.add_argument("--no_compile", action="store_true", help="without torch.compile")
     args = parser.parse_args()
