@@ -18,7 +18,7 @@ from jaxft.errors import UserError
 from jaxft.models.architectures import VGGS
 from jaxft.models.dropout import dropout
 from jaxft.models.heads import HEAD_NORM, Standardize
-from jaxft.models.layers import BatchNorm, Conv
+from jaxft.models.layers import BatchNorm, Conv, Dense
 from jaxft.models.network import Output, abstract_variables
 from jaxft.models.policy import Policy
 from jaxft.ops.formulation import Formulation
@@ -27,7 +27,7 @@ from jaxft.ops.pool import adaptive_avg_pool, max_pool_2x2
 POOLED = 7  # pixels of each side, at any image size, that the classifier sees
 HIDDEN = 64  # features of the hidden dense layers per channel of the first stage: 4,096 in torchvision's networks
 
-dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
+kernel_init = nn.initializers.normal(0.01)  # of dense layers
 
 
 def conv_indices(stage_depths: tuple[int, ...], batch_norm: bool) -> list[list[int]]:
@@ -84,6 +84,7 @@ class Classifier(nn.Module):
     num_classes: int
     dropout: float
     dtype: Any
+    formulation: Formulation
 
     @nn.compact
     def __call__(self, x: jax.Array, output: Output, norm: Standardize | None, keys: jax.Array | None) -> jax.Array:
@@ -94,12 +95,14 @@ class Classifier(nn.Module):
         if x.ndim == 4:
             x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # torch's order: channels, rows, columns
             for layer, name in enumerate(("0", "3")):
-                x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
+                shape = (x.shape[-1], self.hidden)
+                dense = Dense(shape, self.dtype, self.formulation, kernel_init=kernel_init, name=name)
+                x = nn.relu(dense(x))
                 x = dropout(x, self.dropout, keys, layer)
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if output == "features":
             return x
-        return dense(self.num_classes, name="6")(norm(x) if norm else x)
+        return nn.Dense(self.num_classes, kernel_init=kernel_init, name="6")(norm(x) if norm else x)
 
 
 class VGG(nn.Module):
@@ -180,7 +183,9 @@ class VGG(nn.Module):
                 features = {f"stage{i}": stage for i, stage in enumerate(stages, 1)}
                 x = adaptive_avg_pool(stages[-1], POOLED)
             norm = Standardize(name=HEAD_NORM) if self.head_norm else None
-            classifier = Classifier(HIDDEN * self.width, self.num_classes, self.dropout, self.dtype, name="classifier")
+            computed = (self.dtype, self.formulation)
+            hidden = HIDDEN * self.width
+            classifier = Classifier(hidden, self.num_classes, self.dropout, *computed, name="classifier")
             x = classifier(x, output, norm, keys)
             return features | {"pooled": x} if output == "features" else x
 
