@@ -98,7 +98,7 @@ def compare_families() -> None:
         with tempfile.TemporaryDirectory() as folder:
             source, back = Path(folder, "model.safetensors"), Path(folder, "back.safetensors")
             if ", transformers," in name:
-                network.save_pretrained(folder)  # type: ignore[operator]
+                network.save_pretrained(folder)  # type: ignore[operator] # transformers' method
             else:
                 write_tensors(source, {key: value.numpy() for key, value in network.state_dict().items()})
             weights = load_pretrained(str(source))

@@ -165,7 +165,7 @@ def write_message(text: str) -> None:
     """Writes to stderr in one call, so that lines of several processes do not mix.
 
     On a terminal, it first clears the line of a progress bar, which tqdm then draws below the text. Does nothing if
-    there is no stderr, or if it cannot be written.
+    stderr is missing or cannot be written.
     """
     if sys.stderr:
         with suppress(OSError, ValueError):  # ValueError: it is closed

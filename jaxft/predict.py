@@ -146,7 +146,10 @@ Unreadable = list[tuple[Path, UserError]]
 
 
 def print_predictions(classifier: Classifier, files: Sequence[Path], top_k: int, *, as_json: bool) -> Unreadable:
-    """Prints a line for each file and returns those that cannot be read. Raises UserError if there is no head."""
+    """Prints a line for each file and returns the files that cannot be read.
+
+    Raises UserError if the network has no head.
+    """
     rows = classifier.stream(files)
     table = Table(files, classifier.class_names, top_k)
     unreadable = []

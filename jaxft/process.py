@@ -222,7 +222,7 @@ def _silence_loggers() -> None:
 
 
 def ignore_closed_event_loops() -> None:
-    """Hides the tracebacks of Orbax's pending reads and writes: after one has failed, the others find a closed loop."""
+    """Hides the tracebacks "event loop is closed" of Orbax's pending reads and writes after one of them has failed."""
     excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
 
     def is_closed_loop(error: BaseException | None) -> bool:

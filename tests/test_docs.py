@@ -93,7 +93,7 @@ def test_errors_are_exactly_as_shown(desk: Path, small_run: Path, capsys: pytest
 
 
 def test_nearest_neighbours_are_found_by_their_features(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs the example in docs/results.md on 100 images, each of which is its own nearest neighbour."""
+    """Runs the example in docs/results.md on 100 images. The nearest neighbour of each one is itself."""
     page = ROOT / "docs" / "results.md"
     for words in commands(page):
         if "--features" in words:

@@ -36,7 +36,7 @@ ALWAYS_CHECKED = 1 << 30  # bytes up to which images are checked whenever they a
 
 def cached_arrays_dir(name: str, split: str, *more: str, interpolation: str = "bilinear") -> Path:
     """Returns the cache folder of a split. more: everything else that its content depends on."""
-    if interpolation != "bilinear":  # older caches, all of which are bilinear, keep their names
+    if interpolation != "bilinear":  # bilinear caches keep the name that they had when there was no other filter
         more = (*more, interpolation)
     key = hashlib.sha256(json.dumps([name, split, *more]).encode()).hexdigest()[:16]
     return cache_dir() / "datasets" / f"{re.sub(r'[^a-z0-9_.]+', '_', name[-50:].lower())}-{key}"

@@ -57,7 +57,7 @@ def broken_links(folder: Path) -> list[str]:
 
 
 def exists(path: Path) -> bool:
-    """Returns whether a path exists; False also for a path that no file can have or that may not be read."""
+    """Returns whether a path exists. An invalid path, and one without permission, count as missing."""
     with suppress(OSError, ValueError):
         return path.exists()
     return False

@@ -29,15 +29,15 @@ class Network(Protocol):
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Fields that only this family has, as the config and weights files name them -> torchvision's values."""
+        """Fields that are facts of the weights, by their names in the config, with the source's values."""
 
     @property
     def random_layers(self) -> Mapping[str, float]:
-        """Fields that are rates of random layers -> their values in the source's training: {"dropout": 0.5}."""
+        """Fields that are rates of random layers, with the values of the source's training: {"dropout": 0.5}."""
 
     @property
     def parts(self) -> Mapping[str, str]:
-        """Part of the network -> pattern of its parameters' paths, from the input to the head."""
+        """The parts of the network, from the input to the head, with a pattern of the paths of their parameters."""
 
     @property
     def head(self) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ _TOKENS, _SCORES = (0, 2, 1, 3), (0, 1, 2, 3)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Multiplies tokens (N, T, heads, d) by (N, S, heads, d): (N, heads, T, S), in at least float32."""
+    """Returns the scores q k^T (N, heads, T, S), in at least float32. q: (N, T, heads, d). k: (N, S, heads, d)."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
     return onednn.matmul(q, k, transpose_b=True, dtype=dtype, layouts=(_TOKENS, _TOKENS, _SCORES))

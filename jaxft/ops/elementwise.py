@@ -85,9 +85,9 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gate_and_add(x: jax.Array, gate: jax.Array, shortcut: jax.Array, formulation: Formulation = "plain") -> jax.Array:
-    """Multiplies x by a gate per image and channel (N, C), adds a shortcut and applies a ReLU.
+    """Returns relu(x * gate + shortcut) of x and shortcut (N, H, W, C) and a gate (N, C), in x's dtype.
 
-    Computes in the wider one of the types of x and gate, and returns x's.
+    Computes in the wider of the dtypes of x and gate.
     """
     return _gate_and_add(x, gate, shortcut, formulation=formulation)
 

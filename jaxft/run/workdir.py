@@ -253,7 +253,7 @@ class Workdir:
         return config
 
     def resolve_config(self, config: ConfigDict) -> ConfigDict:
-        """Returns a copy of `config` with the values that were derived when the run began, if it has.
+        """Returns a copy of `config` with the values that were derived when the run began; unchanged for a new run.
 
         They are those of config.AUTO and config.FROM_WEIGHTS. Raises UserError if the workdir belongs to a run with
         another config; keys that `may_change` may differ, and num_epochs may be higher if the run then ends as if it

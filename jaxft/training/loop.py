@@ -195,8 +195,8 @@ def run_steps(
     for batches, count in calls:  # read while the devices work
         if len(waiting) > per_call.ahead:
             report_oldest_call()
-        # Every process must call it for every step, in order, even after a signal: hence no short circuit.
-        if any([stop.reached(launched + i) for i in range(1, count + 1)]):  # noqa: C419
+        # Every process must call it for every step, in order, even after a signal: hence the list, not a generator.
+        if any([stop.reached(launched + i) for i in range(1, count + 1)]):  # noqa: C419, see above
             break
         state, counts = p_train_steps(state, batches, per_call.scan_length(count))
         launched += count

@@ -178,7 +178,7 @@ def train_step(
 
 
 def average_statistics(batch_stats: Any, weight: jax.Array, policy: Policy) -> Any:
-    """Averages the running statistics over the devices, each of which has its own. weight: this device's images."""
+    """Averages the devices' running statistics. weight: this device's share of the images; all shares sum to 1."""
 
     def mean(path: str, a: jax.Array) -> jax.Array:
         frozen = policy.norm_is_frozen(path.rpartition("/")[0])

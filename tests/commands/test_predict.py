@@ -290,7 +290,7 @@ def test_the_python_api_is_silent(run: Run, small_run: Path, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("compile_quickly")
 def test_features_are_those_that_training_caches(small_run: Path, classifier: Classifier) -> None:
-    """With test_flip, which averages the features of an image and its mirror image."""
+    """Compares them with test_flip, which averages the features of an image and its mirror image."""
     checkpoint = load_checkpoint(small_run, "best")
     policy = checkpoint.policy._replace(test_flip=True)
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)

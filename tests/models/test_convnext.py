@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -24,9 +25,10 @@ from jaxft.pretrained.convnext import FAMILY
 from jaxft.pretrained.family import Naming
 from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch, torchvision
+from tests.helpers.ten_steps import check_equal, relative, ten_steps
 from tests.helpers.torch_models import images, nchw
 
-timm = pytest.importorskip("timm")
+timm = import_module("timm")
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 # Networks that compile and run in a fraction of a real one's time.
@@ -61,7 +63,7 @@ def build(library: str, arch: str) -> torch.nn.Module:
             for width, out, depth in zip(widths, (*widths[1:], None), depths, strict=True)
         ]
         return torchvision.models.ConvNeXt(blocks, num_classes=10)
-    transformers = pytest.importorskip("transformers")
+    transformers = import_module("transformers")
     config, model = (
         (transformers.ConvNextV2Config, transformers.ConvNextV2ForImageClassification)
         if second
@@ -103,10 +105,6 @@ def to_flax(state: dict[str, torch.Tensor], library: str, arch: str, model: Any)
         shape = NAMINGS["timm, with 1x1 convolutions"].own_shape(name, naming.own_shape(name, array.shape))
         tensors[name] = array.reshape(shape)
     return from_torch(tensors, model)
-
-
-def relative(ours: Any, expected: Any) -> float:
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize(
@@ -242,27 +240,8 @@ def test_ten_steps_are_torchs(arch: str, optimizer: str) -> None:
     else:
         theirs = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.05)
         tx = optax.adamw(1e-3, weight_decay=0.05)
-
-    @jax.jit
-    def step(params: Any, state: Any, x: jax.Array, label: jax.Array) -> Any:
-        def loss(params: Any) -> jax.Array:
-            logits = model.apply({"params": params}, x, train=True)
-            return -jax.nn.log_softmax(logits)[jnp.arange(4), label].mean()
-
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    rng = np.random.default_rng(2)
-    state = tx.init(params)
-    for _ in range(10):
-        x, label = rng.normal(size=(4, 32, 32, 3)), rng.integers(10, size=4)
-        params, state = step(params, state, x, label)
-        theirs.zero_grad()
-        torch.nn.functional.cross_entropy(reference(nchw(x)), torch.from_numpy(label)).backward()
-        theirs.step()
-    expected = to_flax(reference.state_dict(), "timm", arch, model)["params"]
-    for (path, ours), want in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True):
-        assert relative(ours, want) <= 1e-8, jax.tree_util.keystr(path)
+    variables = ten_steps(model, {"params": params}, tx, reference, theirs)
+    check_equal(variables["params"], to_flax(reference.state_dict(), "timm", arch, model)["params"])
 
 
 def test_the_rates_of_stochastic_depth_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_parts_that_join_later_are_announced() -> None:
 
 
 def test_ranges_are_the_parts_between_two() -> None:
-    """In the order of the network, both ends included, also as epochs say."""
+    """A range follows the order of the network and includes both ends; optimizer.unfreeze takes ranges too."""
     assert partition.select(PATHS, "stem - stage2, head", PARTS) == partition.select(
         PATHS, "stem,stage1,stage2,head", PARTS
     )

@@ -19,6 +19,7 @@ from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import torch_shapes
 from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch, torchvision
+from tests.helpers.ten_steps import relative
 from tests.helpers.torch_models import flax_model, images, nchw, random_torch_model, to_flax
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -129,10 +130,6 @@ def test_gradients_and_running_statistics_are_torchs(arch: str, train: bool, for
     assert relative(image_grad, gradient.numpy().transpose(0, 2, 3, 1)) <= 1e-9
 
 
-def relative(ours: Any, expected: Any) -> float:
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
-
-
 @pytest.mark.parametrize("formulation", ["plain", "cpu", "gpu"])
 @pytest.mark.parametrize("mask", [(1, 1, 1, 1, 1), (1, 1, 1, 0, 0), (1, 0, 0, 0, 0)])
 def test_batch_norm_leaves_padding_out(mask: tuple[int, ...], formulation: Formulation) -> None:
@@ -198,12 +195,14 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:
 
 @pytest.mark.parametrize("precision", ["high", "highest"])
 def test_all_products_have_the_precision_asked_for(precision: str) -> None:
-    """Those of the gradients too, in a TPU's program."""
+    """Checks a TPU's program, including its gradients."""
     model = ResNet(BasicBlock, (1, 1), num_classes=10, width=8, precision=precision, formulation="tpu")
     variables = abstract_variables(model)
 
     def gradients(variables: Any, x: jax.Array) -> Any:
-        loss = lambda variables: model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()  # noqa: E731
+        def loss(variables: Any) -> jax.Array:
+            return model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
+
         return jax.grad(loss)(variables)
 
     traced = jax.jit(gradients).trace(variables, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))

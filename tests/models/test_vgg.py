@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -24,6 +25,7 @@ from jaxft.pretrained.convert import torch_shapes
 from jaxft.pretrained.vgg import FAMILY
 from tests.helpers.formulations import onednn_in_double_precision
 from tests.helpers.reference import torch, torchvision
+from tests.helpers.ten_steps import check_equal, relative, ten_steps
 from tests.helpers.torch_models import images, nchw, randomize_norms, to_flax
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -67,10 +69,6 @@ def random_torch_model(arch: str) -> torch.nn.Module:
 
 def flax_model(arch: str, **options: Any) -> vgg.VGG:
     return vgg.VGG(*ARCHITECTURES[arch], num_classes=10, width=WIDTH, **options)
-
-
-def relative(ours: Any, expected: Any) -> float:
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("arch", VGGS)
@@ -166,29 +164,8 @@ def test_ten_sgd_steps_are_torchs(arch: str) -> None:
     model = flax_model(arch, dtype=jnp.float64, formulation="cpu")
     variables = to_flax(reference.state_dict(), model)
     sgd = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9)
-
-    @jax.jit
-    def step(variables: Any, momentum: Any, x: jax.Array, label: jax.Array) -> Any:
-        def loss(params: Any) -> Any:
-            logits, updates = model.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
-            return -jax.nn.log_softmax(logits)[jnp.arange(4), label].mean(), updates
-
-        grads, updates = jax.grad(loss, has_aux=True)(variables["params"])
-        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
-        params = jax.tree.map(lambda p, m: p - 0.01 * m, variables["params"], momentum)
-        return variables | updates | {"params": params}, momentum
-
-    rng = np.random.default_rng(2)
-    momentum = jax.tree.map(jnp.zeros_like, variables["params"])
-    for _ in range(10):
-        x, label = rng.normal(size=(4, 32, 32, 3)), rng.integers(10, size=4)
-        variables, momentum = step(variables, momentum, x, label)
-        sgd.zero_grad()
-        torch.nn.functional.cross_entropy(reference(nchw(x)), torch.from_numpy(label)).backward()
-        sgd.step()
-    expected = to_flax(reference.state_dict(), model)
-    for (path, ours), want in zip(jax.tree.leaves_with_path(variables), jax.tree.leaves(expected), strict=True):
-        assert relative(ours, want) <= 1e-8, jax.tree_util.keystr(path)
+    variables = ten_steps(model, variables, optax.sgd(0.01, 0.9), reference, sgd)
+    check_equal(variables, to_flax(reference.state_dict(), model))
 
 
 @pytest.mark.parametrize("arch", ["plain", "norms"])

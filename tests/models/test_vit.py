@@ -2,6 +2,7 @@
 
 import re
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -25,11 +26,12 @@ from jaxft.pretrained.convert import torch_shapes
 from jaxft.pretrained.recognise import infer_arch
 from jaxft.pretrained.vit import FAMILY
 from tests.helpers.reference import torch, torchvision
+from tests.helpers.ten_steps import relative
 from tests.helpers.torch_models import images, nchw, to_flax
 
-timm = pytest.importorskip("timm")
-from timm.models.deit import VisionTransformerDistilled  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+timm = import_module("timm")
+from timm.models.deit import VisionTransformerDistilled  # noqa: E402, after tests.helpers.reference
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402, after tests.helpers.reference
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -112,10 +114,6 @@ def random_variables(model: vit.ViT) -> Any:
     """Returns normally distributed variables, without compiling an initialisation."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(a.dtype), abstract_variables(model))
-
-
-def relative(ours: Any, expected: Any) -> float:
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
 # Meta's own layouts of DINOv2 are not in timm.
@@ -347,7 +345,7 @@ def test_bfloat16_keeps_tokens_and_logits_in_float32() -> None:
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_all_products_have_the_precision_asked_for(platform: str) -> None:
-    """Those of the gradients too, in the program of a TPU and a GPU."""
+    """Checks the programs of a TPU and a GPU, including their gradients."""
     with jax.enable_x64(False):
         formulation: Formulation = "gpu" if platform == "cuda" else "tpu"
         model = flax_model("attention", precision="highest", formulation=formulation, remat=True)

@@ -30,7 +30,7 @@ def test_dense_equals_the_plain_one(formulation: Formulation) -> None:
 
 @pytest.mark.parametrize("approximate", [False, True])
 def test_dense_and_gelu_by_onednn_equal_the_plain_ones(approximate: bool) -> None:
-    """In the forward pass without gradients, which computes both at once, and with them."""
+    """Compares the forward pass alone, which is one fused product, and the gradients."""
     arguments = random(2, 3, 5), random(5, 4), random(4)
 
     def function(x: Any, kernel: Any, bias: Any, formulation: Formulation) -> jax.Array:
@@ -45,7 +45,7 @@ def test_dense_and_gelu_by_onednn_equal_the_plain_ones(approximate: bool) -> Non
 @on_x86
 @pytest.mark.parametrize("rows", [64, 33])
 def test_dense_by_onednn_in_bfloat16(rows: int) -> None:
-    """With few features and an even number of rows, the kernel's gradient is computed in two halves."""
+    """Uses few features and an even number of rows, for which the kernel's gradient is computed in two halves."""
     x, kernel = (jnp.asarray(random(*shape), jnp.bfloat16) for shape in ((rows, 8), (8, 8)))
     with uncached_programs():
         same(partial(dense, formulation="cpu-onednn"), dense, x, kernel, tolerance=0.01)

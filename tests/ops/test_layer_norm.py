@@ -61,7 +61,7 @@ def test_layer_norm_is_torchs() -> None:
 
 
 def test_a_channel_of_zeros_has_a_finite_gradient() -> None:
-    """As in torch: the norm of zeros has the gradient 0."""
+    """The norm of zeros has the gradient 0, as in torch."""
     x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0)
     total = jax.jit(lambda x, scale, bias: response_norm(x, scale, bias, 1e-6).sum())
     gradients = jax.grad(total, (0, 1, 2))(x, jnp.ones(3), jnp.ones(3))

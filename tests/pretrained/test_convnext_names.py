@@ -1,5 +1,6 @@
 """ConvNeXts in files: recognised by the names of four libraries, converted both ways, told from other networks."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxft.pretrained.torch_files import read_tensors
 from jaxft.pretrained.weights_file import Weights
 from tests.helpers.reference import torch, torchvision
 
-timm = pytest.importorskip("timm")
+timm = import_module("timm")
 State = dict[str, Any]
 
 FIRST, SECOND = "test_convnext", "convnextv2_atto"  # the smallest network of each version
@@ -36,7 +37,7 @@ def state_of(library: str, arch: str) -> State:
             config = torchvision.models.convnext.CNBlockConfig
             model = torchvision.models.ConvNeXt([config(*block) for block in blocks], num_classes=7)
         else:
-            transformers = pytest.importorskip("transformers")
+            transformers = import_module("transformers")
             version = "ConvNextV2" if architecture.response_norm else "ConvNext"
             config = getattr(transformers, f"{version}Config")(**shape, num_labels=7)
             model = getattr(transformers, f"{version}{library}")(config)

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def meta_state(model: str) -> State:
         if model.startswith("torchvision."):
             network = getattr(torchvision.models, model.removeprefix("torchvision."))()
         else:
-            network = pytest.importorskip("timm").create_model(model)
+            network = import_module("timm").create_model(model)
     return {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in network.state_dict().items()}
 
 
@@ -203,7 +204,7 @@ def test_other_networks_are_named(save: Any, name: str, part: str) -> None:
     ],
 )
 def test_other_networks_of_transformers_are_named(tmp_path: Path, name: str, part: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_module("transformers")
     small: dict[str, Any] = {"embed_dim": 8, "depths": [1], "num_heads": [2]} if name == "SwinModel" else {}
     small = small or {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = getattr(transformers, name)
@@ -360,7 +361,7 @@ def test_verify_compares_with_timm_even_without_a_head(
     name: str, save: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    network = pytest.importorskip("timm").create_model(name)
+    network = import_module("timm").create_model(name)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -333,7 +333,7 @@ def test_commands_take_a_name(
 
 @pytest.mark.slow
 def test_a_killed_download_starts_again(weights: bytes, tmp_path: Path) -> None:
-    """In processes of their own, with the Hub's environment variables."""
+    """Runs commands in processes of their own, since the Hub's library reads its variables once."""
     with serving({"me/net": Repository({"config.json": TIMM, "model.safetensors": weights}, token="right")}) as server:
         variables = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "right"}
         environment = os.environ | variables | {"JAXFT_CACHE": str(tmp_path / "jaxft"), "no_proxy": "*"}

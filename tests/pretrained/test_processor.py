@@ -70,7 +70,7 @@ def test_timm_prepares_images_alike(tmp_path: Path, changes: dict[str, Any]) -> 
 
 
 def test_timm_config_of_an_older_form(tmp_path: Path) -> None:
-    """With the keys of pretrained_cfg outside."""
+    """Older files have the keys of pretrained_cfg at the top level."""
     old = facts(tmp_path, TIMM | {"architecture": "vit_x", "labels": ["a", "b", "c"]})
     assert old.values == timm_facts(tmp_path).values | {"class_names": ["a", "b", "c"]}
 

@@ -1,5 +1,6 @@
 """Against torch.optim."""
 
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -205,8 +206,8 @@ def test_without_the_new_keys_the_optimizer_has_the_same_state() -> None:
 
 def factors_and_decays(arch: str) -> tuple[dict[str, tuple[float, bool]], dict[str, tuple[float, bool]]]:
     """Returns timm's and our factor of the learning rate, and whether weight decay applies, by timm's key."""
-    timm = pytest.importorskip("timm")
-    optim = pytest.importorskip("timm.optim")
+    timm = import_module("timm")
+    optim = import_module("timm.optim")
     reference = timm.create_model(arch, num_classes=3)
     names = {parameter: name for name, parameter in reference.named_parameters()}
     excluded = reference.no_weight_decay() if hasattr(reference, "no_weight_decay") else ()
