@@ -50,10 +50,14 @@ def default_config() -> ConfigDict:
                 "head_norm": False,  # standardise the head's input by the training set's statistics, computed once
             },
             "data": {
-                "name": "cifar10",  # a TFDS name, folder:PATH, or sample:cifar10
+                "name": "cifar10",  # a TFDS name, folder:PATH, table:FILE (csv, tsv, jsonl, parquet), or sample:cifar10
                 "dir": "",  # folder of prepared TFDS datasets; '' for $TFDS_DATA_DIR or ~/tensorflow_datasets
                 "train_split": "train",  # split to train on; TFDS's syntax is allowed: train[:90%]
                 "eval_split": "test",  # split to evaluate on after each epoch
+                "val_split": "",  # split, or fraction of train_split, that chooses the best checkpoint; '': eval_split
+                "path_column": "path",  # column of a table that holds the images' paths, relative to the table
+                "group": "",  # column of a table; rows with the same value stay in one split
+                "sampling": "none",  # draw training images by class: balanced, sqrt (in between), or none: each once
                 "stored_size": 0,  # images of several sizes are stored as squares of this side; 0: resize or image_size
                 "resize": 0,  # shorter side before evaluation's central crop; 0: image_size; -1: that of the weights
                 "interpolation": "auto",  # bilinear, bicubic, lanczos; auto: that of the weights' config, else bilinear
@@ -85,6 +89,12 @@ def default_config() -> ConfigDict:
                 "fit_head": "no",  # fit the head to frozen features: first (before training), only (instead), or no
                 "head_factor": 1.0,  # multiplies the learning rate of the head
                 "layer_decay": 1.0,  # each part's learning rate relative to the next; a ViT's parts are its blocks
+            },
+            "targets": "",  # of a table: [NAME=]KIND:COLUMN[*WEIGHT], ...; kinds: class, tags, number; '': class:label
+            "best_metric": "",  # metric that chooses the best checkpoint: [TARGET.]METRIC; '': the first target's
+            "stop": {  # early stopping
+                "patience": 0,  # evaluations without improvement after which a run ends; 0: never
+                "min_delta": 0.0,  # least improvement of best_metric that counts
             },
             "class_weights": "none",  # none, or balanced: weigh the loss so that rare classes count as much as others
             "label_smoothing": 0.0,  # fraction of each label that is spread evenly over all classes
@@ -132,6 +142,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.interpolation": ("auto", "bilinear", "bicubic", "lanczos"),
     "data.layout": ("auto", "splits", "classes"),
     "data.unreadable": ("refuse", "skip"),
+    "data.sampling": ("none", "balanced", "sqrt"),
     "data.cache": ("auto", "always", "never"),
     "data.stream": ("auto", "always", "never"),
     "optimizer.name": ("sgd", "adamw", "adabelief", "lamb", "lion"),
@@ -156,6 +167,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.holdout": (0, 1),
     "data.workers": (0, 1024),
     "label_smoothing": (0, 1),
+    "stop.patience": (0, 2**31 - 1),
+    "stop.min_delta": (0, sys.float_info.max),
     "augment.first_image_size": (0, 4096),
     "augment.num_image_sizes": (0, 4096),
     "augment.shift": (0, 1),
@@ -222,10 +235,10 @@ MAY_CHANGE = {
 def may_change(key: str, there: Any, here: Any) -> bool:
     """Returns whether a key may change from `there` to `here` when a run is resumed.
 
-    A folder of images may move, since check_data compares the images themselves.
+    A folder or table of images may move, since check_data compares the images themselves.
     """
     if key == "data.name":
-        return all(str(name).startswith("folder:") for name in (there, here))
+        return any(all(str(name).startswith(kind) for name in (there, here)) for kind in ("folder:", "table:"))
     return key in MAY_CHANGE
 
 

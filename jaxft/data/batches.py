@@ -20,12 +20,12 @@ class Examples:
     """Images and labels: a whole dataset resident on every device, or one batch."""
 
     image: Array  # uint8 (N, H, W, 3) or `packed`; or float32 (N, F), the features of a frozen backbone
-    label: Array  # int32 (N,)
+    label: Any  # int32 (N,), or {target: (N, ...)}: see fields.py
     dataset_index: Array | None = None  # int32 (N,), positions in the dataset; None means 0 to N - 1
     shape: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)  # (H, W, 3) of packed images
 
     @classmethod
-    def packed(cls, image: Array, label: Array, dataset_index: Array | None = None) -> "Examples":
+    def packed(cls, image: Array, label: Any, dataset_index: Array | None = None) -> "Examples":
         """Packs each image (..., H, W, 3) into rows of 128 bytes.
 
         TPUs lay NHWC arrays out with N innermost; gathering a batch from them would transpose the whole dataset in
@@ -39,6 +39,14 @@ class Examples:
         """Returns the images (B, H, W, 3) or features (B, F) at these positions."""
         image = jnp.asarray(self.image)[index]
         return image if self.shape is None else image.reshape(*index.shape, *self.shape)
+
+    def gather_label(self, index: Array) -> Any:
+        """Returns the labels at these positions."""
+        return jax.tree.map(lambda label: label[index], self.label)
+
+    @property
+    def num_examples(self) -> int:
+        return len(jax.tree.leaves(self.label)[0])
 
 
 @struct.dataclass
@@ -71,6 +79,22 @@ def replicate(tree: Any) -> Any:
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the order of an epoch's examples, int64 (size,): a permutation that depends only on the arguments."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
+
+
+def sampled_order(seed: int, epoch: int, label: np.ndarray, power: float) -> np.ndarray:
+    """Returns an epoch's order, int64 (N,), in which a class of n images appears in proportion to n^(1 - power).
+
+    power: 1 draws all classes equally often, 0.5 is in between. The images of a class appear equally often, up to one.
+    label: int32 (N,); images without a label (-1) are drawn like a class of their own. Depends only on its arguments.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = rng.permutation(len(label))
+    order = order[np.argsort(label[order], kind="stable")]  # shuffled within each class
+    _, inverse, counts = np.unique(label[order], return_inverse=True, return_counts=True)
+    weights = counts[inverse] ** -float(power)
+    drawn = np.floor(np.cumsum(weights / weights.sum()) * len(label) + rng.random()).astype(np.int64)
+    drawn[-1] = len(label)  # whatever the rounding
+    return rng.permutation(np.repeat(order, np.diff(drawn, prepend=0)))  # systematic sampling
 
 
 def make_batches(order: np.ndarray, batch_size: int, num_devices: int) -> Iterator[Batch]:

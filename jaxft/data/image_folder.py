@@ -93,7 +93,16 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
     If the cache has no room for them, they are decoded whenever they are used. Raises UserError.
     """
     files = find_files(root, split, options, class_names)
-    name = f"folder:{root}"
+    return load_files(files, root, f"folder:{root}", split, options)[0]
+
+
+def load_files(
+    files: LabelledFiles, root: Path, name: str, split: str, options: DataOptions
+) -> tuple[Dataset, list[int]]:
+    """Returns the images of a split's files as `load_folder` does, and the indices of the files that are not images.
+
+    name: the source's, by which the cache knows it. root: the folder that holds the files. Raises UserError.
+    """
     arrays_dir = cached_arrays_dir(name, split, interpolation=options.interpolation)
     source = {"fingerprint": files.fingerprint(), "unreadable": options.unreadable, "side": options.side, "version": 3}
     opened = open_arrays(arrays_dir)
@@ -113,19 +122,21 @@ def load_folder(root: Path, split: str, options: DataOptions, class_names: tuple
     return _with_origin(open_written(arrays_dir), found, root, files)
 
 
-def _with_origin(data: Dataset, found: Mapping[str, Any], root: Path, files: LabelledFiles) -> Dataset:
+def _with_origin(
+    data: Dataset, found: Mapping[str, Any], root: Path, files: LabelledFiles
+) -> tuple[Dataset, list[int]]:
+    """Returns the dataset with its origin, and the indices of the files that are not images."""
     unusable = set(found.get("unusable", ()))
     paths = tuple(path for number, path in enumerate(files.paths) if number not in unusable)
-    return data._replace(
-        origin=Origin(
-            str(root),
-            files.layout,
-            tuple(found["checksums"]),
-            files.skipped,
-            paths if len(paths) == len(data.label) else (),
-            found["remarks"],
-        )
+    origin = Origin(
+        str(root),
+        files.layout,
+        tuple(found["checksums"]),
+        files.skipped,
+        paths if len(paths) == data.num_examples else (),
+        found["remarks"],
     )
+    return data._replace(origin=origin), sorted(unusable)
 
 
 def _unchanged_or_square(read: Callable[[int | None], Result], side: int) -> Result:
@@ -250,10 +261,11 @@ def _map_ahead(
 
 def _open_lazily(
     root: Path, files: LabelledFiles, source: dict[str, Any], options: DataOptions, checked: Path
-) -> Dataset:
-    """Returns a dataset whose images stay in their files. Raises ValueError if no file is an image.
+) -> tuple[Dataset, list[int]]:
+    """Returns a dataset whose images stay in their files, and the indices of the files that are not images.
 
     checked: a file in the cache that records which files are images, since finding out means reading all of them.
+    Raises ValueError if no file is an image.
     """
     try:
         found = read_json(checked)

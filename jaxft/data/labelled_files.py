@@ -30,7 +30,7 @@ class LabelledFiles(NamedTuple):
     paths: list[Path]
     label: list[int]
     class_names: tuple[str, ...]
-    layout: str  # "splits" or "classes"
+    layout: str  # "splits", "classes", or "table"
     skipped: dict[str, int]  # numbers of skipped files and folders by their description
 
     def fingerprint(self) -> str:

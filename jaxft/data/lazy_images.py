@@ -1,4 +1,4 @@
-"""Images that stay in their files and are read whenever they are indexed."""
+"""Images that are read or gathered whenever they are indexed: files, memory-mapped arrays and selections of them."""
 
 import dataclasses
 import math
@@ -71,6 +71,58 @@ class MappedImages:
     def __getitem__(self, index: Any) -> np.ndarray:
         """Gathers images from the file. Raises UserError if it has been replaced."""
         return _mapped(self)[index]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SelectedImages:
+    """A selection of images, which stay where they are: in memory, in a memory-mapped array or in their files."""
+
+    images: Any  # an array, LazyImages or MappedImages
+    index: np.ndarray  # int64 (N,), positions among them
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.index), *self.images.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Gathers images (*index.shape, H, W, 3)."""
+        return self.images[self.index[index]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.images[self.index], dtype)
+
+
+def select_images(image: Any, index: np.ndarray) -> SelectedImages:
+    """Returns a selection of a dataset's images, which may be a selection themselves, without copying them."""
+    if isinstance(image, SelectedImages):
+        image, index = image.images, image.index[index]
+    return SelectedImages(image, np.asarray(index, np.int64))
+
+
+def stored_images(image: Any) -> Any:
+    """Returns an array or LazyImages: a dataset's images, or those from which they are selected."""
+    return image.images if isinstance(image, SelectedImages) else image
+
+
+def is_lazy(image: Any) -> bool:
+    """Returns whether a dataset's images are read from their files whenever they are used."""
+    return isinstance(stored_images(image), LazyImages)
+
+
+def as_array(image: Any) -> np.ndarray:
+    """Returns a dataset's images as an array: read from their files, or gathered, if they are not in one."""
+    return image[np.arange(image.shape[0])] if isinstance(image, LazyImages | SelectedImages) else image
+
+
+def pickled_by_path(image: Any) -> Any:
+    """Returns a dataset's images, with a memory-mapped array replaced by MappedImages."""
+    if isinstance(image, SelectedImages):
+        return dataclasses.replace(image, images=pickled_by_path(image.images))
+    return MappedImages.of(image) if isinstance(image, np.memmap) else image
 
 
 @cache

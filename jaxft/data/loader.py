@@ -4,16 +4,17 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxft.data.batches import Array, Batch, Examples, local_shard, make_batches, replicate
+from jaxft.data.batches import Batch, Examples, local_shard, make_batches, replicate
 from jaxft.data.budget import is_streamed
 from jaxft.data.dataset import Dataset, Origin
-from jaxft.data.lazy_images import LazyImages, MappedImages
+from jaxft.data.lazy_images import as_array, pickled_by_path
 from jaxft.process import allow_large_images, end_with_parent
 
 BATCHES_AHEAD = 3  # batches to prefetch
@@ -26,8 +27,12 @@ class ResidentLoader:
     examples: Examples
 
     @property
-    def label(self) -> Array:
+    def label(self) -> Any:
         return self.examples.label
+
+    @property
+    def num_examples(self) -> int:
+        return self.examples.num_examples
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
         """Yields batches in this order: of each, this process's shard with shape (local devices, B)."""
@@ -48,8 +53,12 @@ class StreamingLoader:
     examples: None = None
 
     @property
-    def label(self) -> Array:
+    def label(self) -> Any:
         return self.data.label
+
+    @property
+    def num_examples(self) -> int:
+        return self.data.num_examples
 
     def batches(self, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
         """Yields the same batches as ResidentLoader, with their images."""
@@ -83,12 +92,9 @@ Loader = ResidentLoader | StreamingLoader
 def make_loader(data: Dataset, config: ConfigDict, *, partners: bool = False) -> Loader:
     """Makes the loader of a split. config: the `data` section. partners: whether images are mixed with others."""
     if is_streamed(data, config.stream):
-        if isinstance(data.image, np.memmap):
-            data = data._replace(image=MappedImages.of(data.image))
-        return StreamingLoader(data._replace(origin=Origin()), config.workers, partners)  # pickled without file names
-    lazy = isinstance(data.image, LazyImages)
-    image = data.image[np.arange(len(data.label))] if lazy else data.image
-    return ResidentLoader(replicate(Examples.packed(image, data.label)))
+        data = data._replace(image=pickled_by_path(data.image), origin=Origin())  # pickled without file names
+        return StreamingLoader(data, config.workers, partners)
+    return ResidentLoader(replicate(Examples.packed(as_array(data.image), data.label)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,8 @@ class BatchReader:
         if self.partners:
             dataset_index = np.c_[dataset_index, shard.partner[np.arange(devices), count - 1]]
             partner = np.where(partner == count[:, None] - 1, size, partner + 1)
-        examples = Examples.packed(self.data.image[dataset_index], self.data.label[dataset_index], dataset_index)
+        label = jax.tree.map(lambda array: array[dataset_index], self.data.label)
+        examples = Examples.packed(self.data.image[dataset_index], label, dataset_index)
         index = np.tile(np.arange(size), (devices, 1))
         return Batch(index.astype(np.int32), partner.astype(np.int32), shard.mask, examples)
 
