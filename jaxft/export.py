@@ -8,9 +8,10 @@ torchvision, torch: with torchvision's names, or those of the library of the pre
 load it by torchvision.models.resnet50(num_classes=10).load_state_dict(torch.load("resnet50-cifar10.pth")).
 flax: start another run from it with --config.model.pretrained=cifar10.safetensors.
 stablehlo: the network with its preprocessing, for CPU, GPU and TPU. It takes uint8 images (N, height, width, 3) of any
-number and size and returns the probabilities (N, classes) that predict returns. examples/run_exported.py runs it with
-only JAX (pip install jax flatbuffers pillow). JAX reads such a file for six months: keep the workdir, to export again.
-A file for one --platform runs only there, and faster: on a CPU several times as fast for small images.
+number and size and returns the probabilities (N, classes) that predict returns; of a run with tags, a number or several
+targets a dict of the probabilities or values (N,) of each. examples/run_exported.py runs it with only JAX (pip install
+jax flatbuffers pillow). JAX reads such a file for six months: keep the workdir, to export again. A file for one
+--platform runs only there, and faster: on a CPU several times as fast for small images.
 """
 
 if __name__ == "__main__":  # a command's process is prepared before JAX is imported
@@ -32,7 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxft.config import resolve
 from jaxft.data.batches import replicate
-from jaxft.errors import ArgumentParser, UserError, write_message
+from jaxft.errors import ArgumentParser, UserError, shortened, write_message
 from jaxft.files import atomic_write, output_argument, reason
 from jaxft.models.fold import fold_head_norm, fold_norms
 from jaxft.models.network import options_of
@@ -41,10 +42,13 @@ from jaxft.ops.formulation import Formulation
 from jaxft.pretrained.convert import loading_notes, naming_of, own_sizes, to_torch
 from jaxft.pretrained.torch_files import write_tensors
 from jaxft.pretrained.weights_file import Weights, write_weights
-from jaxft.run.metrics_file import read_accuracy
+from jaxft.run.metrics_file import read_scores
 from jaxft.run.remote_workdir import reading_folder
 from jaxft.run.workdir import Workdir
-from jaxft.targets.classification import evaluation_summary
+from jaxft.targets import joint
+from jaxft.targets.classification import count_predictions
+from jaxft.targets.joint import find_metric, format_metric, is_one_class, targets_of
+from jaxft.targets.tags import TagsTarget
 from jaxft.training.evaluation import evaluate_checkpoint
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
 from jaxft.transforms.pillow_resize import TALL_BY_HEIGHT
@@ -89,11 +93,13 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path, to: str = "torch
     named = "" if kind == "bilinear" else f", InterpolationMode.{kind.upper()}"  # bilinear is Resize's own default
     steps = [f"Resize({resize}{named}), CenterCrop({size})" for resize, size in sizes]
     print(
-        f"{out}: {arch}, {checkpoint.model.num_classes} classes, of checkpoint {checkpoint.step}, with the names of "
+        f"{out}: {arch}, {outputs_text(checkpoint)}, of checkpoint {checkpoint.step}, with the names of "
         f"{naming.library}; prepare images by "
         f"{', '.join(steps)}, ToTensor() and Normalize({preprocessing.mean}, {preprocessing.std})",
         flush=True,
     )
+    for line in column_lines(checkpoint):
+        print(line, flush=True)
     theirs, ours = checkpoint.model.options, options_of(checkpoint.model)
     if own_sizes(checkpoint.model):
         named = " and ".join(f"model.{key} {value}" for key, value in theirs.items())
@@ -105,13 +111,52 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path, to: str = "torch
         write_message(f"warning: {out}: {note}")
 
 
+def outputs_text(checkpoint: LoadedCheckpoint) -> str:
+    """Returns what the network predicts, such as '10 classes' or '14 outputs for species, tags, brightness'."""
+    targets = targets_of(checkpoint.info)
+    if is_one_class(targets):
+        return f"{checkpoint.model.num_classes} classes"
+    return f"{checkpoint.model.num_classes} outputs for {shortened([target.field.name for target in targets], 5)}"
+
+
+def column_lines(checkpoint: LoadedCheckpoint) -> list[str]:
+    """Returns a line for each target about its columns of the logits and the formula of its outputs.
+
+    Empty for a single class without a temperature, whose outputs are the softmax of the logits.
+    """
+    targets, calibrations = targets_of(checkpoint.info), checkpoint.info.get("calibration", {})
+    if is_one_class(targets) and not calibrations:
+        return []
+    lines = ["the file has only logits; temperatures, thresholds and units are not in it:"]
+    start = 0
+    for target in targets:
+        field, calibration = target.field, calibrations.get(target.field.name, {})
+        stop = start + field.num_outputs
+        columns = f"column {start}" if field.num_outputs == 1 else f"columns {start} to {stop - 1}"
+        scaled = f"logits / {calibration['temperature']:.6g}" if "temperature" in calibration else "logits"
+        if isinstance(target, TagsTarget):
+            pairs = zip(field.names, target.thresholds(calibration), strict=True)
+            thresholds = shortened([f"{name} {threshold:.6g}" for name, threshold in pairs], 5)
+            formula = f"sigmoid({scaled}), thresholds {thresholds}"
+        elif field.kind == "class":
+            formula = f"softmax({scaled}), classes {shortened(field.names, 5)}"
+        else:
+            formula = f"logits * {field.std:.9g} + {field.mean:.9g}"
+        lines.append(f"  {field.name}: {columns}, {formula}")
+        start = stop
+    return lines
+
+
 def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: str) -> None:
     """Writes a jaxft weights file for another run's model.pretrained, with its provenance."""
     step, info, model, _, state = checkpoint
     state = jax.device_get(state)
     variables = fold_head_norm(state.variables(), model.head)
-    accuracy = read_accuracy(Workdir(workdir).metrics) or {}
+    scores = read_scores(Workdir(workdir).metrics) or {}
     config = info["config"]
+    resolved = resolve(config)
+    # Scores are of the validation split if there is one.
+    tested = find_metric(targets_of(info), resolved.best_metric) == "accuracy" and not resolved.data.val_split
     provenance = {
         "arch": config["model"]["arch"],
         **options_of(model),
@@ -119,12 +164,13 @@ def export_flax(workdir: Path, checkpoint: LoadedCheckpoint, out: Path, dtype: s
         "source": f"step {step} of a jaxft run on {config['data']['name'].split('/')[-1]}",
         "mean": info["preprocessing"]["mean"],
         "std": info["preprocessing"]["std"],
-        "eval_accuracy": accuracy.get(step),
+        "eval_accuracy": scores.get(step) if tested else None,
         **({"names": info["weights"]["names"]} if "names" in info["weights"] else {}),
         **{key: info[key] for key in ("config", "class_names", "preprocessing", "train_size", "weights", "versions")},
+        **{key: info[key] for key in ("targets", "calibration") if info.get(key)},
     }
     write_weights(out, Weights(jax.tree.map(lambda a: a.astype(dtype), variables), provenance))
-    print(f"{out}: {provenance['arch']}, {model.num_classes} classes, {dtype}, of checkpoint {step}")
+    print(f"{out}: {provenance['arch']}, {outputs_text(checkpoint)}, {dtype}, of checkpoint {step}")
 
 
 def compress(variables: Any, dtype: str) -> dict[str, Any]:
@@ -158,7 +204,8 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str, platfo
     """Writes a zip archive of model.stablehlo (jax.export's own format) and info.json.
 
     The file runs on all platforms in the plain formulation, or only on `platform` in the formulation of that platform.
-    It resizes images as `predict` does, in two steps if the run has data.stored_size.
+    It resizes images as `predict` does, in two steps if the run has data.stored_size. It returns the probabilities of a
+    single class, or {target: outputs}. info.json has the targets if they are not a single class, and the calibration.
     """
     platforms = (platform,) if platform else tuple(FORMULATIONS)
     formulation = FORMULATIONS[platform] if platform else "plain"
@@ -166,13 +213,19 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str, platfo
     stored_size = resolve(checkpoint.info["config"]).data.stored_size
     model, variables = fold_norms(checkpoint.model.clone(formulation=formulation), checkpoint.state.variables())
     variables = compress(variables, dtype)
+    targets, calibrations = targets_of(checkpoint.info), checkpoint.info.get("calibration", {})
 
     @jax.jit
-    def network(image: jax.Array) -> jax.Array:
+    def network(image: jax.Array) -> Any:
         size, _, _, resize, interpolation = preprocessing
         pixels = resize_and_crop_any(image, size, resize, stored_size, interpolation, tall_by_height=TALL_BY_HEIGHT)
         image = normalize(pixels, preprocessing)
-        return jax.nn.softmax(eval_logits(model, decompress(variables), image, checkpoint.policy))
+        logits = eval_logits(model, decompress(variables), image, checkpoint.policy)
+        outputs = {
+            target.field.name: target.outputs(own, calibrations.get(target.field.name, {}))
+            for target, own, _ in joint.each(targets, logits)
+        }
+        return outputs[targets[0].field.name] if is_one_class(targets) else outputs
 
     shape = (*jax.export.symbolic_shape("images, height, width"), 3)
     exported = jax.export.export(network, platforms=platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
@@ -185,32 +238,36 @@ def export_stablehlo(checkpoint: LoadedCheckpoint, out: Path, dtype: str, platfo
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {reason(error)}; name another file") from None
     print(
-        f"{out}: {checkpoint.info['config']['model']['arch']}, {checkpoint.model.num_classes} classes, of checkpoint "
+        f"{out}: {checkpoint.info['config']['model']['arch']}, {outputs_text(checkpoint)}, of checkpoint "
         f"{checkpoint.step}, {dtype}, {out.stat().st_size / 1e6:.2f} MB, for {', '.join(platforms)}; needs jax "
         f"{version('jax')} or newer and flatbuffers; {READABLE}, so keep the workdir",
         flush=True,
     )
 
 
-def compressed_accuracies(checkpoint: LoadedCheckpoint, dtype: str, data_dir: str | None) -> tuple[float, float]:
-    """Returns the accuracies on the run's test split: with the checkpoint's weights, and with compressed ones.
+def compressed_scores(
+    checkpoint: LoadedCheckpoint, metric: str, dtype: str, data_dir: str | None
+) -> tuple[float | None, float | None]:
+    """Returns a metric on the run's test split: with the checkpoint's weights, and with compressed ones.
 
-    Raises UserError if the test images cannot be read.
+    metric: its full name. Raises UserError if the test images cannot be read.
     """
     try:
-        before = _accuracy(checkpoint, data_dir)
+        before = _score(checkpoint, metric, data_dir)
     except UserError as error:
         remedy = "name their folder with --data_dir, or export --dtype float32, which needs none"
-        raise UserError(f"the test images are needed to compare accuracies: {error}; {remedy}") from None
+        raise UserError(f"the test images are needed to compare the {metric}: {error}; {remedy}") from None
     model, variables = fold_norms(checkpoint.model, checkpoint.state.variables())
     variables = {"batch_stats": {}} | decompress(compress(variables, dtype))
     smaller = replicate(dataclasses.replace(checkpoint.state, **variables, ema={}))
-    return before, _accuracy(checkpoint._replace(model=model, state=smaller), data_dir)
+    return before, _score(checkpoint._replace(model=model, state=smaller), metric, data_dir)
 
 
-def _accuracy(checkpoint: LoadedCheckpoint, data_dir: str | None) -> float:
-    evaluation = evaluate_checkpoint(checkpoint, data_dir)
-    return evaluation_summary(evaluation.predictions, evaluation.class_names)["accuracy"]
+def _score(checkpoint: LoadedCheckpoint, metric: str, data_dir: str | None) -> float | None:
+    _, _, _, predictions, targets, calibrations = evaluate_checkpoint(checkpoint, data_dir)
+    if is_one_class(targets):
+        return joint.losses_of(targets, count_predictions(predictions))[metric]
+    return joint.flat_scores(targets, joint.scores(targets, predictions, calibrations)).get(metric)
 
 
 def main(argv: list[str]) -> None:
@@ -225,7 +282,8 @@ def main(argv: list[str]) -> None:
         "--dtype",
         default="float32",
         choices=DTYPES["stablehlo"],
-        help="dtype of the weights: flax also takes float16; stablehlo takes any and prints both accuracies",
+        help="dtype of the weights: flax also takes float16; stablehlo takes any and prints the accuracy or "
+        "best_metric with both",
     )
     parser.add_argument(
         "--platform",
@@ -246,9 +304,13 @@ def main(argv: list[str]) -> None:
     elif args.to == "flax":
         export_flax(reading_folder(args.workdir), checkpoint, args.out, args.dtype)
     else:
-        # First the accuracies, so that nothing is written if there are no images to test with.
-        accuracies = compressed_accuracies(checkpoint, args.dtype, args.data_dir) if args.dtype != "float32" else None
+        targets = targets_of(checkpoint.info)
+        best_metric = resolve(checkpoint.info["config"]).best_metric
+        metric = "accuracy" if is_one_class(targets) else find_metric(targets, best_metric)
+        # First the scores, so that nothing is written if there are no images to test with.
+        compared = args.dtype != "float32"
+        scores = compressed_scores(checkpoint, metric, args.dtype, args.data_dir) if compared else ()
         export_stablehlo(checkpoint, args.out, args.dtype, args.platform)
-        if accuracies:
-            before, after = accuracies
-            print(f"accuracy {before:.2%} with the weights of the checkpoint, {after:.2%} with {args.dtype}")
+        if scores:
+            before, after = (format_metric(metric, score) for score in scores)
+            print(f"{metric} {before} with the weights of the checkpoint, {after} with {args.dtype}")

@@ -1,4 +1,4 @@
-"""Classifies images, or computes their features, with a trained checkpoint or with pretrained weights.
+"""Predicts the targets of images, or computes their features, with a trained checkpoint or with pretrained weights.
 
 python -m jaxft.predict --workdir runs/cifar10 image.jpg folder/ [--top_k 3] [--json]
 python -m jaxft.predict --weights resnet50.tv_in1k_v2 image.jpg folder/
@@ -6,6 +6,8 @@ python -m jaxft.predict --weights resnet50.tv_in1k_v2 image.jpg folder/
 Prints a line for each image, with the most probable classes first. Folders are searched recursively.
 --json prints one object per line: {"file", "label", "probability", "top_k": [{"label", "probability"}, ...]}, or
 {"file", "error"} for a file that cannot be read as an image; the exit code is then 2, after all others are done.
+A run with tags, a number or several targets has {"file", "targets": {NAME: ...}}: a class as above, tags as {"tags",
+"probabilities"}, a number as {"value"}.
 
 python -m jaxft.predict --weights resnet50.tv_in1k_v2 --features features.npz folder/ [--layer logits]
 
@@ -35,13 +37,15 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxft import interrupts
-from jaxft.classifier import LAYERS, Classifier
+from jaxft.classifier import LAYERS, Classifier, JointPrediction
 from jaxft.data import labelled_files
 from jaxft.errors import ArgumentParser, UserError, counted, printable, shortened, write_message
 from jaxft.files import atomic_write, is_folder, output_argument, reason
 from jaxft.pretrained.load import load_pretrained
 from jaxft.progress import Progress
-from jaxft.targets.classification import Prediction, rank
+from jaxft.targets.classification import Prediction
+from jaxft.targets.number import Number
+from jaxft.targets.tags import Tags
 from jaxft.training.restore import is_workdir, load_checkpoint
 from jaxft.training.steps import Layer
 
@@ -66,32 +70,48 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 class Table:
-    """Prints a line for each image; on a terminal in colour (unless NO_COLOR is set) and cut to its width."""
+    """Prints a line for each image; on a terminal in colour (unless NO_COLOR is set) and cut to its width.
+
+    class_names: of the only target; () if there are tags, numbers or several targets, whose lines are not cut.
+    """
 
     def __init__(self, files: Sequence[Path], class_names: Sequence[str], top_k: int) -> None:
         self._console = Console(highlight=False)
-        self._label_width = max(cell_len(_printable(name)) for name in class_names)
+        self._label_width = max((cell_len(_printable(name)) for name in class_names), default=0)
         self._file_width = max(cell_len(_printable(file)) for file in files)
         if self.on_terminal:
             self._label_width = min(self._label_width, 24)
             left = self._console.width - min(top_k, len(class_names)) * (self._label_width + len("  100.0% "))
-            self._file_width = min(self._file_width, max(left, 16))
+            self._file_width = min(self._file_width, max(left if class_names else self._console.width // 3, 16))
 
     @property
     def on_terminal(self) -> bool:
         return self._console.is_terminal
 
-    def print(self, file: Path, found: Prediction | UserError) -> None:
+    def print(self, file: Path, found: Prediction | JointPrediction | UserError) -> None:
         line = Text(_fit(_printable(file), self._file_width))
         if isinstance(found, UserError):
             line.append("  cannot be read", "red")
+        elif isinstance(found, dict):
+            for i, (name, own) in enumerate(found.items()):
+                line.append(f"{'; ' if i else '  '}{_printable(name)} ")
+                line.append(_printable(_described(own)), "bold")
         else:
             for i, (label, probability) in enumerate(found.top_k):
                 line.append(f"  {_fit(_printable(label), self._label_width)} {probability:6.1%}", "" if i else "bold")
-        if self.on_terminal:
+        if self.on_terminal and isinstance(found, dict):
+            self._console.print(line, soft_wrap=True)
+        elif self.on_terminal:
             self._console.print(line, no_wrap=True, overflow="ellipsis")
         else:
             print(line.plain, flush=True)
+
+
+def _described(found: Prediction | Tags | Number) -> str:
+    """Returns the prediction of a target as text; of a class all of top_k."""
+    if isinstance(found, Prediction):
+        return ", ".join(f"{label} {probability:.1%}" for label, probability in found.top_k)
+    return str(found)
 
 
 def _printable(text: object) -> str:
@@ -109,9 +129,11 @@ def _fit(text: str, width: int) -> str:
     return set_cell_size(f"\u2026{text}", width)
 
 
-def json_line(file: Path, found: Prediction | UserError) -> str:
+def json_line(file: Path, found: Prediction | JointPrediction | UserError) -> str:
     if isinstance(found, UserError):
         return json.dumps({"file": str(file), "error": str(found)})
+    if isinstance(found, dict):
+        return json.dumps({"file": str(file), "targets": {name: own.to_json() for name, own in found.items()}})
     return json.dumps({"file": str(file)} | found.to_json())
 
 
@@ -150,17 +172,14 @@ def print_predictions(classifier: Classifier, files: Sequence[Path], top_k: int,
 
     Raises UserError if the network has no head.
     """
-    rows = classifier.stream(files)
+    predictions = classifier.stream_predictions(files, top_k)
     table = Table(files, classifier.class_names, top_k)
     unreadable = []
     with Progress("predicting", len(files), bar=not table.on_terminal) as progress:
-        for file, row in zip(files, rows, strict=True):
+        for file, found in zip(files, predictions, strict=True):
             interrupts.check()
-            if isinstance(row, UserError):
-                found: Prediction | UserError = row
-                unreadable.append((file, row))
-            else:
-                found = rank(row, classifier.class_names, top_k)
+            if isinstance(found, UserError):
+                unreadable.append((file, found))
             if as_json:
                 print(json_line(file, found), flush=True)
             else:

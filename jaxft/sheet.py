@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     kind = image_format(args.out)
     config = resolve_from_weights(load_config(args.config, parse_overrides(rest)), {})  # without fetching any
-    data = datasets.load_config_data(config.data, config.data.train_split, config.image_size or IMAGE_SIZE)
+    size = config.image_size or IMAGE_SIZE
+    data = datasets.load_config_data(config.data, config.data.train_split, size, targets=config.targets)
     sheet = Image.fromarray(draw_sheet(resolve_auto(config, data), data))
     try:
         with atomic_write(args.out) as file:

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # a command's process is prepared before JAX is impo
 
 import time
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -37,14 +38,13 @@ from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers, check_trackers
 from jaxft.run.workdir import Workdir
-from jaxft.targets.classification import count_predictions
+from jaxft.targets.joint import check_targets, count_outputs, make_targets
 from jaxft.training.auto import resolve_auto, resolve_from_weights, resolve_options
 from jaxft.training.batch_size import check_batch_size, find_batch_size
 from jaxft.training.compilation import Compiler, compiles_ahead
 from jaxft.training.evaluation import (
     cache_features,
     choose_formulation,
-    evaluate_images,
     make_eval_program,
     recalibrate,
 )
@@ -53,17 +53,17 @@ from jaxft.training.loop import (
     Trainer,
     epochs_evaluated,
     make_train_programs,
-    metrics_row,
+    order_of,
     report_divergence,
     train_epoch,
 )
 from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxft.training.probe import ONLY_FIT, fit_head_as_epoch, without_epochs
+from jaxft.training.selection import Evaluated, Selection, is_over
 from jaxft.training.start import (
     begin_or_resume,
     can_cache_features,
     check_image_size,
-    class_weights,
     load_splits,
     load_start_weights,
     make_loaders,
@@ -94,6 +94,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     config = workdir.resolve_config(config)
     check_batch_size(config.batch_size)
     check_trackers(config.log)
+    metric = check_targets(config)
 
     # weights, from which the config takes some values
     pretrained = None
@@ -102,18 +103,20 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
         config = resolve_from_weights(config, pretrained.provenance if pretrained else None)
 
     # data
-    train_data, eval_data = load_splits(config)
+    splits = load_splits(config)
+    train_data, eval_data, _ = splits
     config = resolve_auto(config, train_data)
+    targets = make_targets(config, train_data)
     if not config.batch_size:
-        config.batch_size = find_batch_size(config, train_data, eval_data)
+        config.batch_size = find_batch_size(config, splits, targets)
         config = resolve_auto(config, train_data)  # the learning rate follows from the batch size
-    steps_per_epoch = count_steps_per_epoch(config, len(train_data.label))
+    steps_per_epoch = count_steps_per_epoch(config, train_data.num_examples)
 
     # model and state
-    model = make_model(config.model, len(train_data.class_names))
+    model = make_model(config.model, count_outputs(targets))
     config = resolve_options(config, model)
     check_image_size(config, model)
-    model = model.clone(formulation=choose_formulation(model, config, len(train_data.label)))
+    model = model.clone(formulation=choose_formulation(model, config, train_data.num_examples))
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()
     policy = make_policy(config, model, config.num_epochs)
@@ -122,39 +125,44 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
         raise UserError(ONLY_FIT)
     tx = make_optimizer(config.optimizer, steps_per_epoch, config.num_epochs, model.parts)
     metrics = MetricsFile(workdir.metrics)
-    splits = (train_data, eval_data)
-    (state, info, teacher), checkpoints = begin_or_resume(config, workdir, model, tx, splits, metrics, pretrained)
+    (state, info, teacher), checkpoints = begin_or_resume(
+        config, workdir, model, tx, splits, targets, metrics, pretrained
+    )
     del pretrained  # the state has them now
     trackers = Trackers(config, workdir, metrics.open(last_step=int(state.step)))
     first_epoch = epochs_evaluated(metrics, int(state.step), steps_per_epoch) + 1
-    print_start(config, workdir, model, state, info, splits)
+    print_start(config, workdir, model, state, info, splits, targets)
     print_auto(config, auto)
 
     # steps and loaders
     preprocessing = Preprocessing(**info["preprocessing"])
     per_call, eval_per_call = (choose_steps_per_call(config, model, train=train) for train in (True, False))
-    step_config = make_step_config(config, model, policy, tx, preprocessing, teacher)
-    step_config = step_config._replace(class_weights=class_weights(config, train_data))
-    eval_config = EvalConfig(model, preprocessing, policy)
-    loaders, features_seconds = make_loaders(config, train_data, eval_data), 0.0
+    step_config = make_step_config(config, model, policy, tx, preprocessing, teacher, targets)
+    eval_config = EvalConfig(model, preprocessing, policy, targets=targets)
+    loaders, features_seconds = make_loaders(config, splits), 0.0
     if first_epoch <= config.num_epochs and can_cache_features(config, model, policy):
         started = time.monotonic()
         keep = config.data.cache != "never"
         loaders = cache_features(eval_config, state, loaders, config.batch_size, eval_per_call, keep=keep)
         features_seconds = time.monotonic() - started
-    train_loader, eval_loader = loaders
+    train_loader, *eval_loaders = loaders
     if not int(state.step):
-        weights, keeps_head = step_config.class_weights, info["weights"].get("head") == "kept"
-        state = prepare_head(config, eval_config, state, train_loader, weights, eval_per_call, keeps_head=keeps_head)
+        keeps_head = info["weights"].get("head") == "kept"
+        state = prepare_head(config, eval_config, state, train_loader, targets, eval_per_call, keeps_head=keeps_head)
 
     # programs
     teacher_variables = teacher and teacher.variables
     programs = make_train_programs(config, step_config, state, train_loader, per_call, teacher_variables)
-    eval_program = make_eval_program(eval_config, state, eval_loader, config.batch_size, eval_per_call)
+    evaluated = [
+        Evaluated(split, name, loader, make_eval_program(eval_config, state, loader, config.batch_size, eval_per_call))
+        for split, name, loader in zip(
+            ("eval", "val"), (config.data.eval_split, config.data.val_split), eval_loaders, strict=False
+        )
+    ]
     compiler = Compiler()
     if compiles_ahead(model.formulation) and not only_fit:
         for program in programs.values():
-            compiler.start([program, eval_program])
+            compiler.start([program, *(split.program for split in evaluated)])
 
     # loop
     trainer = Trainer(
@@ -166,32 +174,33 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
         per_call,
         first_step=int(state.step),
         recalibrate=lambda state: recalibrate(eval_config, state, train_loader, config.batch_size, per_call),
+        targets=targets,
+        order=partial(order_of, config, train_data),
         checkpoints=checkpoints,
         info=info,
         writers=(metrics, trackers),
     )
     learning_rate = learning_rate_schedule(config.optimizer, steps_per_epoch, config.num_epochs)
+    test, *val = evaluated
+    selection = Selection(config, targets, metric, test, val[0] if val else None, eval_per_call)
     reporter = Reporter(workdir, info, train_data, eval_data, features_seconds)
     divergence = reporter.divergence() if is_main_process() else nullcontext()
     not_finite = report_divergence(checkpoints, learning_rate, config.optimizer)
     with StopSignals() as stop, closing(trainer), not_finite, divergence:
         for epoch in range(first_epoch, config.num_epochs + 1):
+            if is_over(config, metrics.scores):
+                break
             if only_fit:
-                state = fit_head_as_epoch(trainer, eval_config, state, step_config.class_weights, eval_per_call)
+                state = fit_head_as_epoch(trainer, eval_config, state, eval_per_call)
             else:
                 state = train_epoch(trainer, state, epoch, stop)
             stop.protect_results()
-            compiler.wait(eval_program)
-            started = time.monotonic()
-            predictions = evaluate_images(eval_program.call, state, eval_loader, config.batch_size, eval_per_call)
-            seconds = time.monotonic() - started
-            row = metrics_row(int(state.step), epoch, "eval", count_predictions(predictions), seconds)
-            trainer.record(row)
-            print(f"Epoch [{epoch}/{config.num_epochs}], Test Accuracy: {row['accuracy']:.2%}", flush=True)
+            predictions, line = selection.evaluate(trainer, metrics, state, epoch)
+            print(line, flush=True)
             if is_main_process():
-                reporter.update(predictions)
+                reporter.update(predictions, metrics.calibrations.get(int(state.step), {}))
         checkpoints.finish(state, info)
-    print_end(config, workdir)
+    print_end(config, workdir, metric, metrics.scores)
     return state
 
 

@@ -100,8 +100,9 @@ def test_evaluate_and_predict(workdir: Workdir, capsys: pytest.CaptureFixture[st
     run, checkpoint = name.split("/")
     options = ["--workdir", str(workdir(run)), "--checkpoint", checkpoint, "--json"]
     assert run_command(evaluate.main, options) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert_close(json.loads(line), EXPECTED[name]["evaluate"])
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("targets")["label"]["accuracy"] == found["accuracy"]  # a newer key
+    assert_close(found, EXPECTED[name]["evaluate"])
 
     assert run_command(predict.main, [*options, "--top_k=10", str(FIXTURES / "images")]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -12,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
+from jaxft.data.fields import KINDS, Field
 from jaxft.errors import UserError, shortened
 from jaxft.files import atomic_write, reason
 from jaxft.models.build import ARCHITECTURES
@@ -99,6 +100,7 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | N
             if key in provenance and not valid(provenance[key]):
                 raise ValueError(f"{key} is {excerpt(json.dumps(provenance[key]), 40)}")
         model = model_of(provenance)
+        _check_targets(provenance)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or from a newer jaxft: its metadata is wrong: {error}") from None
     provenance = {**options_of(model), "source": path.name} | provenance
@@ -165,6 +167,49 @@ def _are_numbers(value: Any, least: float) -> bool:
     )
 
 
+def _is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+
+
+def _is_field(value: Any) -> bool:
+    """Returns whether a value is a Field as JSON."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {*Field._fields}
+        and value["kind"] in KINDS
+        and all(isinstance(text, str) for text in (value["column"], value["name"]))
+        and isinstance(value["names"], list)
+        and all(isinstance(name, str) for name in value["names"])
+        and all(_is_number(value[key]) for key in ("weight", "mean"))
+        and _is_number(value["std"], 0)
+    )
+
+
+def _is_calibration(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"temperature"} <= value.keys() <= {"temperature", "thresholds"}
+        and _is_number(value["temperature"], 1e-6)
+        and isinstance(value.get("thresholds", []), list)
+        and all(_is_number(threshold) for threshold in value.get("thresholds", []))
+    )
+
+
+def _check_targets(provenance: Mapping[str, Any]) -> None:
+    """Raises ValueError if the targets do not fit each other, the head or the calibration."""
+    if "targets" not in provenance:
+        return
+    fields = [Field(**field) for field in provenance["targets"]]
+    if len({field.name for field in fields}) < len(fields):
+        raise ValueError("two targets have the same name")
+    if (outputs := sum(field.num_outputs for field in fields)) != provenance["num_classes"]:
+        raise ValueError(f"the targets have {outputs} outputs, the head {provenance['num_classes']}")
+    for field in fields:
+        thresholds = provenance.get("calibration", {}).get(field.name, {}).get("thresholds", field.names)
+        if len(thresholds) != len(field.names):
+            raise ValueError(f"{excerpt(field.name)} has {len(field.names)} tags but {len(thresholds)} thresholds")
+
+
 # Checks of the values in the provenance that jaxft reads.
 _VALID: dict[str, Callable[[Any], bool]] = {
     "arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
@@ -192,7 +237,10 @@ _VALID: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict)
         and isinstance(value.get("data"), dict)
         and _is_count(value["data"].get("stored_size", 0), 0, 1 << 12)
+        and isinstance(value.get("targets", ""), str)
     ),
+    "targets": lambda value: isinstance(value, list) and bool(value) and all(map(_is_field, value)),
+    "calibration": lambda value: isinstance(value, dict) and all(map(_is_calibration, value.values())),
     "num_batches_tracked": lambda value: (
         isinstance(value, dict) and all(_is_count(number, 0, (1 << 63) - 1) for number in value.values())
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxft.targets.classification import CALIBRATION_BINS, Calibration
+from jaxft.targets.classification import CALIBRATION_BINS, Reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,7 @@ STYLE: Any = {
 
 LABELLED_CLASSES = 40  # above this number, the names beside a confusion matrix would not be legible
 WRITTEN_CLASSES = 16  # up to this number, counts are written into the matrix
+DRAWN_POINTS = 1000  # at most in a scatter plot
 Curve = tuple[np.ndarray, np.ndarray]  # x, y
 
 
@@ -102,19 +103,44 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> str:
     return svg(draw, 5.2, 5.2)
 
 
-def reliability(bins: Calibration) -> str:
+def reliability(bins: Reliability, xlabel: str = "confidence", ylabel: str = "accuracy") -> str:
     """Draws accuracy against confidence; a bar's opacity is its share of the images."""
 
     def draw(axes: "Axes") -> None:
         centre = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
-        opacity = 0.25 + 0.75 * bins.num_images / bins.num_images.max()
+        opacity = 0.25 + 0.75 * bins.num_images / max(bins.num_images.max(), 1)
         for x, y, alpha, num_images in zip(centre, bins.accuracy, opacity, bins.num_images, strict=True):
             if num_images:
                 axes.bar(x, y, 0.9 / CALIBRATION_BINS, color=COLOURS[0], alpha=alpha)
         axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="perfect calibration")
-        axes.set(title="Reliability", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        axes.set(title="Reliability", xlabel=xlabel, ylabel=ylabel, xlim=(0, 1), ylim=(0, 1))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axes.legend(loc="upper left")
+
+    return svg(draw, 5.2, 4.0)
+
+
+def scatter(truth: np.ndarray, predicted: np.ndarray, name: str) -> str:
+    """Draws predicted numbers (N,) against the labels (N,), N > 0, at most DRAWN_POINTS of them, and the diagonal."""
+    drawn = np.random.default_rng(0).permutation(len(truth))[:DRAWN_POINTS]
+
+    def draw(axes: "Axes") -> None:
+        axes.scatter(truth[drawn], predicted[drawn], s=14, color=COLOURS[0], alpha=0.5, linewidths=0)
+        bounds = [truth.min(), truth.max()]
+        axes.plot(bounds, bounds, color=INK, linestyle="--", linewidth=1, label="perfect prediction")
+        axes.legend(loc="upper left")
+        axes.set(title="Predicted against true", xlabel=f"true {name}", ylabel=f"predicted {name}")
+
+    return svg(draw, 5.2, 4.0)
+
+
+def histogram(errors: np.ndarray, name: str) -> str:
+    """Draws the distribution of errors (N,), predicted minus true."""
+
+    def draw(axes: "Axes") -> None:
+        axes.hist(errors, bins=min(max(len(errors) // 5, 10), 40), color=COLOURS[0])
+        axes.axvline(0, color=INK, linestyle="--", linewidth=1)
+        axes.set(title="Errors", xlabel=f"predicted minus true {name}", ylabel="images")
 
     return svg(draw, 5.2, 4.0)

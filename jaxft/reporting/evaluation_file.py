@@ -1,11 +1,12 @@
 """DIR/evaluation.npz: the latest epoch's predictions, with the images to look at, from which a report is drawn."""
 
-import dataclasses
 import json
+import math
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +15,29 @@ from PIL import Image
 
 from jaxft.config import count_steps_per_epoch, resolve
 from jaxft.data.dataset import Dataset
+from jaxft.data.fields import KINDS, Field
 from jaxft.errors import UserError
 from jaxft.files import atomic_write, open_regular, reason
+from jaxft.reporting.worst_images import largest_losses, ranked_mistakes
 from jaxft.run import remote_workdir
-from jaxft.run.metrics_file import ALL_KEYS, read_lines
+from jaxft.run.metrics_file import ALL_KEYS, read_lines, row_score
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import Predictions
+from jaxft.targets.joint import (
+    Calibrations,
+    JointPredictions,
+    Targets,
+    count_outputs,
+    find_metric,
+    is_one_class,
+    targets_of,
+)
+from jaxft.training.selection import is_over
 
-MISTAKES = 24  # most confident mistakes that a report shows
+MISTAKES = 24  # most confident mistakes, or images of the largest loss, that a report shows
 SHARED = 100  # test images that are also trained on, and that a report shows
 THUMBNAIL = 128  # pixels of the longer side, at most
+_KINDS = {"label": "iu", "predicted": "iu", "confidence": "f", "rank": "iu", "loss": "f"}  # NumPy's kinds of dtypes
 _INFO = {"config": dict, "class_names": list, "train_size": int, "weights": dict, "versions": dict}
 
 
@@ -33,14 +47,15 @@ class Run(NamedTuple):
     workdir: Workdir
     info: dict[str, Any]  # the info of its checkpoints
     rows: list[dict[str, Any]]  # of metrics.jsonl, with at least one evaluation
-    predictions: Predictions  # of the test split
-    mistakes: np.ndarray  # int (K,), positions in the test split, the most confident first
+    predictions: Any  # of the test split: Predictions of a single class, else JointPredictions
+    mistakes: np.ndarray  # int (K,), positions in the test split of the images to show, the worst first
     thumbnails: list[np.ndarray]  # images of the K mistakes
     files: list[str]  # names of the K mistakes
     shared: list[tuple[str, str]]  # test images that are also trained on: their names in both splits, at most SHARED
     num_shared: int  # how many there are
     features_seconds: float  # time spent on computing a frozen backbone's features, in the latest process
     diverged: int  # the step at which the training diverged, or 0
+    calibrations: Calibrations = MappingProxyType({})  # of the latest epoch's checkpoint, by target
 
     @property
     def display_name(self) -> str:
@@ -57,6 +72,36 @@ class Run(NamedTuple):
     @property
     def class_names(self) -> list[str]:
         return [escaped(name) for name in self.info["class_names"]]
+
+    @property
+    def targets(self) -> Targets:
+        return targets_of(self.info)
+
+    @property
+    def metric(self) -> str:
+        """The full name of the metric that chooses the best checkpoint."""
+        return find_metric(self.targets, self.config.best_metric)
+
+    @property
+    def num_tested(self) -> int:
+        """The number of images in the test split."""
+        label = self.predictions.label
+        return len(next(iter(label.values())) if isinstance(label, dict) else label)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the run is over before its last epoch."""
+        scores = {row["step"]: row_score(row) for row in self.split("eval")}
+        return self.epoch < self.config.num_epochs and is_over(self.config, scores)
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch == self.config.num_epochs or self.ended_early
+
+    @property
+    def best_row(self) -> dict[str, Any]:
+        """The evaluation of the best checkpoint on the test split; the latest of equal ones, as `best` is resolved."""
+        return max(self.split("eval"), key=lambda row: (row_score(row), row["step"]))
 
     @property
     def epoch(self) -> int:
@@ -93,12 +138,6 @@ def image_name(data: Dataset, index: int, split: str) -> str:
     return escaped(image_path(data, index, split).removeprefix(f"{data.origin.folder}/"))
 
 
-def ranked_mistakes(predictions: Predictions) -> np.ndarray:
-    """Returns the positions of all wrong predictions, int (K,), the most confident first."""
-    wrong = np.flatnonzero(predictions.rank)
-    return wrong[np.argsort(-predictions.confidence[wrong], kind="stable")]
-
-
 def thumbnail(image: np.ndarray) -> np.ndarray:
     small = Image.fromarray(image)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -110,15 +149,25 @@ def write_evaluation(
     workdir: Workdir,
     info: dict[str, Any],
     test_data: Dataset,
-    predictions: Predictions,
+    predictions: Predictions | JointPredictions,
+    calibrations: Calibrations = MappingProxyType({}),
     shared: Sequence[tuple[str, str]] = (),
     features_seconds: float = 0.0,
 ) -> None:
     """Writes the file. shared: `image_name` of test images that are also trained on, in both splits. Raises OSError."""
     split = resolve(info["config"]).data.eval_split
-    mistakes = ranked_mistakes(predictions)[:MISTAKES]
+    arrays: dict[str, Any]
+    if isinstance(predictions, JointPredictions):
+        labels = {_label_key(name): label for name, label in predictions.label.items()}
+        arrays = {"logits": np.asarray(predictions.logits, np.float32)} | labels
+        mistakes = largest_losses(targets_of(info), predictions)[:MISTAKES]
+    else:
+        arrays = {name: getattr(predictions, name) for name in _KINDS}
+        mistakes = ranked_mistakes(predictions)[:MISTAKES]
+    if calibrations:
+        arrays["calibration"] = np.array(json.dumps(dict(calibrations)))
     files = [image_name(test_data, index, split) for index in mistakes.tolist()]
-    arrays = dataclasses.asdict(predictions) | {
+    arrays |= {
         "mistakes": mistakes,
         "info": np.array(json.dumps(info)),
         "files": np.array(files, np.str_),
@@ -128,6 +177,10 @@ def write_evaluation(
         **{f"picture_{i}": thumbnail(test_data.image[index]) for i, index in enumerate(mistakes)},
     }
     _write(workdir.evaluation, arrays)
+
+
+def _label_key(target: str) -> str:
+    return f"label:{target}"
 
 
 def write_divergence(run: Run, step: int) -> Run:
@@ -179,20 +232,19 @@ def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
     for key, kind in _INFO.items():
         _check(isinstance(info.get(key), kind), f"{key} in info is not a {kind.__name__}")
     _check(all(isinstance(name, str) for name in info["class_names"]), "class_names in info are not texts")
-    config, num_classes = resolve(info["config"]), len(info["class_names"])
-    _check(config.batch_size > 0 and info["train_size"] > 0 and num_classes > 1, "info has a number that is too small")
+    _check_targets(info)
+    config, targets = resolve(info["config"]), targets_of(info)
+    _check(config.batch_size > 0 and info["train_size"] > 0, "info has a number that is too small")
+    find_metric(targets, config.best_metric)
 
-    size = arrays["label"].size
-    _check(size > 0, "there are no predictions")
-    kinds = {field.name: "iu" for field in dataclasses.fields(Predictions)} | {"confidence": "f", "loss": "f"}
-    predictions = Predictions(**{name: _array(arrays, name, kind, (size,)) for name, kind in kinds.items()})
-    for name in ("label", "predicted", "rank"):
-        _check_range(name, getattr(predictions, name), num_classes)
-    _check(
-        bool((predictions.confidence >= 0).all() and (predictions.confidence <= 1).all()),
-        "confidence is not between 0 and 1",
-    )
-    _check(bool(np.isfinite(predictions.loss).all()), "loss is not finite")
+    if is_one_class(targets):
+        predictions: Predictions | JointPredictions = _parse_predictions(arrays, len(info["class_names"]))
+        size = len(predictions.label)
+    else:
+        predictions = _parse_joint_predictions(arrays, targets)
+        size = len(predictions.logits)
+    calibrations = json.loads(str(_array({"calibration": np.array("{}")} | arrays, "calibration", "U", ())))
+    _check_calibrations(calibrations, targets)
 
     mistakes = _array(arrays, "mistakes", "iu", (arrays["mistakes"].size,))
     _check_range("mistakes", mistakes, size)
@@ -219,7 +271,77 @@ def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
         int(_array(numbers, "num_shared", "iu", ())),
         float(_array(numbers, "features_seconds", "f", ())),
         int(_array(numbers, "diverged", "iu", ())),
+        calibrations,
     )
+
+
+def _parse_predictions(arrays: dict[str, np.ndarray], num_classes: int) -> Predictions:
+    """Returns the predictions of a single class."""
+    _check(num_classes > 1, "info has a number that is too small")
+    size = arrays["label"].size
+    _check(size > 0, "there are no predictions")
+    predictions = Predictions(**{name: _array(arrays, name, kind, (size,)) for name, kind in _KINDS.items()})
+    for name in ("label", "predicted", "rank"):
+        _check_range(name, getattr(predictions, name), num_classes)
+    _check(
+        bool((predictions.confidence >= 0).all() and (predictions.confidence <= 1).all()),
+        "confidence is not between 0 and 1",
+    )
+    _check(bool(np.isfinite(predictions.loss).all()), "loss is not finite")
+    return predictions
+
+
+def _parse_joint_predictions(arrays: dict[str, np.ndarray], targets: Targets) -> JointPredictions:
+    """Returns the predictions of tags, a number or several targets."""
+    size = len(arrays["logits"])
+    _check(size > 0, "there are no predictions")
+    logits = _array(arrays, "logits", "f", (size, count_outputs(targets)))
+    _check(bool(np.isfinite(logits).all()), "logits are not finite")
+    label = {}
+    for field in (target.field for target in targets):
+        key = _label_key(field.name)
+        if field.kind == "number":
+            label[field.name] = _array(arrays, key, "f", (size,))
+            _check(not np.isinf(label[field.name]).any(), f"{key} is not finite")
+        else:
+            tags = field.kind == "tags"
+            label[field.name] = _array(arrays, key, "i", (size, field.num_outputs) if tags else (size,))
+            _check_range(key, label[field.name] + 1, 3 if tags else field.num_outputs + 1)  # -1 is missing
+    return JointPredictions(logits, label)
+
+
+def _check_targets(info: Mapping[str, Any]) -> None:
+    """Raises ValueError if the targets in info, if there are any, are not fields as `Field._asdict` has them."""
+    if "targets" not in info:
+        return
+    fields = info["targets"]
+    _check(isinstance(fields, list) and len(fields) > 0, "targets in info are not a list")
+    for field in fields:
+        _check(isinstance(field, dict) and field.keys() == set(Field._fields), "targets in info are not fields")
+        texts = [field["column"], field["name"], *field["names"]]
+        _check(all(isinstance(text, str) for text in texts), "targets in info have names that are not texts")
+        numbers = [field[key] for key in ("weight", "mean", "std")]
+        _check(all(map(_is_finite, numbers)) and field["std"] > 0, "targets in info have numbers out of range")
+        _check(field["kind"] in KINDS, "targets in info have an unknown kind")
+        _check(field["kind"] == "number" or len(field["names"]) > 0, "targets in info lack names")
+    _check(len({field["name"] for field in fields}) == len(fields), "two targets in info have the same name")
+
+
+def _check_calibrations(calibrations: Any, targets: Targets) -> None:
+    """Raises ValueError if the calibrations are not those that the targets' `calibrate` returns."""
+    _check(isinstance(calibrations, dict), "calibration is not an object")
+    fields = {target.field.name: target.field for target in targets if target.field.kind != "number"}
+    for name, calibration in calibrations.items():
+        _check(name in fields and isinstance(calibration, dict), "calibration is not of the run's targets")
+        temperature, thresholds = calibration.get("temperature"), calibration.get("thresholds")
+        _check(_is_finite(temperature) and temperature > 0, "a temperature is not a positive number")
+        size = len(fields[name].names) if fields[name].kind == "tags" else 0
+        fits = isinstance(thresholds, list) and len(thresholds) == size and all(map(_is_finite, thresholds))
+        _check(fits if size else thresholds is None, "the thresholds do not fit the tags")
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _array(arrays: dict[str, np.ndarray], name: str, kinds: str, shape: Iterable[int]) -> np.ndarray:

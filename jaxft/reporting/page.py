@@ -17,17 +17,22 @@ from jaxft.config import default_config, flatten
 from jaxft.files import atomic_write, read_regular
 from jaxft.reporting import charts
 from jaxft.reporting.evaluation_file import Run, escaped
-from jaxft.run.workdir import Workdir
-from jaxft.targets.classification import (
-    CALIBRATION_BINS,
-    calibration,
-    confusion_matrix,
-    evaluation_summary,
-    score_cards,
+from jaxft.reporting.sections import (
+    Scored,
+    calibration_text,
+    class_content,
+    described_images,
+    score_targets,
+    target_sections,
+    validation_text,
 )
+from jaxft.run.metrics_file import row_score
+from jaxft.run.workdir import Workdir
+from jaxft.targets.classification import CALIBRATION_BINS, evaluation_summary, score_cards
+from jaxft.targets.joint import format_metric, full_name, is_one_class, value_of_score
+from jaxft.targets.metrics import LOWER_IS_BETTER
 from jaxft.training.optimizer import learning_rate_schedule
 
-CONFUSIONS = 8  # listed
 CURVE_POINTS = 60  # at most; a curve with more rows shows their means
 
 
@@ -50,28 +55,19 @@ def write_page(path: Path, html: str) -> None:
 
 def render(run: Run) -> str:
     """Returns the HTML of a run's report."""
-    config, names = run.config, run.class_names
-    scores = evaluation_summary(run.predictions, names)
-    matrix = confusion_matrix(run.predictions, len(names))
-    sheet = read_sheet(run.workdir)
+    config, sheet = run.config, read_sheet(run.workdir)
     return _template("report").render(
         name=run.name,
         workdir=shlex.quote(run.display_name),
         config_file=shlex.quote(escaped(str(run.workdir.config))),
         repeat_workdir=shlex.quote(f"{run.display_name}-again"),
         config=config,
-        class_names=names,
         epoch=run.epoch,
         diverged=run.diverged,
-        scores=scores,
-        cards=list(_cards(run, scores)),
+        unfinished=not run.finished and not run.diverged,
+        ended_early=_ended_early_text(run),
+        selection=_selection_text(run),
         curves=_curves([run]),
-        classes=_classes(matrix, names),
-        confusion=charts.confusion(matrix, names),
-        reliability=charts.reliability(calibration(run.predictions)),
-        bins=CALIBRATION_BINS,
-        confusions=_confusions(matrix, names),
-        mistakes=list(_mistakes(run)),
         shared=run.shared,
         num_shared=run.num_shared,
         to_check=run.workdir.to_check.name if run.workdir.to_check.is_file() else "",
@@ -79,23 +75,105 @@ def render(run: Run) -> str:
         settings=_settings(config),
         weights=_weights(run.info["weights"]),
         versions=list(run.info["versions"].items()),
+        **(_class_results(run) if is_one_class(run.targets) else _target_results(run)),
     )
 
 
-def _cards(run: Run, scores: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (value, meaning) of the figures at the top of the page."""
-    best = max(run.split("eval"), key=lambda row: row["accuracy"])
-    yield f"{best['accuracy']:.2%}", "accuracy of the best epoch, whose checkpoint is kept"
-    yield from score_cards(scores)
+def _class_results(run: Run) -> dict[str, Any]:
+    """Returns what the page shows of a single class."""
+    names = run.class_names
+    scores = evaluation_summary(run.predictions, names)
+    low, high = scores["accuracy_interval"]
+    interval = f"{100 * low:.1f} to {100 * high:.1f}%"
+    return {
+        "subject": f"{len(names)} classes",
+        "headline": f"{scores['accuracy']:.2%}",
+        "cards": [
+            (f"{scores['accuracy']:.2%}", f"accuracy (95 % confidence interval: {interval})"),
+            *_best_cards(run),
+            *score_cards(scores),
+            *_size_cards(run),
+            *_speed_cards(run),
+        ],
+        "content": class_content(run.predictions, names) | {"bins": CALIBRATION_BINS},
+        "calibration": _class_calibration(run, scores),
+        "mistakes": list(_mistakes(run)),
+        "sections": [],
+    }
+
+
+def _target_results(run: Run) -> dict[str, Any]:
+    """Returns what the page shows of tags, a number or several targets."""
+    scored = score_targets(run)
+    best, *others = _best_cards(run)
+    field = scored[0].target.field
+    subject = {"tags": f"{len(field.names)} tags", "number": "a number"}.get(field.kind, "")
+    images = zip(described_images(run), run.thumbnails, strict=True)
+    return {
+        "subject": subject if len(scored) == 1 else f"{len(scored)} targets",
+        "headline": f"{escaped(run.metric)} {best[0]}",
+        "cards": [
+            best,
+            *others,
+            *(_target_card(run, own) for own in scored),
+            (f"{run.num_tested:,}", "test images"),
+            *_size_cards(run),
+            *_speed_cards(run),
+        ],
+        "sections": list(target_sections(run, scored)),
+        "worst": [{"uri": _png(image), "file": file, "rows": rows} for (file, rows), image in images],
+    }
+
+
+def _target_card(run: Run, own: Scored) -> tuple[str, str]:
+    name = escaped(full_name(run.targets, own.target.field.name, own.target.default_metric))
+    interval = own.interval_text()
+    return own.default_text(), f"{name} after epoch {run.epoch}" + f" (95 % interval: {interval})" * bool(interval)
+
+
+def _best_cards(run: Run) -> Iterator[tuple[str, str]]:
+    """Yields (value, meaning) of the metric that chooses the best checkpoint, on the test and validation splits."""
+    metric, best = run.metric, run.best_row
+    yield format_metric(metric, best.get(metric)), f"{escaped(metric)} of the best epoch, whose checkpoint is kept"
+    if run.config.data.val_split:
+        value = format_metric(metric, value_of_score(metric, row_score(best)))
+        yield value, f"{escaped(metric)} of the best epoch on the validation split"
+
+
+def _size_cards(run: Run) -> Iterator[tuple[str, str]]:
     yield f"{run.info['train_size']:,}", "training images"
-    yield from _speed_cards(run)
+
+
+def _selection_text(run: Run) -> str:
+    """Returns a sentence on how the best checkpoint was chosen."""
+    extreme = "lowest" if run.metric.rpartition(".")[2] in LOWER_IS_BETTER else "highest"
+    chosen = f"The best checkpoint was chosen by the {extreme} {escaped(run.metric)} on"
+    if split := validation_text(run):
+        return f"{chosen} {split}."
+    return f"{chosen} the test split, so its score is optimistic; data.val_split=0.1 avoids that."
+
+
+def _ended_early_text(run: Run) -> str:
+    if not run.ended_early:
+        return ""
+    evaluations = f"{run.config.stop.patience} evaluation{'s' * (run.config.stop.patience != 1)}"
+    return f"The run ended early, because {escaped(run.metric)} had not improved for {evaluations} (stop.patience)."
+
+
+def _class_calibration(run: Run, scores: Mapping[str, Any]) -> str:
+    """Returns a sentence on the temperature of a single class, whose effect the latest evaluation's row has."""
+    row = run.split("eval")[-1]
+    for calibration in run.calibrations.values():
+        before = {"log_loss": scores["loss"], "ece": scores["expected_calibration_error"]}
+        return calibration_text(run, calibration["temperature"], before, row)
+    return ""
 
 
 def _speed_cards(run: Run) -> Iterator[tuple[str, str]]:
     """Yields (value, meaning) of speed and time. Features of a frozen backbone are computed before the first row."""
     train, seconds = run.split("train"), sum(row["seconds"] for row in run.rows)
     if run.features_seconds:
-        share = run.info["train_size"] / (run.info["train_size"] + len(run.predictions.label))
+        share = run.info["train_size"] / (run.info["train_size"] + run.num_tested)
         num_images = sum(row["images_per_second"] * row["seconds"] for row in train)
         in_training = sum(row["seconds"] for row in train) + share * run.features_seconds
         if num_images:
@@ -111,31 +189,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
-
-
-def _classes(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns a row per class, the least accurate first and classes without images last."""
-    rows = []
-    for i, (name, counts) in enumerate(zip(names, matrix, strict=True)):
-        num_images, wrong = int(counts.sum()), counts.copy()
-        wrong[i] = 0
-        row = {
-            "name": name,
-            "num_images": num_images,
-            "accuracy": int(counts[i]) / num_images if num_images else None,
-            "taken_for": names[wrong.argmax()] if wrong.any() else "",
-            "times": int(wrong.max()),
-        }
-        rows.append(row)
-    return sorted(rows, key=lambda row: (row["accuracy"] is None, row["accuracy"]))
-
-
-def _confusions(matrix: np.ndarray, names: Sequence[str]) -> list[tuple[str, str, int]]:
-    """Returns (true class, predicted class, times) of the most frequent confusions."""
-    wrong = matrix - np.diag(np.diag(matrix))
-    most_frequent = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
-    pairs = [divmod(int(flat), len(names)) for flat in most_frequent]
-    return [(names[i], names[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
 
 
 def _mistakes(run: Run) -> Iterator[dict[str, Any]]:
@@ -156,36 +209,73 @@ def _settings(config: ConfigDict) -> list[tuple[str, Any, bool]]:
     return sorted(settings, key=lambda row: not row[2])
 
 
+_LISTS = ("class_names", "targets")  # of a provenance, too long for a table
+
+
 def _weights(provenance: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(key, value) for key, value in provenance.items() if not isinstance(value, dict) and key != "class_names"]
+    return [(key, value) for key, value in provenance.items() if not isinstance(value, dict) and key not in _LISTS]
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
     """Returns the HTML of a page that shows several runs side by side."""
-    scores = [evaluation_summary(run.predictions, run.class_names) for run in runs]
-    cards = [{meaning: value for value, meaning in _cards(run, score)} for run, score in zip(runs, scores, strict=True)]
+    summaries = [_summary(run) for run in runs]
+    cards = [_compared_cards(run, summary) for run, summary in zip(runs, summaries, strict=True)]
     labels = list(dict.fromkeys(meaning for card in cards for meaning in card))
-    accuracy = [
-        f"{score['accuracy']:.2%} ({score['accuracy_interval'][0]:.1%} to {score['accuracy_interval'][1]:.1%})"
-        for score in scores
-    ]
     configs = [flatten(run.config) for run in runs]
     different = [key for key in configs[0] if any(config[key] != configs[0][key] for config in configs)]
     names = runs[0].class_names
-    same_classes = all(run.class_names == names for run in runs)
+    same_classes = all(summaries) and all(run.class_names == names for run in runs)
     return _template("compare").render(
         names=_distinct_names(runs),
         results=[
-            ("accuracy (95 % interval)", accuracy),
+            *_compared_metrics(runs, summaries),
             *((label, [card.get(label, "-") for card in cards]) for label in labels),
         ],
         curves=_curves(runs),
         differences=[(key, [config[key] for config in configs]) for key in different],
         classes=[
-            (name, [_percent(score["per_class_accuracy"][name]) for score in scores])
+            (name, [_percent(summary["per_class_accuracy"][name]) for summary in summaries])
             for name in (names if same_classes else ())
         ],
     )
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """Returns the scores of a run with a single class; {} for other targets."""
+    return evaluation_summary(run.predictions, run.class_names) if is_one_class(run.targets) else {}
+
+
+def _compared_cards(run: Run, summary: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {meaning: value} of the figures that a comparison shows besides the targets' metrics."""
+    scores = score_cards(summary) if summary else [(f"{run.num_tested:,}", "test images")]
+    cards = [*_best_cards(run), *scores, *_size_cards(run), *_speed_cards(run)]
+    return {meaning: value for value, meaning in cards}
+
+
+def _compared_metrics(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Returns a row for the default metric of each target, with its interval; "-" for runs that lack the target."""
+    columns: list[dict[tuple[str, str], str]] = []  # {(target, metric): text} of each run
+    for run, summary in zip(runs, summaries, strict=True):
+        if summary:
+            low, high = summary["accuracy_interval"]
+            name = "" if all(summaries) else escaped(run.targets[0].field.name)
+            columns.append({(name, "accuracy"): f"{summary['accuracy']:.2%} ({low:.1%} to {high:.1%})"})
+        else:
+            columns.append({(own.name, own.target.default_metric): _with_interval(own) for own in score_targets(run)})
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    several = len({name for name, _ in keys}) > 1
+    return [
+        (
+            f"{name}.{metric} (95 % interval)" if several else f"{metric} (95 % interval)",
+            [column.get((name, metric), "-") for column in columns],
+        )
+        for name, metric in keys
+    ]
+
+
+def _with_interval(own: Scored) -> str:
+    interval = own.interval_text()
+    return f"{own.default_text()} ({interval})" if interval else own.default_text()
 
 
 def _percent(share: float | None) -> str:
@@ -193,35 +283,54 @@ def _percent(share: float | None) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Returns charts of loss, accuracy, learning rate and speed; for several runs without the training split."""
+    """Returns charts of losses, metrics, learning rate and speed; for several runs only those of the test split."""
     several = len(runs) > 1
     names = _distinct_names(runs)
-    loss: dict[str, charts.Curve] = {}
-    accuracy: dict[str, charts.Curve] = {}
+    drawn: dict[tuple[str, str], dict[str, charts.Curve]] = {}
     rate: dict[str, charts.Curve] = {}
     speed: dict[str, charts.Curve] = {}
     for run, name in zip(runs, names, strict=True):
-        test, train = f"{name}, test" if several else "test", f"{name}, training" if several else "training"
-        if not several:
-            loss[train] = _curve(run, "train", "loss")
-            accuracy[train] = _curve(run, "train", "accuracy")
-        loss[test] = _curve(run, "eval", "loss")
-        accuracy[test] = _curve(run, "eval", "accuracy")
+        splits = [("eval", "test")] if several else [("train", "training"), ("val", "validation"), ("eval", "test")]
+        for key in _drawn_keys(run, losses=not several):
+            lines = drawn.setdefault(key, {})
+            for split, title in splits:
+                curve = _curve(run, split, key[0])
+                if len(curve[0]) or (key[0] in ("loss", "accuracy") and split != "val"):
+                    lines[f"{name}, {title}" if several else title] = curve
         speed[name] = _curve(run, "train", "images_per_second")
         if run.config.optimizer.fit_head != "only":  # L-BFGS has no learning rate
             rate[name] = _learning_rate(run)
     rates = [charts.curves("Learning rate", rate, from_zero=True)] if rate else []
     return [
-        {"alt": "loss in each epoch", "uri": charts.curves("Loss", loss)},
-        {"alt": "accuracy in each epoch", "uri": charts.curves("Accuracy", accuracy, percent=True)},
+        *({"alt": f"{escaped(key)} in each epoch", "uri": _chart(key, lines)} for (key, _), lines in drawn.items()),
         *({"alt": "learning rate", "uri": uri} for uri in rates),
         {"alt": "training speed", "uri": charts.curves("Training, images/s", speed, from_zero=True)},
     ]
 
 
+def _drawn_keys(run: Run, *, losses: bool) -> list[tuple[str, str]]:
+    """Returns (key of a row, kind of target) of the curves of a run. losses: include those of each target."""
+    targets = run.targets
+    kinds = {full_name(targets, t.field.name, metric): t.field.kind for t in targets for metric in t.metrics}
+    keys = [("loss", "")]
+    if is_one_class(targets):
+        keys.append(("accuracy", "class"))
+    elif losses and len(targets) > 1:
+        keys += [(f"{target.field.name}.loss", "") for target in targets]
+    return list(dict.fromkeys([*keys, (run.metric, kinds[run.metric])]))
+
+
+def _chart(key: str, lines: Mapping[str, charts.Curve]) -> str:
+    title = key.capitalize() if key in ("loss", "accuracy") else escaped(key)
+    return charts.curves(title, lines, percent=format_metric(key, 0.0).endswith("%"))
+
+
 def _curve(run: Run, split: str, key: str) -> charts.Curve:
-    """Returns (epochs, values), averaged in at most CURVE_POINTS equal bins; speed is weighted by time."""
-    rows = run.split(split)
+    """Returns (epochs, values) of the rows that have the key, averaged in at most CURVE_POINTS equal bins.
+
+    Speed is weighted by time.
+    """
+    rows = [row for row in run.split(split) if key in row]
     if not rows:
         return np.zeros(0), np.zeros(0)
     x, y, seconds = (np.array([row[name] for row in rows], float) for name in ("step", key, "seconds"))

@@ -1,4 +1,4 @@
-"""A local web page that classifies images dropped on it, for `python -m jaxft.predict --serve`."""
+"""A local web page that predicts the targets of images dropped on it, for `python -m jaxft.predict --serve`."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ from jaxft.classifier import Classifier
 from jaxft.data.image_file import decode, load_formats
 from jaxft.errors import UserError, printable
 from jaxft.reporting.http_server import BACKLOG, Queue, RefusedError, Uploads, run
-from jaxft.targets.classification import rank
+from jaxft.targets.tags import TagsTarget
 
 MAX_BYTES = 20_000_000  # of an image file
 MAX_BYTES_IN_ALL = 100_000_000  # of the files in memory
@@ -48,7 +48,11 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 
 
 def make_app(classifier: Classifier, host: str, top_k: int, uploads: Uploads, allow_hosts: Sequence[str]) -> Starlette:
-    """Returns the app: GET / is the page; POST /predict takes an image file and returns {"top_k"} or {"error"}."""
+    """Returns the app: GET / is the page; POST /predict takes an image file and returns the prediction or {"error"}.
+
+    The prediction is {"top_k"} if the only target is a class, else {"targets": {name: ...}} as `predict --json` has it,
+    for tags also {"thresholds": {tag: probability}}.
+    """
     page = files("jaxft.reporting").joinpath("templates/serve.html").read_text("utf-8")
     policy = "; ".join(
         [
@@ -83,8 +87,18 @@ def make_app(classifier: Classifier, host: str, top_k: int, uploads: Uploads, al
         image = decode(
             content, "the file", at_most=classifier.decoded_size, interpolation=interpolation, max_pixels=MAX_PIXELS
         )
-        row = classifier.probabilities([image])[0]
-        return {"top_k": rank(row, classifier.class_names, top_k).to_json()["top_k"]}
+        (found,) = classifier.predict([image], top_k)
+        if not isinstance(found, dict):
+            return {"top_k": found.to_json()["top_k"]}
+        thresholds = {
+            name: {"thresholds": dict(zip(target.field.names, map(float, target.thresholds(calibration)), strict=True))}
+            for name, target, calibration in (
+                (target.field.name, target, classifier.calibrations.get(target.field.name, {}))
+                for target in classifier.targets
+            )
+            if isinstance(target, TagsTarget)
+        }
+        return {"targets": {name: own.to_json() | thresholds.get(name, {}) for name, own in found.items()}}
 
     app = Starlette(
         routes=[Route("/", show), Route("/predict", predict, methods=["POST"])],

@@ -21,11 +21,11 @@ def draw_sheet(config: ConfigDict, train_data: Dataset, rows: int = ROWS, column
 
     The images are drawn at random from the training set, by the config's seed.
     """
-    index = epoch_order(config.seed, 1, len(train_data.label))[:rows]
+    index = epoch_order(config.seed, 1, train_data.num_examples)[:rows]
     resize, interpolation = config.data.resize, interpolation_of(config.data)
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, resize, interpolation)
     augmentation = make_augmentation(config.augment)
-    examples = Examples(train_data.image[index], train_data.label[index])
+    examples = Examples(train_data.image[index], jax.tree.map(lambda label: label[index], train_data.label))
     (batch,) = make_batches(np.arange(len(index)), len(index), 1)
     batch = jax.tree.map(lambda a: a[0], batch)
     shown = [preprocess(examples.image, preprocessing)]

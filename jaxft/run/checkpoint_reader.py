@@ -17,7 +17,7 @@ from jaxft.config import resolve
 from jaxft.data.batches import replicate
 from jaxft.errors import UserError, one_line, write_message
 from jaxft.files import matches_checksum, open_regular, read_json, reason
-from jaxft.run.metrics_file import read_accuracy
+from jaxft.run.metrics_file import read_scores
 from jaxft.run.workdir import COMMIT, Workdir, checkpoint_step, local_folder
 
 FORMAT = 1  # of a checkpoint's info; 0.1 stored none
@@ -91,27 +91,27 @@ class CheckpointReader:
 
     def _best(self, steps: list[int]) -> int:
         try:
-            accuracy = self._accuracy()
+            scores = self._scores()
         except UserError as error:
             raise UserError(f"{error}, or choose --checkpoint latest") from None
-        if accuracy is None:
+        if scores is None:
             missing = self._workdir.metrics.name
             write_message(f"{self._workdir.path} has no {missing}, so its latest checkpoint, {steps[-1]}, is used")
             return steps[-1]
-        evaluated = [step for step in steps if step in accuracy]
+        evaluated = [step for step in steps if step in scores]
         if not evaluated:
             raise UserError(
                 f"there is no checkpoint 'best' in {self.directory}, because none of them is evaluated yet; choose "
                 f"latest or one of {steps[-10:]}"
             )
-        chosen, best = (max(among, key=lambda step: (accuracy[step], step)) for among in (evaluated, accuracy))
+        chosen, best = (max(among, key=lambda step: (scores[step], step)) for among in (evaluated, scores))
         if best != chosen and self._keeps_best() and not (self.directory / str(best)).exists():
             write_message(f"{self.directory} lacks checkpoint {best}, the best one; checkpoint {chosen} is used")
         return chosen
 
-    def _accuracy(self) -> Mapping[int, float] | None:
-        """Returns {step: accuracy} of the evaluated steps; None if it is unknown."""
-        return read_accuracy(self._workdir.metrics)
+    def _scores(self) -> Mapping[int, float] | None:
+        """Returns {step: score} of the evaluated steps; None if it is unknown."""
+        return read_scores(self._workdir.metrics)
 
     def _keeps_best(self) -> bool:
         try:

@@ -43,20 +43,20 @@ class NotFiniteError(Exception):
 class _LatestAndBest(PreservationPolicy):
     latest: int
     best: int
-    accuracy: Mapping[int, float]  # {step: accuracy} of the evaluated steps
+    scores: Mapping[int, float]  # {step: score} of the evaluated steps
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: PreservationContext) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        ranked = sorted(self.accuracy.keys() & steps, key=lambda step: (-self.accuracy[step], -step))
+        ranked = sorted(self.scores.keys() & steps, key=lambda step: (-self.scores[step], -step))
         kept = {*steps[-self.latest :], *ranked[: self.best]}
         return [step in kept for step in steps]
 
 
 class Checkpoints(CheckpointReader):
-    """The checkpoints of a run that trains: the latest and the most accurate ones are kept.
+    """The checkpoints of a run that trains: the latest ones and those with the highest scores are kept.
 
     A state is saved as host arrays, each with a checksum, so any number of processes and devices can restore it.
-    Process 0 writes in the background. metrics: provides the accuracies, and is flushed to disk up to a step before
+    Process 0 writes in the background. metrics: provides the scores, and is flushed to disk up to a step before
     that step's checkpoint is written.
     """
 
@@ -64,7 +64,7 @@ class Checkpoints(CheckpointReader):
         super().__init__(workdir)
         self._metrics = metrics
         self._writes = is_main_process()
-        self._policy = _LatestAndBest(keep_latest, keep_best, metrics.accuracy)
+        self._policy = _LatestAndBest(keep_latest, keep_best, metrics.scores)
         self._saving: int | None = None
         self._manager: ocp.CheckpointManager | None = None
         if self._writes:
@@ -171,8 +171,8 @@ class Checkpoints(CheckpointReader):
                 return []
             raise
 
-    def _accuracy(self) -> Mapping[int, float]:
-        return self._metrics.accuracy
+    def _scores(self) -> Mapping[int, float]:
+        return self._metrics.scores
 
     def restore_latest(self, abstract_state: StateT, on_damage: str) -> tuple[dict[str, Any], StateT]:
         """Returns (info, state) of the latest checkpoint.

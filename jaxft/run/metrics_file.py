@@ -1,8 +1,10 @@
 """Reads and writes metrics.jsonl, one JSON object per training step and per evaluation, and accuracy.json.
 
-The evaluations' accuracies decide which checkpoint is the best, so accuracy.json repeats them with a checksum. It is
-written before the row of an evaluation. It may lack the latest evaluations if it could not be written, as on a full
-disk. Runs of version 0.1 do not have it; their rows are used as they are.
+The scores of the evaluations decide which checkpoint is the best, so accuracy.json repeats them with a checksum, and
+keeps the calibration of each checkpoint. A score is the accuracy, or the `score` of a row that has one: the value of
+best_metric, negated if lower is better. The file is written before the row of an evaluation. It may lack the latest
+evaluations if it could not be written, as on a full disk. Runs of version 0.1 do not have it; their rows are used as
+they are.
 """
 
 import json
@@ -18,22 +20,22 @@ from jaxft.files import atomic_write, read_json, read_regular, reason
 from jaxft.main_process import is_main_process
 from jaxft.run.workdir import ACCURACY, LAST_STEP
 
-REQUIRED = ("step", "split", "accuracy")
+REQUIRED = ("step", "split")
 ALL_KEYS = (*REQUIRED, "epoch", "loss", "images_per_second", "seconds")
 
 
 class MetricsFile:
     """DIR/metrics.jsonl, which holds each step and each evaluation once and in order, even after interruptions.
 
-    accuracy: {step: accuracy} of the evaluations in the file. Raises UserError if the file is damaged; a last line
-    that a killed run left half-written is dropped.
+    scores: {step: score} of the evaluations in the file. calibrations: {step: {target: calibration}}. Raises UserError
+    if the file is damaged; a last line that a killed run left half-written is dropped.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._recorded = _read_accuracy_file(path)
+        self._recorded, self.calibrations = _read_accuracy_file(path)
         self.rows = _read_rows(path, REQUIRED, self._recorded)
-        self.accuracy = {row["step"]: row["accuracy"] for row in self.rows if row["split"] == "eval"}
+        self.scores = {row["step"]: row_score(row) for row in self.rows if row["split"] == "eval"}
         self._file: int | None = None
         self._pending = b""
         self._failed = False
@@ -44,20 +46,23 @@ class MetricsFile:
         Lines beyond that step, from an interrupted run, are dropped; returns those that are kept. Raises UserError if
         a step is missing or the file cannot be written.
         """
-        kept = [row for row in self.rows if row["step"] <= last_step]
+        # An evaluation on the validation split is repeated if the run ended before that on the test split.
+        whole = [row for row in self.rows if row["split"] != "val" or row["step"] in self.scores]
+        kept = [row for row in whole if row["step"] <= last_step]
         steps = sum(row["split"] == "train" for row in kept)  # their numbers are 1, 2, 3 ...
         if steps < last_step:
             raise UserError(
                 f"{self.path} lacks step {steps + 1}, and the checkpoint is of step {last_step}; "
                 "put the file back, or name another --workdir"
             )
-        lost = sorted(step for step in self._recorded or {} if step not in self.accuracy and step < last_step)
+        lost = sorted(step for step in self._recorded or {} if step not in self.scores and step < last_step)
         if lost:
             raise UserError(
                 f"{self.path} lacks the evaluation after step {lost[0]}; put the file back, or name another --workdir"
             )
-        for step in [step for step in self.accuracy if step > last_step]:
-            del self.accuracy[step]
+        for found in (self.scores, self.calibrations):
+            for step in [step for step in found if step > last_step]:
+                del found[step]
         if not is_main_process():
             return kept
         try:
@@ -73,7 +78,7 @@ class MetricsFile:
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row. If it cannot be written, as on a full disk, it is kept in memory and written with the next."""
         if row["split"] == "eval":
-            self.accuracy[row["step"]] = row["accuracy"]
+            self.scores[row["step"]] = row_score(row)
         if not is_main_process():
             return
         self._pending += (json.dumps(row) + "\n").encode()
@@ -101,17 +106,28 @@ class MetricsFile:
     def _write_accuracy(self) -> None:
         """Writes DIR/accuracy.json. Raises OSError."""
         with atomic_write(self.path.with_name(ACCURACY), "w") as file:
-            file.write(json.dumps(_accuracy_content({str(step): value for step, value in self.accuracy.items()})))
+            content = _accuracy_content(*({str(k): v for k, v in d.items()} for d in (self.scores, self.calibrations)))
+            file.write(json.dumps(content))
 
 
-def read_accuracy(path: Path) -> dict[int, float] | None:
-    """Returns {step: accuracy} of a run's evaluations; None if there is neither accuracy.json nor metrics.jsonl.
+def row_score(row: Mapping[str, Any]) -> float:
+    """Returns the value of an evaluation that selects the best checkpoint; the highest is the best."""
+    return row["score"] if "score" in row else row["accuracy"]
+
+
+def read_calibration(path: Path, step: int) -> dict[str, Any]:
+    """Returns {target: calibration} of a checkpoint; {} if it has none. path: metrics.jsonl, beside accuracy.json."""
+    return _read_accuracy_file(path)[1].get(step, {})
+
+
+def read_scores(path: Path) -> dict[int, float] | None:
+    """Returns {step: score} of a run's evaluations; None if there is neither accuracy.json nor metrics.jsonl.
 
     path: metrics.jsonl, whose rows count if they are not in accuracy.json. Raises UserError if neither can be used.
     """
-    recorded = _read_accuracy_file(path)
+    recorded, _ = _read_accuracy_file(path)
     try:
-        rows = {row["step"]: row["accuracy"] for row in _read_rows(path, REQUIRED, recorded) if row["split"] == "eval"}
+        rows = {row["step"]: row_score(row) for row in _read_rows(path, REQUIRED, recorded) if row["split"] == "eval"}
     except UserError as error:
         if recorded is None:
             raise
@@ -126,9 +142,9 @@ def read_lines(path: Path, required: tuple[str, ...] = REQUIRED) -> list[dict[st
     """Returns the complete lines; an incomplete last line is dropped.
 
     Raises UserError if another line is damaged: it is not a row with the required keys, a value has a wrong type or
-    range, a step is out of order, or an accuracy differs from accuracy.json.
+    range, a step is out of order, or a score differs from accuracy.json.
     """
-    return _read_rows(path, required, _read_accuracy_file(path))
+    return _read_rows(path, required, _read_accuracy_file(path)[0])
 
 
 def _read_rows(path: Path, required: tuple[str, ...], recorded: Mapping[int, float] | None) -> list[dict[str, Any]]:
@@ -164,51 +180,57 @@ def _problem(row: Any, before: Mapping[str, Any], required: tuple[str, ...]) -> 
     for key in ("step", "epoch"):
         if type(row.get(key, 1)) is not int or not 1 <= row.get(key, 1) <= LAST_STEP:
             return f"{key} is not a positive whole number"
-    if row["split"] not in ("train", "eval"):
-        return "split is neither train nor eval"
-    for key in ("accuracy", "loss", "images_per_second", "seconds"):
+    if row["split"] not in ("train", "val", "eval"):
+        return "split is not train, val or eval"
+    for key in ("accuracy", "score", "loss", "images_per_second", "seconds"):
         if type(row.get(key, 0)) not in (int, float) or not abs(row.get(key, 0)) <= sys.float_info.max:
             return f"{key} is not a number"
-    if not 0 <= row["accuracy"] <= 1:
+    if not 0 <= row.get("accuracy", 0) <= 1:
         return "accuracy is not between 0 and 1"
-    evaluation = row["split"] == "eval"
+    evaluation = row["split"] != "train"
+    if row["split"] == "eval" and not {"accuracy", "score"} & row.keys():
+        return "it lacks accuracy"
     last_step = before.get("step", 0)
     if not evaluation and row["step"] != last_step + 1:
         return f"step {row['step']} follows step {last_step}"
     if evaluation and before.get("split") == "eval" and row["step"] <= last_step:
         return f"the evaluation of step {row['step']} follows that of step {last_step}"
-    if evaluation and before.get("split") == "train" and row["step"] != last_step:
+    if evaluation and before.get("split") in ("train", "val") and row["step"] != last_step:
         return f"the evaluation of step {row['step']} follows step {last_step}"
     return None
 
 
 def _difference(row: dict[str, Any], recorded: Mapping[int, float]) -> str | None:
-    """Returns how an evaluation's accuracy differs from accuracy.json, or None. Later evaluations may not be in it."""
+    """Returns how an evaluation's score differs from accuracy.json, or None. Later evaluations may not be in it."""
     step = row["step"]
-    if row["split"] != "eval" or step > max(recorded, default=0) or recorded.get(step) == row["accuracy"]:
+    if row["split"] != "eval" or step > max(recorded, default=0) or recorded.get(step) == row_score(row):
         return None
     expected = recorded.get(step, "no such step")
-    return f"accuracy {row['accuracy']} of step {step}, but {ACCURACY} has {expected}"
+    return f"{'score' if 'score' in row else 'accuracy'} {row_score(row)} of step {step}, but {ACCURACY} has {expected}"
 
 
-def _read_accuracy_file(path: Path) -> dict[int, float] | None:
-    """Returns {step: accuracy} of accuracy.json beside metrics.jsonl; None if it is missing or damaged.
+def _read_accuracy_file(path: Path) -> tuple[dict[int, float] | None, dict[int, Any]]:
+    """Returns {step: score} and {step: calibrations} of accuracy.json beside metrics.jsonl.
 
-    Damage is reported on stderr.
+    None and {} if it is missing or damaged. Damage is reported on stderr.
     """
     file = path.with_name(ACCURACY)
     try:
         content = read_json(file)
-        if content != _accuracy_content(content.get("accuracy")):
+        if content != _accuracy_content(content.get("accuracy"), content.get("calibration", {})):
             raise ValueError("it does not match its checksum")
-        return {int(step): accuracy for step, accuracy in content["accuracy"].items()}
+        scores, calibrations = content["accuracy"], content.get("calibration", {})
+        by_step = [{int(step): value for step, value in found.items()} for found in (scores, calibrations)]
+        return by_step[0], by_step[1]
     except FileNotFoundError:
-        return None
+        return None, {}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         write_message(f"{file} is damaged ({reason(error)}), so {path.name} decides which checkpoint is the best")
-        return None
+        return None, {}
 
 
-def _accuracy_content(accuracy: Any) -> dict[str, Any]:
-    """Returns the content of accuracy.json: {step: accuracy} with its CRC-32."""
-    return {"accuracy": accuracy, "crc32": zlib.crc32(json.dumps(accuracy, sort_keys=True).encode())}
+def _accuracy_content(scores: Any, calibrations: Any) -> dict[str, Any]:
+    """Returns the content of accuracy.json: {step: score}, {step: calibrations} if there are any, and a CRC-32."""
+    checked = (scores, calibrations) if calibrations else scores
+    content = {"accuracy": scores, "crc32": zlib.crc32(json.dumps(checked, sort_keys=True).encode())}
+    return content | ({"calibration": calibrations} if calibrations else {})

@@ -8,13 +8,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxft.data.fields import parse_targets
 from jaxft.errors import UserError
 from jaxft.files import reason
 from jaxft.main_process import is_main_process
 from jaxft.run.remote_workdir import display_name
 from jaxft.run.workdir import Workdir
 
-SCALARS = ("loss", "accuracy", "images_per_second")
+SCALARS = ("loss", "accuracy", "images_per_second")  # of a single class, besides best_metric
+NOT_SCALARS = ("step", "epoch", "split", "score", "seconds")  # keys of a row
 
 
 def check_trackers(log: ConfigDict) -> None:
@@ -36,6 +38,9 @@ class Trackers:
     """
 
     def __init__(self, config: ConfigDict, workdir: Workdir, kept: Iterable[dict[str, Any]]) -> None:
+        fields = parse_targets(config.targets)
+        one_class = len(fields) == 1 and fields[0].kind == "class"
+        self._keys = (*SCALARS, config.best_metric) if one_class else ()  # (): all
         self._writers: list[Callable[[dict[str, float], int], None]] = []
         self._closers: list[Callable[[], None]] = []
         if not is_main_process():
@@ -78,7 +83,8 @@ class Trackers:
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes a line of metrics.jsonl."""
-        scalars = {f"{row['split']}/{key}": row[key] for key in SCALARS if key in row}
+        keys = dict.fromkeys(self._keys or [key for key in row if key not in NOT_SCALARS])
+        scalars = {f"{row['split']}/{key}": row[key] for key in keys if key in row}
         for write in self._writers:
             write(scalars, row["step"])
 

@@ -1,8 +1,9 @@
-"""Single-label classification: head, loss, counts on the device, scores and display, in the order of their use."""
+"""A class, one of several: head, loss, counts on the device, scores and display, in the order of their use."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,14 @@ import optax
 from flax import struct
 
 from jaxft.data.batches import Array
+from jaxft.data.fields import Field
 from jaxft.models.heads import get_head, linear_init, set_head
+from jaxft.targets import metrics
+from jaxft.targets.calibration import fit_temperature, softmax
+from jaxft.targets.target import Calibration, Counts
 
+CALIBRATION_BINS = metrics.CALIBRATION_BINS
 TOP_K = (3, 5)  # reported if there are at least twice as many classes
-CALIBRATION_BINS = 15
 
 # ---- head ----
 
@@ -59,15 +64,6 @@ def balanced_class_weights(label: np.ndarray, num_classes: int) -> tuple[float, 
 
 
 @struct.dataclass
-class Counts:
-    """Sums over images, from which the host computes means at the end."""
-
-    loss: Array
-    correct: Array
-    num_images: Array
-
-
-@struct.dataclass
 class Predictions:
     """Per-image predictions and labels, each of shape (B,)."""
 
@@ -76,6 +72,7 @@ class Predictions:
     confidence: Array  # probability of the predicted class
     rank: Array  # int32, position of the label among the sorted logits: 0 if the prediction is right
     loss: Array
+    logits: Array | None = None  # float32 (B, num_classes); files of evaluations lack them
 
 
 def count_batch(logits: Array, label: Array, mask: Array) -> Counts:
@@ -94,6 +91,7 @@ def predictions_from_logits(logits: Array, label: Array) -> Predictions:
         confidence=jax.nn.softmax(logits).max(-1),
         rank=((logits > own) | ((logits == own) & before)).sum(-1, dtype=jnp.int32),
         loss=optax.softmax_cross_entropy_with_integer_labels(logits, label),
+        logits=logits,
     )
 
 
@@ -123,7 +121,7 @@ def evaluation_summary(predictions: Predictions, class_names: Sequence[str]) -> 
         },
         "mean_per_class_accuracy": float(np.mean([accuracy for accuracy in per_class if accuracy is not None])),
         "per_class_accuracy": dict(zip(class_names, per_class, strict=True)),
-        "expected_calibration_error": calibration(predictions).error,
+        "expected_calibration_error": reliability(predictions).error,
         "confusion_matrix": matrix.tolist(),
     }
 
@@ -142,7 +140,7 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-class Calibration(NamedTuple):
+class Reliability(NamedTuple):
     """Statistics of the images in each of CALIBRATION_BINS equal bins of confidence; 0 in an empty bin."""
 
     num_images: np.ndarray
@@ -155,14 +153,19 @@ class Calibration(NamedTuple):
         return float((self.num_images * np.abs(self.confidence - self.accuracy)).sum() / self.num_images.sum())
 
 
-def calibration(predictions: Predictions) -> Calibration:
-    confidence = np.asarray(predictions.confidence, np.float64)
+def reliability(predictions: Predictions) -> Reliability:
+    return bin_reliability(predictions.confidence, predictions.rank == 0)
+
+
+def bin_reliability(confidence: Array, correct: Array) -> Reliability:
+    """Returns the statistics of predictions with these probabilities (N,), and whether each was right (N,)."""
+    confidence = np.asarray(confidence, np.float64)
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    num_images, confidences, correct = (
-        np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, predictions.rank == 0)
+    num_images, confidences, num_correct = (
+        np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, correct)
     )
     divisor = np.maximum(num_images, 1)
-    return Calibration(num_images, confidences / divisor, correct / divisor)
+    return Reliability(num_images, confidences / divisor, num_correct / divisor)
 
 
 # ---- display ----
@@ -179,6 +182,9 @@ class Prediction(NamedTuple):
         """Returns {"label", "probability", "top_k": [{"label", "probability"}, ...]}."""
         top_k = [{"label": label, "probability": probability} for label, probability in self.top_k]
         return {"label": self.label, "probability": self.probability, "top_k": top_k}
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.probability:.1%}"
 
 
 def rank(probabilities: np.ndarray, class_names: Sequence[str], top_k: int) -> Prediction:
@@ -209,3 +215,61 @@ def score_cards(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"{scores['expected_calibration_error']:.1%}", "expected calibration error"),
         (f"{scores['pictures']:,}", "test images"),
     ]
+
+
+# ---- the target ----
+
+
+@dataclass(frozen=True)
+class ClassTarget:
+    """One of several classes, with a softmax; images without a label (-1) do not count."""
+
+    field: Field = Field("class", "label", "label")  # noqa: RUF009, immutable
+    label_smoothing: float = 0.0  # as in torch's cross_entropy (Szegedy et al. 2016)
+    class_weights: tuple[float, ...] = ()  # as in torch's cross_entropy; (): all 1
+
+    default_metric: ClassVar[str] = "accuracy"
+    metrics: ClassVar[tuple[str, ...]] = metrics.CLASS_METRICS
+
+    def loss(self, logits: Array, label: Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the weighted cross-entropy of each image (B,) and its weight (B,)."""
+        known = label >= 0
+        losses, weights = cross_entropy(logits, jnp.where(known, label, 0), self.label_smoothing, self.class_weights)
+        return losses * known, weights * known
+
+    def count_batch(self, logits: Array, label: Array, mask: Array) -> Counts:
+        known = label >= 0
+        return count_batch(logits, jnp.where(known, label, 0), mask * known)
+
+    def distillation_loss(self, logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
+        """Returns the KL divergence (B,) of the softened predictions, times temperature^2 to keep gradients' scale."""
+        student, teacher = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher_logits))
+        return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)
+
+    def outputs(self, logits: Any, calibration: Calibration) -> Any:
+        scaled = logits / calibration["temperature"] if "temperature" in calibration else logits
+        return jax.nn.softmax(scaled) if isinstance(logits, jax.Array) else softmax(np.asarray(scaled, np.float64))
+
+    def scores(self, logits: np.ndarray, label: np.ndarray, calibration: Calibration) -> dict[str, float | None]:
+        return metrics.class_metrics(*self._known(logits, label, calibration))
+
+    def details(self, logits: np.ndarray, label: np.ndarray, calibration: Calibration) -> dict[str, Any]:
+        probabilities, label = self._known(logits, label, calibration)
+        correct = int((probabilities.argmax(-1) == label).sum())
+        accuracy = {"accuracy": wilson_interval(correct, len(label))} if len(label) else {}
+        intervals = {**accuracy, **metrics.class_intervals(probabilities, label)}
+        per_class = metrics.per_class(probabilities, label)
+        rows = {name: {key: each[i] for key, each in per_class.items()} for i, name in enumerate(self.field.names)}
+        return {"num_images": len(label), "intervals": intervals, "per_class": rows}
+
+    def calibrate(self, logits: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+        """Fits one temperature (Guo et al. 2017)."""
+        return {"temperature": fit_temperature(logits, label, "class")}
+
+    def prediction(self, output: np.ndarray, calibration: Calibration, top_k: int) -> Prediction:
+        return rank(output, self.field.names, top_k)
+
+    def _known(self, logits: np.ndarray, label: np.ndarray, calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the probabilities and labels of images that have a label."""
+        known = label >= 0
+        return self.outputs(logits[known], calibration), label[known]

@@ -66,10 +66,11 @@ def resolve_auto(config: ConfigDict, train_data: Dataset) -> ConfigDict:
     """
     config = ConfigDict(config.to_dict())
     train_size, height, width, _ = train_data.image.shape
+    mixable = all(field.kind != "number" for field in train_data.fields)
     rules: dict[str, Any] = {
         "num_epochs": lambda: num_epochs(train_size),
         "image_size": lambda: SMALL_IMAGE_SIZE if height * width <= SMALL_AREA else IMAGE_SIZE,
-        "augment.mixup": lambda: MIXUP if train_size >= MIXUP_FROM else 0.0,
+        "augment.mixup": lambda: MIXUP if train_size >= MIXUP_FROM and mixable else 0.0,
         "optimizer.warmup_epochs": lambda: WARMUP * config.num_epochs,
         "optimizer.learning_rate": lambda: LEARNING_RATE * config.batch_size / BATCH,
     }

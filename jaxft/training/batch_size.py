@@ -17,9 +17,10 @@ from jaxft.errors import UserError
 from jaxft.models.build import make_model
 from jaxft.models.partition import make_policy
 from jaxft.ops.formulation import on_cpu
+from jaxft.targets.joint import Targets, count_outputs
 from jaxft.training.loop import pmap_train_steps
 from jaxft.training.optimizer import make_optimizer
-from jaxft.training.start import load_teacher
+from jaxft.training.start import Splits, load_teacher
 from jaxft.training.state import abstract_train_state
 from jaxft.training.steps import make_step_config
 from jaxft.training.steps_per_call import StepsPerCall
@@ -41,24 +42,24 @@ def check_batch_size(batch_size: int) -> None:
         raise UserError(f"batch_size {batch_size} cannot be shared equally by {devices} devices; use {hint}")
 
 
-def find_batch_size(config: ConfigDict, train_data: Dataset, eval_data: Dataset) -> int:
+def find_batch_size(config: ConfigDict, splits: Splits, targets: Targets) -> int:
     """Finds the batch size for config.batch_size = 0 on the devices of this run."""
-    model = make_model(config.model, len(train_data.class_names))
+    model = make_model(config.model, count_outputs(targets))
     policy = make_policy(config, model, config.num_epochs)
     tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
     state = abstract_train_state(model, tx, policy, ema=config.optimizer.ema_decay > 0)
-    teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
+    teacher = load_teacher(config, targets, "best", model.formulation)
     resize, interpolation = config.data.resize, interpolation_of(config.data)
     preprocessing = Preprocessing(config.image_size, IMAGENET_MEAN, IMAGENET_STD, resize, interpolation)
-    steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing, teacher))
+    steps = pmap_train_steps(make_step_config(config, model, policy, tx, preprocessing, teacher, targets))
     num_steps = StepsPerCall(padded=on_cpu(model.formulation)).scan_length(1)
 
     def compile_step(examples: Examples, batch: Batch) -> Any:
         return steps.lower(state, examples, batch, teacher and teacher.variables, num_steps).compile()
 
     stream = config.data.stream
-    resident = sum(data.image.nbytes for data in (train_data, eval_data) if not is_streamed(data, stream))
-    return largest_batch_size(compile_step, train_data, device_memory(), resident)
+    resident = sum(data.image.nbytes for data in splits if data and not is_streamed(data, stream))
+    return largest_batch_size(compile_step, splits.train, device_memory(), resident)
 
 
 def largest_batch_size(
@@ -78,13 +79,14 @@ def largest_batch_size(
         """Returns the bytes of a step on one device that holds only this batch's images."""
         size = share * devices
         image = jax.ShapeDtypeStruct((size, *data.image.shape[1:]), np.uint8)
-        examples = jax.eval_shape(Examples.packed, image, jax.ShapeDtypeStruct((size,), np.int32))
+        label = jax.tree.map(lambda array: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype), data.label)
+        examples = jax.eval_shape(Examples.packed, image, label)
         (batch,) = ResidentLoader(examples).batches(np.arange(size), size)
         memory = compile_step(examples, jax.tree.map(lambda array: array[:, None], batch)).memory_analysis()
         arguments_and_results = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return int(arguments_and_results + memory.temp_size_in_bytes)
 
-    at_most = max(len(data.label) // LEAST_STEPS // devices, 1)
+    at_most = max(data.num_examples // LEAST_STEPS // devices, 1)
     share = largest_share(bytes_of, MEMORY_SHARE * device_memory - resident, at_most)
     needed, available = bytes_of(share) / 2**30, device_memory / 2**30
     print(

@@ -2,9 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from jaxft.models.network import Network
 from jaxft.models.policy import Policy
 from jaxft.transforms.preprocessing import Preprocessing
@@ -28,9 +25,3 @@ class Distillation(NamedTuple):
     preprocessing: Preprocessing
     weight: float  # of the teacher's predictions in the loss; the labels have the rest
     temperature: float
-
-
-def distillation_loss(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-    """Returns the KL divergence (B,) of the softened predictions, times temperature^2 to keep the gradients' scale."""
-    student, teacher = (jax.nn.log_softmax(x / temperature) for x in (logits, teacher_logits))
-    return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jaxft.ops.formulation import Formulation
 from jaxft.process import disable_compilation_cache
 from jaxft.progress import Progress
 from jaxft.run.processes import with_compile_barrier
-from jaxft.targets.classification import Predictions
+from jaxft.targets.joint import Calibrations, Targets, targets_of
 from jaxft.training.compilation import Compiler, Program, abstract
 from jaxft.training.feature_cache import features_path, load_or_compute
 from jaxft.training.restore import LoadedCheckpoint, load_checkpoint
@@ -43,8 +44,8 @@ def evaluate_images(
     loader: Loader,
     batch_size: int,
     per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
-) -> Predictions:
-    """Evaluates every image once, on any number of devices: predictions (N,) in the order of the data."""
+) -> Any:
+    """Evaluates every image once, on any number of devices: joint.predictions (N,) in the order of the data."""
     return _per_image(p_eval_steps, state, loader, batch_size, per_call, "evaluating")
 
 
@@ -73,22 +74,22 @@ def extract_features(
 def cache_features(
     config: EvalConfig,
     state: TrainState,
-    loaders: tuple[Loader, Loader],
+    loaders: tuple[Loader, ...],
     batch_size: int,
     per_call: StepsPerCall = StepsPerCall(),  # noqa: B008, immutable
     *,
     keep: bool = False,
-) -> tuple[Loader, Loader]:
-    """Replaces the images of the training and the test loader by their features, resident on every device.
+) -> tuple[Loader, ...]:
+    """Replaces the images of the training loader and the others by their features, resident on every device.
 
-    Only test images are averaged with their mirror images, if the policy asks for that. keep: as in extract_features.
+    Training images are not averaged with their mirror images, whatever the policy. keep: as in extract_features.
     """
     train_config = config._replace(policy=config.policy._replace(test_flip=False))
-    train, test = (
+    configs = [train_config, *(config for _ in loaders[1:])]
+    return tuple(
         ResidentLoader(replicate(extract_features(eval_config, state, loader, batch_size, per_call, keep=keep)))
-        for eval_config, loader in zip((train_config, config), loaders, strict=True)
+        for eval_config, loader in zip(configs, loaders, strict=True)
     )
-    return train, test
 
 
 def recalibrate(
@@ -121,14 +122,14 @@ def _per_image(
 
     per_batch = _per_batch(p_checked_steps, state, loader, shared_equally(batch_size), per_call, description)
     # Padding is only at the end of the last batch.
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: len(loader.label)], per_batch)
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[3:])[: loader.num_examples], per_batch)
 
 
 def _per_batch(
     p_steps: EvalSteps, state: TrainState, loader: Loader, batch_size: int, per_call: StepsPerCall, description: str
 ) -> Any:
     """Joins a step's results of all batches on the host: (batches, ...)."""
-    size = len(loader.label)
+    size = loader.num_examples
     results: list[Any] = []
     counts: list[int] = []
     with Progress(description, size) as progress:
@@ -158,7 +159,7 @@ def make_eval_program(
 ) -> Program:
     """Returns the program of `evaluate_images`."""
     function, batch_size = _pmap(eval_step, config), shared_equally(batch_size)
-    calls = abstract_calls(loader, batch_size, [-(-len(loader.label) // batch_size)], per_call)
+    calls = abstract_calls(loader, batch_size, [-(-loader.num_examples // batch_size)], per_call)
     arguments = [(abstract(state), *call) for call in calls]
     return Program("evaluation step", with_compile_barrier(function), function, arguments)
 
@@ -168,6 +169,13 @@ def _pmap_steps(step: EvalStep, config: EvalConfig) -> EvalSteps:
 
 
 def _pmap(step: EvalStep, config: EvalConfig) -> Any:
+    found: Any = config.preprocessing
+    found = found._replace(mean=tuple(found.mean), std=tuple(found.std))  # a checkpoint's are lists
+    return _cached_pmap(step, config._replace(preprocessing=found))
+
+
+@lru_cache(maxsize=8)  # so that splits of one size share a compiled program
+def _cached_pmap(step: EvalStep, config: EvalConfig) -> Any:
     steps = partial(map_batches, step=step, config=config)
     return jax.pmap(steps, axis_name=config.policy.axis_name, in_axes=(None, None, 0, None), out_axes=None)
 
@@ -181,8 +189,10 @@ def shared_equally(batch_size: int) -> int:
 class Evaluation(NamedTuple):
     checkpoint: int  # its step
     split: str
-    class_names: tuple[str, ...]
-    predictions: Predictions
+    class_names: tuple[str, ...]  # () of several targets
+    predictions: Any  # of joint.predictions
+    targets: Targets = ()
+    calibrations: Calibrations = MappingProxyType({})
 
 
 def evaluate(
@@ -212,8 +222,8 @@ def choose_formulation(model: Network, config: ConfigDict, train_size: int) -> F
 def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = None) -> Evaluation:
     """Evaluates a checkpoint on the split that its run was tested on.
 
-    data_dir: the folder of images, or of prepared TFDS datasets, if it has moved. Test images that differ from those of
-    the run are reported on stderr. Raises UserError if the data has other classes than the checkpoint.
+    data_dir: the folder of images, of the table or of prepared TFDS datasets, if it has moved. Test images that differ
+    from those of the run are reported on stderr. Raises UserError if the data has other classes than the checkpoint.
     """
     step, info, model, policy, state = checkpoint
     config = resolve(info["config"])
@@ -221,9 +231,15 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     if data.name.startswith("folder:"):
         data.name = f"folder:{_find_folder(info, data.name, data_dir)}"
         data.layout = info.get("data", {}).get("layout") or data.layout
+    elif data.name.startswith("table:"):
+        data.name = f"table:{_find_table(info, data.name, data_dir)}"
     elif data_dir is not None:
         data.dir = data_dir
-    dataset = datasets.load_config_data(data, data.eval_split, config.image_size, tuple(info["class_names"]))
+    targets = targets_of(info)
+    fields = tuple(target.field for target in targets) if "targets" in info else ()
+    class_names = tuple(info["class_names"])
+    load = partial(datasets.load_config_data, data, data.eval_split, config.image_size)
+    dataset = load(class_names, targets=config.targets, train_fields=fields)
     if list(dataset.class_names) != info["class_names"]:
         raise UserError(f"{data.name} has other classes than the checkpoint: {', '.join(info['class_names'])}")
     if text := "data" in info and differences(info["data"]["eval"], dataset):
@@ -232,12 +248,29 @@ def evaluate_checkpoint(checkpoint: LoadedCheckpoint, data_dir: str | None = Non
     if model.formulation == "cpu-onednn":
         disable_compilation_cache()
     per_call, loader = choose_steps_per_call(config, model, train=False), make_loader(dataset, data)
-    eval_config = EvalConfig(model, Preprocessing(**info["preprocessing"]), policy)
+    eval_config = EvalConfig(model, Preprocessing(**info["preprocessing"]), policy, targets=targets)
     program = make_eval_program(eval_config, state, loader, config.batch_size, per_call)
     with closing(Compiler()) as compiler:
         compiler.wait(program)
     predictions = evaluate_images(program.call, state, loader, config.batch_size, per_call)
-    return Evaluation(step, data.eval_split, dataset.class_names, predictions)
+    calibrations = info.get("calibration", {})
+    return Evaluation(step, data.eval_split, dataset.class_names, predictions, targets, calibrations)
+
+
+def _find_table(info: dict[str, Any], name: str, data_dir: str | None) -> Path:
+    """Returns the table of a run: in `data_dir`, or where it was in training. Raises UserError if it is missing.
+
+    name: the run's data.name, whose path may be relative to the working directory of the training.
+    """
+    named = datasets.table_path(name)
+    stored = Path(info.get("data", {}).get("folder") or named.parent) / named.name
+    table = stored if stored.is_file() or not named.is_file() else named
+    if data_dir is not None:
+        table = datasets.folder_path(data_dir)
+        table = table / named.name if is_folder(table) else table
+    if not table.is_file():
+        raise UserError(f"there is no table {table}; if it has moved, name its folder: --data_dir DIR")
+    return table
 
 
 def _find_folder(info: dict[str, Any], name: str, data_dir: str | None) -> Path:

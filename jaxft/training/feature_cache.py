@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxft.data.lazy_images import LazyImages
+from jaxft.data.lazy_images import is_lazy
 from jaxft.data.loader import Loader, ResidentLoader
 from jaxft.errors import one_line, write_message
 from jaxft.files import atomic_write, cache_dir, open_regular, reason
@@ -89,7 +89,7 @@ def _images(loader: Loader) -> Iterator[np.ndarray] | None:
         array = np.asarray(array.addressable_shards[0].data if isinstance(array, jax.Array) else array)
         return (array[i : i + CHUNK] for i in range(0, len(array), CHUNK))
     image = loader.data.image
-    if isinstance(image, LazyImages):
+    if is_lazy(image):
         return None
-    number = np.arange(len(loader.label))
+    number = np.arange(loader.num_examples)
     return (image[number[i : i + CHUNK]] for i in range(0, len(number), CHUNK))

@@ -12,6 +12,7 @@ from jaxft.data.batches import replicate
 from jaxft.data.loader import Loader
 from jaxft.main_process import is_main_process
 from jaxft.models.heads import HEAD_NORM, get_head, set_head, unfold_standardize
+from jaxft.targets.joint import Targets
 from jaxft.training.probe import extract_training_features, fit_head, standardization
 from jaxft.training.state import TrainState
 from jaxft.training.steps import EvalConfig
@@ -24,7 +25,7 @@ def prepare_head(
     eval_config: EvalConfig,
     state: TrainState,
     loader: Loader,
-    class_weights: tuple[float, ...],
+    targets: Targets,
     per_call: StepsPerCall,
     *,
     keeps_head: bool,
@@ -45,7 +46,7 @@ def prepare_head(
             inputs, path = np.asarray(jax.device_get(features.examples.image)), eval_config.model.head
             state = set_head_norm(state, inputs, keeps_head=keeps_head, path=path)
     if fit:
-        state, _ = fit_head(config, eval_config, state, loader, class_weights, per_call)
+        state, _ = fit_head(config, eval_config, state, loader, targets, per_call)
     return state
 
 

@@ -3,18 +3,20 @@
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from jaxft.config import count_steps_per_epoch
-from jaxft.data.batches import Batch, epoch_order
+from jaxft.data.batches import Batch, epoch_order, sampled_order
+from jaxft.data.dataset import Dataset
 from jaxft.data.loader import Loader
 from jaxft.errors import Interrupted, UserError
 from jaxft.models.partition import make_policy
@@ -25,14 +27,14 @@ from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import with_compile_barrier
 from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers
-from jaxft.targets.classification import Counts
+from jaxft.targets.joint import Targets, first_class, losses_of
 from jaxft.training.compilation import Compiler, Program, abstract
 from jaxft.training.state import TrainState
 from jaxft.training.steps import StepConfig, train_step, train_steps
 from jaxft.training.steps_per_call import StepsPerCall, abstract_calls, stack_batches
 from jaxft.transforms.preprocessing import epoch_image_size
 
-TrainSteps = Callable[[TrainState, Batch, Any], tuple[TrainState, Counts]]  # (state, stacked batches, num_steps)
+TrainSteps = Callable[[TrainState, Batch, Any], tuple[TrainState, Any]]  # (state, stacked batches, num_steps)
 
 
 def pmap_train_steps(config: StepConfig, devices: Sequence[jax.Device] | None = None) -> Any:
@@ -62,7 +64,7 @@ def make_train_programs(
 
     The frozen parameters and the image size depend on the epoch; each combination is one program.
     """
-    steps_per_epoch = count_steps_per_epoch(config, len(loader.label))
+    steps_per_epoch = count_steps_per_epoch(config, loader.num_examples)
     settings: dict[int, tuple[Policy, int]] = {}  # by epoch
     numbers = defaultdict[tuple[Policy, int], list[int]](list)  # of steps between two checkpoints
     for epoch in range(int(state.step) // steps_per_epoch + 1, config.num_epochs + 1):
@@ -108,6 +110,8 @@ class Trainer:
     per_call: StepsPerCall
     first_step: int  # the run starts or resumes after this step
     recalibrate: Callable[[TrainState], TrainState]
+    targets: Targets
+    order: Callable[[int], np.ndarray]  # of an epoch's images
     checkpoints: Checkpoints
     info: dict[str, Any]  # stored with each checkpoint
     writers: tuple[MetricsFile, Trackers]
@@ -132,17 +136,18 @@ def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSigna
     """
     config, checkpoints = trainer.config, trainer.checkpoints
     last_step = epoch * trainer.steps_per_epoch
-    order = epoch_order(config.seed, epoch, len(trainer.loader.label))
+    order = trainer.order(epoch)
     order = order[(int(state.step) - (last_step - trainer.steps_per_epoch)) * config.batch_size :]  # the rest of it
     batches = trainer.loader.batches(order, config.batch_size)
     if int(state.step) < last_step:
         trainer.compiler.wait(trainer.programs[epoch])
     with Progress(f"epoch {epoch}/{config.num_epochs}", len(order)) as progress:
 
-        def on_step(step: int, counts: Counts, seconds: float) -> None:
-            row = metrics_row(step, epoch, "train", counts, seconds)
+        def on_step(step: int, counts: Any, seconds: float) -> None:
+            num_images = int(counts.num_images)
+            row = metrics_row(step, epoch, "train", losses_of(trainer.targets, counts), num_images, seconds)
             trainer.record(row)
-            progress.update(int(counts.num_images), row["loss"])
+            progress.update(num_images, row["loss"])
             stop.protect_results()
             checkpoints.poll()
 
@@ -160,6 +165,14 @@ def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSigna
     return state
 
 
+def order_of(config: ConfigDict, data: Dataset, epoch: int) -> np.ndarray:
+    """Returns the order of an epoch's images, int64 (N,), as data.sampling says: a pure function of seed and epoch."""
+    power = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}[config.data.sampling]
+    if not power:
+        return epoch_order(config.seed, epoch, data.num_examples)
+    return sampled_order(config.seed, epoch, first_class(data.label), power)
+
+
 def steps_between_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:
     """Yields the numbers of steps between checkpoints: at multiples of every_steps (0: none), and at `last`."""
     while first < last:
@@ -174,14 +187,14 @@ def run_steps(
     calls: Iterable[tuple[Batch, int]],
     per_call: StepsPerCall,
     stop: StopSignals,
-    on_step: Callable[[int, Counts, float], None],
+    on_step: Callable[[int, Any, float], None],
 ) -> TrainState:
     """Runs calls of stacked batches until they end or a signal arrives; returns the state after the last step.
 
     on_step receives each step with its counts and seconds, per_call.ahead calls late so that accelerators never wait.
     """
     step = launched = int(state.step)
-    waiting = deque[tuple[Counts, int]]()
+    waiting = deque[tuple[Any, int]]()
     started = time.monotonic()
 
     def report_oldest_call() -> None:
@@ -206,18 +219,19 @@ def run_steps(
     return state
 
 
-def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: float) -> dict[str, Any]:
-    """Returns a row of metrics.jsonl. Raises NotFiniteError if the loss is not finite."""
-    num_images = int(counts.num_images)
-    loss = float(counts.loss) / num_images
-    if not math.isfinite(loss):
-        raise NotFiniteError(f"the {split} loss is {loss}", step, made_by=step - 1 if split == "train" else step)
+# More than six parameters: the columns of a row.
+def metrics_row(
+    step: int, epoch: int, split: str, values: Mapping[str, Any], num_images: int, seconds: float
+) -> dict[str, Any]:
+    """Returns a row of metrics.jsonl. values: the loss and metrics. Raises NotFiniteError if the loss is not finite."""
+    if not math.isfinite(values["loss"]):
+        text = f"the {split} loss is {values['loss']}"
+        raise NotFiniteError(text, step, made_by=step - 1 if split == "train" else step)
     return {
         "step": step,
         "epoch": epoch,
         "split": split,
-        "loss": loss,
-        "accuracy": float(counts.correct) / num_images,
+        **values,
         "images_per_second": round(num_images / seconds, 2),
         "seconds": round(seconds, 4),
     }
@@ -226,7 +240,7 @@ def metrics_row(step: int, epoch: int, split: str, counts: Counts, seconds: floa
 def epochs_evaluated(metrics: MetricsFile, step: int, steps_per_epoch: int) -> int:
     """Returns how many epochs are complete after `step`; the last one counts only once it has been evaluated."""
     epochs, rest = divmod(step, steps_per_epoch)
-    return epochs - 1 if epochs and not rest and step not in metrics.accuracy else epochs
+    return epochs - 1 if epochs and not rest and step not in metrics.scores else epochs
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from jaxft.data.loader import Loader, ResidentLoader
 from jaxft.errors import UserError
 from jaxft.main_process import is_main_process
 from jaxft.models.heads import HEAD_NORM, set_head, unfold_standardize
-from jaxft.targets.classification import Counts, count_batch, cross_entropy
+from jaxft.targets import joint
+from jaxft.targets.joint import ONE_CLASS, Targets, first_class
 from jaxft.training.evaluation import extract_features
 from jaxft.training.loop import Trainer, metrics_row
 from jaxft.training.state import TrainState
@@ -47,9 +48,8 @@ ONLY_FIT = (
 class LossConfig(NamedTuple):
     """Settings of the loss, the same as in training; static in jit."""
 
-    num_classes: int
-    label_smoothing: float = 0.0
-    class_weights: tuple[float, ...] = ()
+    num_outputs: int
+    targets: Targets = ONE_CLASS
 
 
 class Fit(NamedTuple):
@@ -58,17 +58,17 @@ class Fit(NamedTuple):
     inverse_penalty: float  # the chosen one of INVERSE_PENALTIES
 
 
-def fit_logistic_regression(features: np.ndarray, label: np.ndarray, loss_config: LossConfig, seed: int) -> Fit:
+def fit_linear_head(features: np.ndarray, label: Any, loss_config: LossConfig, seed: int) -> Fit:
     """Chooses the penalty by the loss on held-out images, then fits all images. features: float32 (N, F)."""
     center, scale = standardization(features)
     inputs = ((features - center) / scale).astype(np.float32)
     zero = {
-        "kernel": np.zeros((features.shape[1], loss_config.num_classes), np.float32),
-        "bias": np.zeros(loss_config.num_classes, np.float32),
+        "kernel": np.zeros((features.shape[1], loss_config.num_outputs), np.float32),
+        "bias": np.zeros(loss_config.num_outputs, np.float32),
     }
     inverse_penalty = INVERSE_PENALTIES[len(INVERSE_PENALTIES) // 2]
-    held_out = hold_out(label, seed)
-    everything = np.ones(len(label), np.float32)
+    held_out = hold_out(first_class(label), seed)
+    everything = np.ones(len(features), np.float32)
     if held_out.any():
         kept = np.where(held_out, 0, everything)
         losses, params = [], zero
@@ -106,18 +106,17 @@ def hold_out(label: np.ndarray, seed: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="loss_config")
-def mean_loss(params: Any, inputs: jax.Array, label: jax.Array, mask: jax.Array, loss_config: LossConfig) -> jax.Array:
-    """Returns the weighted mean cross-entropy of the images whose mask is 1, as the train step computes it."""
+def mean_loss(params: Any, inputs: jax.Array, label: Any, mask: jax.Array, loss_config: LossConfig) -> jax.Array:
+    """Returns the loss of the images whose mask is 1, as the train step computes it."""
     logits = jnp.matmul(inputs, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
-    loss, weights = cross_entropy(logits, label, loss_config.label_smoothing, loss_config.class_weights)
-    return (loss * mask).sum() / (weights * mask).sum()
+    return joint.mean_loss(loss_config.targets, logits, [(label, jnp.ones_like(mask))], mask, axis_name=None)
 
 
 @partial(jax.jit, static_argnames="loss_config")
 def minimize(
     params: Any,
     inputs: jax.Array,
-    label: jax.Array,
+    label: Any,
     mask: jax.Array,
     inverse_penalty: jax.Array,
     loss_config: LossConfig,
@@ -192,19 +191,19 @@ def fit_head(
     eval_config: EvalConfig,
     state: TrainState,
     loader: Loader,
-    class_weights: tuple[float, ...],
+    targets: Targets,
     per_call: StepsPerCall,
-) -> tuple[TrainState, Counts]:
+) -> tuple[TrainState, Any]:
     """Returns the state with a head fitted to all training images, and the head's counts on them.
 
     The loader holds images or cached features. With head_norm, the head is converted to its outputs. Raises UserError
     if a feature is not finite.
     """
     examples = extract_training_features(config, eval_config, state, loader, per_call).examples
-    features, label = (np.asarray(jax.device_get(array)) for array in (examples.image, examples.label))
+    features, label = jax.tree.map(np.asarray, jax.device_get((examples.image, examples.label)))
     features = features.astype(np.float32)
-    loss_config = LossConfig(eval_config.model.num_classes, config.label_smoothing, class_weights)
-    fit = fit_logistic_regression(features, label, loss_config, config.seed)
+    loss_config = LossConfig(eval_config.model.num_classes, targets)
+    fit = fit_linear_head(features, label, loss_config, config.seed)
     head = {"kernel": fit.kernel, "bias": fit.bias}
     logits = jnp.asarray(features @ head["kernel"] + head["bias"])
     if HEAD_NORM in state.batch_stats:
@@ -213,11 +212,11 @@ def fit_head(
         head = multihost_utils.broadcast_one_to_all(head)
     if is_main_process():
         print(
-            f"head     fitted to {len(label):,} images by L-BFGS; inverse penalty {fit.inverse_penalty:g}, chosen on a "
-            f"{HELD_OUT:.0%} sample",
+            f"head     fitted to {len(features):,} images by L-BFGS; inverse penalty {fit.inverse_penalty:g}, "
+            f"chosen on a {HELD_OUT:.0%} sample",
             flush=True,
         )
-    counts = jax.device_get(count_batch(logits, label, np.ones(len(label), np.float32)))
+    counts = jax.device_get(joint.count_batch(targets, logits, label, jnp.ones(len(features))))
     path = eval_config.model.head
     state = dataclasses.replace(state, params=set_head(state.params, path, replicate(head)))
     if state.ema:
@@ -230,15 +229,16 @@ def fit_head_as_epoch(
     trainer: Trainer,
     eval_config: EvalConfig,
     state: TrainState,
-    class_weights: tuple[float, ...],
     per_call: StepsPerCall,
 ) -> TrainState:
     """Fits the head in place of an epoch of steps: one row of metrics and one checkpoint, of step 1."""
     if int(state.step):  # a resumed run that lacks only the evaluation
         return state
     started = time.monotonic()
-    state, counts = fit_head(trainer.config, eval_config, state, trainer.loader, class_weights, per_call)
+    state, counts = fit_head(trainer.config, eval_config, state, trainer.loader, trainer.targets, per_call)
     state = dataclasses.replace(state, step=replicate(np.int32(1)))
-    trainer.record(metrics_row(1, 1, "train", counts, time.monotonic() - started))
+    seconds = time.monotonic() - started
+    values = joint.losses_of(trainer.targets, counts)
+    trainer.record(metrics_row(1, 1, "train", values, int(counts.num_images), seconds))
     trainer.checkpoints.save(state, trainer.info)
     return state

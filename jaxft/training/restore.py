@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft.config import resolve
-from jaxft.errors import UserError
+from jaxft.errors import UserError, write_message
 from jaxft.files import expand_user
 from jaxft.models.build import make_model
 from jaxft.models.fold import fold_head_norm
@@ -17,9 +17,10 @@ from jaxft.models.network import Network, options_of
 from jaxft.models.partition import make_policy
 from jaxft.models.policy import Policy
 from jaxft.run.checkpoint_reader import NEWEST_GOOD, CheckpointReader, DamagedCheckpointError
-from jaxft.run.metrics_file import read_accuracy
+from jaxft.run.metrics_file import read_calibration, read_scores
 from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
 from jaxft.run.workdir import CHECKPOINTS, METRICS, Workdir
+from jaxft.targets.joint import count_outputs, find_metric, format_metric, targets_of, value_of_score
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, abstract_train_state
 
@@ -64,6 +65,8 @@ def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
             if template is None or template.config != info["config"]:
                 template = _make_template(info)
             state = checkpoints.restore(step, template.abstract_state)
+            if resolve(info["config"]).data.val_split:
+                info = info | {"calibration": _calibration(folder, step, info)}
             return LoadedCheckpoint(step, info, template.model, template.policy, state)
         except UserError:
             time.sleep(SETTLED_SECONDS if before == _contents(folder) else 0)
@@ -72,9 +75,17 @@ def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
     raise AssertionError
 
 
+def _calibration(folder: Workdir, step: int, info: dict[str, Any]) -> dict[str, Any]:
+    """Returns {target: calibration} of a checkpoint, and reports on stderr if it has none although it could."""
+    found = read_calibration(folder.metrics, step)
+    if not found and any(target.field.kind != "number" for target in targets_of(info)):
+        write_message(f"checkpoint {step} was not evaluated: its probabilities are not calibrated, thresholds are 0.5")
+    return found
+
+
 def _make_template(info: dict[str, Any]) -> _Template:
     config = resolve(info["config"])
-    model = make_model(config.model, len(info["class_names"]))
+    model = make_model(config.model, count_outputs(targets_of(info)))
     policy = make_policy(config, model, config.num_epochs)
     # for the structure of its state
     tx = make_optimizer(config.optimizer, steps_per_epoch=1, num_epochs=1, parts=model.parts)
@@ -120,15 +131,17 @@ def load_weights(workdir: str, arch: str | None) -> tuple[dict[str, Any], dict[s
     """
     try:
         folder = Workdir(reading_folder(workdir))
-        accuracy = read_accuracy(folder.metrics) or {}
-        which = "best" if any(step in accuracy for step in folder.steps()) else "latest"
+        scores = read_scores(folder.metrics) or {}
+        which = "best" if any(step in scores for step in folder.steps()) else "latest"
         step, info, model, _, state = load_checkpoint(workdir, which)
     except UserError as error:
         raise named_after(error, "model.pretrained") from None
     found = info["config"]["model"]["arch"]
     if arch not in (None, found):
         raise UserError(f"{workdir} is a run of a {found}, not a {arch}; set --config.model.arch={found}")
-    scored = f", accuracy {accuracy[step]:.2%}" if step in accuracy else ""
+    targets = targets_of(info)
+    metric = find_metric(targets, resolve(info["config"]).best_metric)
+    scored = f", {metric} {format_metric(metric, value_of_score(metric, scores[step]))}" if step in scores else ""
     provenance = {
         "arch": found,
         **options_of(model),
@@ -139,6 +152,7 @@ def load_weights(workdir: str, arch: str | None) -> tuple[dict[str, Any], dict[s
         "std": info["preprocessing"]["std"],
         "preprocessing": info["preprocessing"],
         "class_names": info["class_names"],
+        **{key: info[key] for key in ("targets",) if key in info},
         "weights": info["weights"],
         "num_batches_tracked": info["weights"].get("num_batches_tracked", {}),
     }

@@ -16,6 +16,7 @@ from jaxft.data.dataset import Dataset
 from jaxft.data.identity import check_data, data_info
 from jaxft.data.image_folder import UnreadableError
 from jaxft.data.loader import Loader, make_loader
+from jaxft.data.split_off import split_off
 from jaxft.errors import UserError
 from jaxft.models.fold import fold_norms
 from jaxft.models.heads import HEAD_NORM, get_head
@@ -32,7 +33,8 @@ from jaxft.run.checkpoints import Checkpoints
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import broadcast_bool
 from jaxft.run.workdir import Workdir
-from jaxft.targets.classification import balanced_class_weights, replace_head
+from jaxft.targets.classification import replace_head
+from jaxft.targets.joint import Targets, outputs_of, targets_of
 from jaxft.training.auto import IMAGE_SIZE
 from jaxft.training.distill import Teacher
 from jaxft.training.restore import is_workdir, load_checkpoint, load_weights, named_after
@@ -49,17 +51,33 @@ class Start(NamedTuple):
     teacher: Teacher | None
 
 
-def load_splits(config: ConfigDict) -> tuple[Dataset, Dataset]:
-    """Loads the training split and the test split, with the training split's classes.
+class Splits(NamedTuple):
+    """The images of a run."""
 
-    Raises UserError, with the files of both splits that are not images.
+    train: Dataset
+    eval: Dataset
+    val: Dataset | None = None  # chooses the best checkpoint, thresholds and temperatures in place of `eval`
+
+
+def load_splits(config: ConfigDict) -> Splits:
+    """Loads the training split, the test split and the validation split if the config names one.
+
+    The others have the training split's classes. Raises UserError, with the files of all splits that are not images.
     """
     unreadable: list[UnreadableError] = []
     splits: list[Dataset] = []
-    for split in (config.data.train_split, config.data.eval_split):
+    fraction = val_fraction(config)
+    names = [config.data.train_split, config.data.eval_split]
+    if config.data.val_split and fraction is None:
+        if config.data.val_split in names:
+            text = f"data.val_split is {config.data.val_split}, which is also trained or tested on"
+            raise UserError(f"{text}; name another split, or a fraction of the training images such as 0.1")
+        names.append(config.data.val_split)
+    for split in names:
         try:
-            class_names = splits[0].class_names if splits else None
-            splits.append(datasets.load_config_data(config.data, split, config.image_size or IMAGE_SIZE, class_names))
+            class_names, fields = (splits[0].class_names, splits[0].fields) if splits else (None, ())
+            load = partial(datasets.load_config_data, config.data, split, config.image_size or IMAGE_SIZE)
+            splits.append(load(class_names, targets=config.targets, train_fields=fields))
         except UnreadableError as error:
             unreadable.append(error)
         except UserError as error:
@@ -69,14 +87,37 @@ def load_splits(config: ConfigDict) -> tuple[Dataset, Dataset]:
     if unreadable:
         problems = [problem for error in unreadable for problem in error.problems]
         raise UnreadableError(problems, sum(error.num_files for error in unreadable))
-    train_data, eval_data = splits
-    return train_data, eval_data
+    train_data, eval_data, *val_data = splits
+    if fraction is None:
+        if val_data and val_data[0].origin.layout == "classes":
+            raise UserError(
+                f"{val_data[0].origin.folder} has no folders of splits, so data.val_split cannot be "
+                f"'{config.data.val_split}'; set it to a fraction of the training images, such as 0.1"
+            )
+        return Splits(train_data, eval_data, *val_data)
+    train_data, held_out = split_off(train_data, fraction, config.seed, train_data.group)
+    return Splits(train_data, eval_data, held_out)
 
 
-def make_loaders(config: ConfigDict, train_data: Dataset, eval_data: Dataset) -> tuple[Loader, Loader]:
-    """Makes the loaders of both splits."""
+def val_fraction(config: ConfigDict) -> float | None:
+    """Returns data.val_split as a fraction of the training images; None if it is empty or a split's name.
+
+    Raises UserError if it is a number that is not a fraction.
+    """
+    try:
+        fraction = float(config.data.val_split)
+    except ValueError:
+        return None
+    if not 0 < fraction < 1:
+        raise UserError(f"data.val_split is {config.data.val_split}; a fraction lies between 0 and 1, such as 0.1")
+    return fraction
+
+
+def make_loaders(config: ConfigDict, splits: Splits) -> tuple[Loader, ...]:
+    """Makes the loaders of the training split, the test split and the validation split if there is one."""
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
-    return make_loader(train_data, config.data, partners=mixes), make_loader(eval_data, config.data)
+    others = [make_loader(data, config.data) for data in splits[1:] if data]
+    return make_loader(splits.train, config.data, partners=mixes), *others
 
 
 def load_start_weights(config: ConfigDict) -> Weights | None:
@@ -97,7 +138,8 @@ def begin_or_resume(
     workdir: Workdir,
     model: Network,
     tx: optax.GradientTransformation,
-    splits: tuple[Dataset, Dataset],
+    splits: Splits,
+    targets: Targets,
     metrics: MetricsFile,
     weights: Weights | None = None,
 ) -> tuple[Start, Checkpoints]:
@@ -106,7 +148,6 @@ def begin_or_resume(
     weights: those of a new run, if they are already loaded. Raises UserError if the checkpoint, the weights or the
     teacher cannot be used.
     """
-    train_data, _ = splits
     policy = make_policy(config, model, config.num_epochs)
     ema = config.optimizer.ema_decay > 0
     make_checkpoints = partial(
@@ -127,11 +168,11 @@ def begin_or_resume(
             info = info | {"config": info["config"] | {"num_epochs": config.num_epochs}}
             workdir.raise_num_epochs(config.num_epochs)
         which = info.get("teacher_checkpoint", "best")
-        teacher = load_teacher(config, train_data.class_names, which, model.formulation)
+        teacher = load_teacher(config, targets, which, model.formulation)
         return Start(state, info, teacher), checkpoints
     check_not_trained(workdir, metrics)
-    state, provenance = initial_state(config, model, policy, tx, train_data.class_names, weights)
-    teacher = load_teacher(config, train_data.class_names, "best", model.formulation)
+    state, provenance = initial_state(config, model, policy, tx, targets, weights)
+    teacher = load_teacher(config, targets, "best", model.formulation)
     info = run_info(config, splits, provenance, teacher)
     workdir.write_config(config)
     return Start(replicate(state), info, teacher), make_checkpoints()
@@ -144,7 +185,7 @@ def check_not_trained(workdir: Workdir, metrics: MetricsFile) -> None:
     bucket has no empty folders, and receives the metrics of an epoch before its checkpoint.
     """
     remote = remote_workdir.is_mirror(workdir.path)
-    evaluated = len(metrics.accuracy) >= (2 if remote else 1) and not any(workdir.checkpoints.glob("*-tmp*"))
+    evaluated = len(metrics.scores) >= (2 if remote else 1) and not any(workdir.checkpoints.glob("*-tmp*"))
     if evaluated or (metrics.rows and not remote and not workdir.checkpoints.exists()):
         raise UserError(
             f"{remote_workdir.display_name(workdir.path)} has metrics up to step {metrics.rows[-1]['step']} but no "
@@ -158,13 +199,13 @@ def initial_state(
     model: Network,
     policy: Policy,
     tx: optax.GradientTransformation,
-    class_names: tuple[str, ...] = (),
+    targets: Targets = (),
     weights: Weights | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state of step 0, pretrained or random, and the provenance of the weights.
 
     weights: those of load_start_weights, which is called by default. The head of pretrained weights is replaced, except
-    if they come from another run with the same `class_names`. Raises UserError if the weights belong to another
+    if they come from another run with the same targets. Raises UserError if the weights belong to another
     architecture or have other options than the model.
     """
     rng = jax.random.key(config.seed)
@@ -182,7 +223,7 @@ def initial_state(
     if isinstance(model, ViT):
         variables = {**variables, "params": repool(model, variables["params"], rng)}
     variables = jax.tree.map(np.float32, variables)
-    keeps_head = of_run and tuple(provenance["class_names"]) == class_names
+    keeps_head = of_run and outputs_of(targets_of(provenance)) == outputs_of(targets)
     if of_run:
         provenance = provenance | {"head": "kept" if keeps_head else "new"}
     if not keeps_head:
@@ -194,12 +235,10 @@ def initial_state(
     return initial_train_state(tx, variables, policy, ema=ema), provenance
 
 
-def load_teacher(
-    config: ConfigDict, class_names: tuple[str, ...], which: str, formulation: Formulation
-) -> Teacher | None:
+def load_teacher(config: ConfigDict, targets: Targets, which: str, formulation: Formulation) -> Teacher | None:
     """Loads the network of config.distill.teacher, if any, from a run's checkpoint.
 
-    Raises UserError if it was trained on other classes.
+    Raises UserError if it was trained on other classes or targets.
     """
     workdir = config.distill.teacher
     if not workdir:
@@ -208,22 +247,24 @@ def load_teacher(
         step, info, model, policy, state = load_checkpoint(workdir, which)
     except UserError as error:
         raise named_after(error, "distill.teacher") from None
-    if tuple(info["class_names"]) != class_names:
-        raise UserError(f"distill.teacher {workdir} was trained on other classes: {', '.join(info['class_names'])}")
+    if outputs_of(found := targets_of(info)) != outputs_of(targets):
+        texts = [f"{t.field.name} ({', '.join(t.field.names) or t.field.kind})" for t in found]
+        names = ", ".join(info["class_names"]) or "; ".join(texts)
+        raise UserError(f"distill.teacher {workdir} was trained on other classes: {names}")
     model, variables = fold_norms(model.clone(formulation=formulation), replicate(state.variables()))
     return Teacher(model, policy, Preprocessing(**info["preprocessing"]), variables, step)
 
 
-def run_info(
-    config: ConfigDict, splits: tuple[Dataset, Dataset], provenance: dict[str, Any], teacher: Teacher | None
-) -> dict[str, Any]:
+def run_info(config: ConfigDict, splits: Splits, provenance: dict[str, Any], teacher: Teacher | None) -> dict[str, Any]:
     """Returns the info that a checkpoint stores with the state: everything that is needed to use it."""
-    train_data, _ = splits
-    info = {"teacher_checkpoint": str(teacher.checkpoint)} if teacher else {}
+    train_data = splits.train
+    info: dict[str, Any] = {"teacher_checkpoint": str(teacher.checkpoint)} if teacher else {}
+    if train_data.fields:
+        info["targets"] = [field._asdict() for field in train_data.fields]
     return info | {
         "config": config.to_dict(),
         "class_names": list(train_data.class_names),
-        "train_size": len(train_data.label),
+        "train_size": train_data.num_examples,
         "data": data_info(*splits),
         "preprocessing": {
             "image_size": config.image_size,
@@ -256,10 +297,3 @@ def can_cache_features(config: ConfigDict, model: Network, policy: Policy) -> bo
     augmented = make_augmentation(config.augment) != NO_AUGMENTATION or config.augment.first_image_size > 0
     random = is_random(model) and config.optimizer.fit_head != "only"
     return trains_only_head(model, policy) and not augmented and not random and not config.distill.teacher
-
-
-def class_weights(config: ConfigDict, train_data: Dataset) -> tuple[float, ...]:
-    """Returns the loss's weight for each class; () means 1 for all."""
-    if config.class_weights == "none":
-        return ()
-    return balanced_class_weights(train_data.label, len(train_data.class_names))

@@ -16,8 +16,9 @@ from jaxft.models.network import Network, is_random
 from jaxft.models.partition import map_with_path, merge, merge_opt_state, split_frozen
 from jaxft.models.policy import Policy, eval_features, eval_logits
 from jaxft.ops.elementwise import sum_over_devices
-from jaxft.targets.classification import Counts, Predictions, count_batch, cross_entropy, predictions_from_logits
-from jaxft.training.distill import Distillation, Teacher, distillation_loss
+from jaxft.targets import joint
+from jaxft.targets.joint import ONE_CLASS, Targets
+from jaxft.training.distill import Distillation, Teacher
 from jaxft.training.state import TrainState, update_ema
 from jaxft.transforms.augment import NO_AUGMENTATION, Augmentation, augment, image_keys, make_augmentation, mix
 from jaxft.transforms.preprocessing import Preprocessing, preprocess
@@ -34,12 +35,12 @@ class StepConfig(NamedTuple):
     policy: Policy = Policy()
     seed: int = 0
     augmentation: Augmentation = NO_AUGMENTATION
-    label_smoothing: float = 0.0  # as in torch's cross_entropy (Szegedy et al. 2016)
-    class_weights: tuple[float, ...] = ()  # as in torch's cross_entropy; (): all 1
+    targets: Targets = ONE_CLASS
     ema_decay: float = 0.0  # 0: no EMA
     distillation: Distillation | None = None
 
 
+# More than six parameters: the parts of a run that a step needs.
 def make_step_config(
     config: ConfigDict,
     model: Network,
@@ -47,8 +48,9 @@ def make_step_config(
     tx: optax.GradientTransformation,
     preprocessing: Preprocessing,
     teacher: Teacher | None = None,
+    targets: Targets = ONE_CLASS,
 ) -> StepConfig:
-    """Makes a step's settings from a run's config. Class weights, which depend on the data, are not set."""
+    """Makes a step's settings from a run's config."""
     distillation = None
     if teacher:  # it sees the same crop of each image, at its own image size
         teacher_size = preprocessing.at_size(teacher.preprocessing.image_size)
@@ -66,7 +68,7 @@ def make_step_config(
         policy,
         config.seed,
         make_augmentation(config.augment),
-        config.label_smoothing,
+        targets,
         ema_decay=config.optimizer.ema_decay,
         distillation=distillation,
     )
@@ -79,6 +81,7 @@ class EvalConfig(NamedTuple):
     preprocessing: Preprocessing
     policy: Policy = Policy()
     fold: bool = True  # fold BatchNorm into the convolutions first
+    targets: Targets = ONE_CLASS
 
 
 def random_keys(examples: Examples, index: Array, step: Array, seed: int) -> jax.Array:
@@ -95,7 +98,7 @@ def random_layer_keys(model: Network, examples: Examples, batch: Batch, step: Ar
 
 def training_inputs(
     examples: Examples, batch: Batch, step: Array, preprocessing: Preprocessing, seed: int, augmentation: Augmentation
-) -> tuple[jax.Array, list[tuple[Array, Array]]]:
+) -> tuple[jax.Array, list[tuple[Any, Array]]]:
     """Returns the network's input for a batch, and its labels, each with its share (B,) of the image.
 
     Randomness depends only on the seed, the step and the image's index in the dataset, on any number of devices.
@@ -108,21 +111,21 @@ def training_inputs(
         image = examples.gather(index)
         return image if image.ndim == 2 else augment(image, keys(index), augmentation, preprocessing)
 
-    label = examples.label[batch.index]
+    label = examples.gather_label(batch.index)
     if not augmentation.mixup and not augmentation.cutmix:
-        return gather(batch.index), [(label, jnp.ones(label.shape))]
+        return gather(batch.index), [(label, jnp.ones(batch.index.shape))]
     image, partner = jnp.split(gather(jnp.concatenate([batch.index, batch.partner])), 2)
     mix_keys = jax.vmap(jax.random.fold_in, (0, None))(keys(batch.index), 2)
     image, share = mix(image, partner, mix_keys, augmentation)
-    return image, [(label, share), (examples.label[batch.partner], 1 - share)]
+    return image, [(label, share), (examples.gather_label(batch.partner), 1 - share)]
 
 
-TrainStep = Callable[..., tuple[TrainState, Counts]]  # (state, examples, batch, teacher_variables)
+TrainStep = Callable[..., tuple[TrainState, Any]]  # (state, examples, batch, teacher_variables)
 
 
 def train_step(
     state: TrainState, examples: Examples | None, batch: Batch, teacher_variables: Any = None, *, config: StepConfig
-) -> tuple[TrainState, Counts]:
+) -> tuple[TrainState, Any]:
     """Makes one update with the mean loss of the batch over all devices; the counts are from before the update.
 
     Frozen parameters keep their bits, and nothing is propagated back through a frozen prefix. teacher_variables:
@@ -145,21 +148,16 @@ def train_step(
         mask = jnp.where(mask.sum() > 0, mask, 1)
     layer_keys = random_layer_keys(model, examples, batch, state.step, config.seed)
 
-    def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Counts]]:
+    def share_of_loss(trainable: Any) -> tuple[jax.Array, tuple[Any, Any]]:
         variables = {"params": merge(trainable, kept), "batch_stats": state.batch_stats}
         apply = partial(model.apply, train=True, policy=policy, keys=layer_keys, mutable=["batch_stats"])
         logits, updates = apply(variables, image, mask)
-        terms = [
-            (*cross_entropy(logits, label, config.label_smoothing, config.class_weights), share * batch.mask)
-            for label, share in labels
-        ]
-        loss = sum((losses * share).sum() for losses, _, share in terms)
-        weight = sum((weights * share).sum() for _, weights, share in terms)
-        loss /= sum_over_devices(weight, policy.axis_name)
+        loss = joint.mean_loss(config.targets, logits, labels, batch.mask, policy.axis_name)
         if distillation:
-            divergence = distillation_loss(logits, teacher_logits, distillation.temperature) * batch.mask
+            temperature = distillation.temperature
+            divergence = joint.distillation_loss(config.targets, logits, teacher_logits, temperature) * batch.mask
             loss = (1 - distillation.weight) * loss + distillation.weight * divergence.sum() / total
-        counts = count_batch(logits, examples.label[batch.index], batch.mask)
+        counts = joint.count_batch(config.targets, logits, examples.gather_label(batch.index), batch.mask)
         return loss, (updates.get("batch_stats", {}), counts)
 
     grads, (batch_stats, counts) = jax.grad(share_of_loss, has_aux=True)(trainable)
@@ -195,7 +193,7 @@ def train_steps(
     num_steps: Array | None = None,
     *,
     step: TrainStep,
-) -> tuple[TrainState, Counts]:
+) -> tuple[TrainState, Any]:
     """Trains on the first `num_steps` of K stacked batches (K, B), or on all; returns counts (K,), 0 for the others."""
     return scan_prefix(num_steps, lambda state, batch: step(state, examples, batch, teacher_variables), state, batches)
 
@@ -236,14 +234,14 @@ def map_batches(
     return scan_prefix(num_steps, lambda _, batch: (None, step(batch)), None, batches)[1]
 
 
-def eval_step(variables: Any, examples: Examples | None, batch: Batch, *, config: EvalConfig) -> Predictions:
-    """Returns per-image predictions with running statistics, (num_devices, B) each, padding included."""
+def eval_step(variables: Any, examples: Examples | None, batch: Batch, *, config: EvalConfig) -> Any:
+    """Returns joint.predictions of each image with running statistics, (num_devices, B), padding included."""
     examples = examples_for(examples, batch)
     image = examples.gather(batch.index)
     if image.ndim == 4:
         image = preprocess(image, config.preprocessing)
     logits = eval_logits(config.model, variables, image, config.policy)
-    predictions = predictions_from_logits(logits, examples.label[batch.index])
+    predictions = joint.predictions(config.targets, logits, examples.gather_label(batch.index))
     return jax.lax.all_gather(predictions, config.policy.axis_name)
 
 

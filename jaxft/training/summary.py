@@ -1,6 +1,7 @@
 """Prints what a run starts from, and how to continue at its end."""
 
 import shlex
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -9,40 +10,48 @@ from ml_collections import ConfigDict
 
 from jaxft.config import FROM_WEIGHTS, count_steps_per_epoch, flatten
 from jaxft.data import datasets
-from jaxft.data.dataset import Dataset
 from jaxft.errors import printable
 from jaxft.models.network import Network, options_of
 from jaxft.models.partition import make_policy, table, unfreezing
 from jaxft.run import remote_workdir
 from jaxft.run.workdir import Workdir
+from jaxft.targets.joint import Targets, format_metric, is_one_class, value_of_score
+from jaxft.training.selection import is_over, last_improvement
+from jaxft.training.start import Splits
 from jaxft.training.state import TrainState
 
 
+# More than six parameters: everything that the first lines of a run show.
 def print_start(
     config: ConfigDict,
     workdir: Workdir,
     model: Network,
     state: TrainState,
     info: dict[str, Any],
-    splits: tuple[Dataset, Dataset],
+    splits: Splits,
+    targets: Targets,
 ) -> None:
     """Prints the device, data, model, weights, teacher, frozen parts and workdir."""
-    train_data, eval_data = splits
+    train_data, eval_data, val_data = splits
     data, weights = config.data, info["weights"]
     source = weights.get("name", weights["source"])
+    outputs = f"{len(info['class_names'])} classes"
+    if not is_one_class(targets):
+        outputs = " and ".join(f"{target.field.name} ({target.field.num_outputs})" for target in targets)
     if "source_sha256" in weights:
-        source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {len(info['class_names'])} classes"
+        source += f" (SHA-256 {weights['source_sha256'][:16]}), new head for {outputs}"
     if "head" in weights:
         kept = weights["head"] == "kept"
-        source += f", {'same' if kept else 'new'} head for {len(info['class_names'])} classes"
+        source += f", {'same' if kept else 'new'} head for {outputs}"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     onednn = " with oneDNN" if model.formulation == "cpu-onednn" else ""
     device = jax.local_devices()[0].device_kind
     print(f"device   {jax.device_count()} x {device}{processes}, jax {version('jax')}{onednn}")
     print(
-        f"data     {printable(data.name)}: {len(train_data.label):,} images to train on ({data.train_split}), "
-        f"{len(eval_data.label):,} to test on ({data.eval_split})"
+        f"data     {printable(data.name)}: {train_data.num_examples:,} images to train on ({data.train_split}), "
+        f"{eval_data.num_examples:,} to test on ({data.eval_split})"
+        + (f", {val_data.num_examples:,} to validate on ({data.val_split})" if val_data else "")
     )
     for line in (
         datasets.describe(train_data, eval_data, data.stream),
@@ -57,7 +66,7 @@ def print_start(
     if "teacher_checkpoint" in info:
         print(f"teacher  checkpoint {info['teacher_checkpoint']} of {config.distill.teacher}")
     if config.optimizer.freeze:
-        epochs = int(state.step) // count_steps_per_epoch(config, len(train_data.label))
+        epochs = int(state.step) // count_steps_per_epoch(config, train_data.num_examples)
         epoch = min(epochs + 1, config.num_epochs)
         print(table(model, make_policy(config, model, epoch)))
         for line in unfreezing(config, epoch):
@@ -77,8 +86,15 @@ def print_auto(config: ConfigDict, keys: list[str]) -> None:
         print(f"auto     {', '.join(f'{key} {text}' for key, text in texts.items())}", flush=True)
 
 
-def print_end(config: ConfigDict, workdir: Workdir) -> None:
-    """Prints the report's path, the command that evaluates the run again, and the config's note."""
+def print_end(config: ConfigDict, workdir: Workdir, metric: str, scores: Mapping[int, float]) -> None:
+    """Prints whether the run ended early, the report's path, how to evaluate the run again, and the config's note."""
+    if is_over(config, scores) and len(scores) < config.num_epochs:
+        epoch = last_improvement(scores, config.stop.min_delta) + 1
+        best = format_metric(metric, value_of_score(metric, scores[sorted(scores)[epoch - 1]]))
+        print(
+            f"Stopped early: {metric} has not improved since epoch {epoch} ({best}); "
+            f"stop.patience is {config.stop.patience}"
+        )
     name = shlex.quote(remote_workdir.display_name(workdir.path))
     print(f"Done. Report: {workdir.report}  Re-evaluate: python -m jaxft.evaluate --workdir {name}")
     if config.note:

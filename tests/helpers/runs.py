@@ -50,11 +50,11 @@ def environment(devices: int) -> dict[str, str]:
 
 
 @contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Starts python in the repository's root and kills it in the end."""
+def started(*arguments: object, devices: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """Starts python in the repository's root, on forced CPU devices, and kills it in the end."""
     command = [sys.executable, *map(str, arguments)]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             yield process

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +27,8 @@ from jaxft.reporting.reporter import Reporter
 from jaxft.run.checkpoints import NotFiniteError
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import Predictions, evaluation_summary
+from tests.helpers.pages import Page, assert_self_contained
 from tests.helpers.runs import Run
-
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-ADDRESSES = {"src", "href", "srcset", "poster", "action", "data"}
-
-
-class Page(HTMLParser):
-    """Asserts that elements nest properly, and collects texts, addresses and elements."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[str] = []
-        self.addresses: list[str] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.addresses += [value or "" for key, value in attrs if key in ADDRESSES]
-        if tag == "img":
-            assert dict(attrs)["alt"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += f" {data}"
-
-
-def assert_self_contained(page: Page, html: str) -> None:
-    assert page.addresses
-    assert all(address.startswith("data:") for address in page.addresses)
-    assert "script" not in page.elements
-    assert not re.search(r"@import|url\(", html)
 
 
 def test_a_run_writes_a_self_contained_report(small_run: Path, run: Run) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,10 +24,14 @@ from PIL import Image
 
 import jaxft
 from jaxft.data import datasets
+from jaxft.data.fields import Field
 from jaxft.errors import UserError
 from jaxft.reporting import http_server
 from jaxft.reporting.http_server import Queue, Uploads, make_server
 from jaxft.reporting.serve import MAX_BYTES, allowed_names, listen, make_app
+from jaxft.targets.classification import ClassTarget, Prediction, rank
+from jaxft.targets.number import NumberTarget
+from jaxft.targets.tags import TagsTarget
 from jaxft.transforms.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from tests.helpers.runs import ROOT, environment
 
@@ -129,19 +133,46 @@ def test_errors_are_reported_in_one_line(fails: Callable[..., str], small_run: P
 class StandIn:
     """A classifier that answers at once."""
 
-    class_names = ("cat", "dog")
+    class_names: tuple[str, ...] = ("cat", "dog")
     decoded_size = 32
     preprocessing = Preprocessing(32, IMAGENET_MEAN, IMAGENET_STD)
 
-    def probabilities(self, pictures: list[np.ndarray]) -> np.ndarray:
-        return np.array([[0.25, 0.75]] * len(pictures), np.float32)
+    def predict(self, pictures: list[np.ndarray], top_k: int) -> list[Prediction]:
+        return [rank(np.array([0.25, 0.75], np.float32), self.class_names, top_k) for _ in pictures]
+
+
+class JointStandIn(StandIn):
+    """A classifier of tags with a threshold each and a number, whose names are not harmless in HTML."""
+
+    class_names = ()
+    targets = (
+        ClassTarget(Field("class", "kind", "kind", names=("cat", "dog"))),
+        TagsTarget(Field("tags", "tags", "tags", names=("<b>indoor</b>", "night"))),
+        NumberTarget(Field("number", "age", "age")),
+    )
+    calibrations: ClassVar[dict[str, Any]] = {"tags": {"temperature": 2.0, "thresholds": [0.25, 0.75]}}
+
+    def predict(self, pictures: list[np.ndarray], top_k: int) -> list[Any]:
+        outputs = {"kind": np.array([0.25, 0.75]), "tags": np.array([0.5, 0.625]), "age": np.array(31.25)}
+        found = {
+            target.field.name: target.prediction(
+                outputs[target.field.name], self.calibrations.get(target.field.name, {}), top_k
+            )
+            for target in self.targets
+        }
+        return [found for _ in pictures]
 
 
 @contextmanager
-def running(host: str = "127.0.0.1", allow_hosts: tuple[str, ...] = (), max_total: int = 100_000_000) -> Iterator[int]:
+def running(
+    host: str = "127.0.0.1",
+    allow_hosts: tuple[str, ...] = (),
+    max_total: int = 100_000_000,
+    classifier: Any = StandIn(),  # noqa: B008, without state
+) -> Iterator[int]:
     uploads = Uploads(MAX_BYTES, max_total)
     with listen(host, 0) as listener:
-        app = make_app(StandIn(), host, 2, uploads, allow_hosts)  # type: ignore[arg-type]
+        app = make_app(classifier, host, 2, uploads, allow_hosts)
         server = make_server(app, uploads)
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()
@@ -151,6 +182,22 @@ def running(host: str = "127.0.0.1", allow_hosts: tuple[str, ...] = (), max_tota
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def test_the_answer_has_all_targets() -> None:
+    with running(classifier=JointStandIn()) as port:
+        status, answer = post(port, IMAGE)
+    tags = {"night": 0.625, "<b>indoor</b>": 0.5}
+    assert (status, list(answer)) == (200, ["targets"])
+    assert [top["label"] for top in answer["targets"].pop("kind")["top_k"]] == ["dog", "cat"]
+    assert answer["targets"] == {
+        "tags": {
+            "tags": ["<b>indoor</b>"],
+            "probabilities": tags,
+            "thresholds": {"<b>indoor</b>": 0.25, "night": 0.75},
+        },
+        "age": {"value": 31.25},
+    }
 
 
 @pytest.fixture
@@ -422,3 +469,24 @@ def test_a_browser_shows_the_answer(browser: Any, port: int, tmp_path: Path, wid
         browser.find_element(By.ID, "file").send_keys(str(tmp_path / name))
         shown = browser.find_element(By.ID, "error")
         WebDriverWait(browser, 60).until(lambda _, shown=shown, part=part: part in shown.text)  # type: ignore[misc]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_all_targets(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    (tmp_path / "picture.png").write_bytes(IMAGE)
+    browser.get_log("browser")  # discards the entries of earlier pages
+    with running(classifier=JointStandIn()) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        browser.find_element(By.ID, "file").send_keys(str(tmp_path / "picture.png"))
+        WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#answer section"))
+        assert [e.text for e in browser.find_elements(By.CSS_SELECTOR, "#answer h2")] == ["kind", "tags", "age"]
+        assert [e.text for e in browser.find_elements(By.CSS_SELECTOR, "#answer .number")] == ["31.25"]
+        rows = [e.text.splitlines() for e in browser.find_elements(By.CSS_SELECTOR, "#answer li")]
+        assert rows == [["dog", "75.0%"], ["cat", "25.0%"], ["night", "62.5%"], ["<b>indoor</b>", "50.0%"]]
+        assert [e.text.split()[0] for e in browser.find_elements(By.CSS_SELECTOR, "li.below")] == ["night"]
+        marks = browser.find_elements(By.CSS_SELECTOR, "#answer i")
+        assert [mark.value_of_css_property("left") != "0px" for mark in marks] == [True, True]
+    assert browser.get_log("browser") == []

@@ -40,7 +40,7 @@ def abstract_state(size: int = 4) -> TrainState:
 def writer(workdir: Path, accuracy: dict[int, float] | None = None, **options: int) -> Checkpoints:
     """Returns the checkpoints of a run with the given evaluation accuracies, by step."""
     metrics = MetricsFile(workdir / "metrics.jsonl")
-    metrics.accuracy.update(accuracy or {})
+    metrics.scores.update(accuracy or {})
     return Checkpoints(Workdir(workdir), metrics, **options)
 
 

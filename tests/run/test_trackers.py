@@ -72,6 +72,27 @@ def test_tensorboard_has_the_values_of_the_restarted_run(tmp_path: Path) -> None
     assert [found["train/accuracy", step] for step in range(1, 5)] == [1 / 8, 1 / 8, 3 / 8, 3 / 8]
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"loss", "accuracy", "images_per_second"}),
+        ({"best_metric": "mAP"}, {"loss", "accuracy", "images_per_second", "mAP"}),
+        ({"targets": "tags:tags"}, {"loss", "accuracy", "images_per_second", "mAP", "f1_macro"}),
+    ],
+)
+def test_tensorboard_has_the_chosen_metric_of_a_class_and_all_of_other_targets(
+    tmp_path: Path, changes: dict[str, str], expected: set[str]
+) -> None:
+    config = default_config()
+    config.log.tensorboard = True
+    config.update(changes)
+    row = {"loss": 1.0, "accuracy": 0.5, "mAP": 0.25, "f1_macro": 0.125, "score": 0.25, "images_per_second": 9.0}
+    board = Trackers(config, Workdir(tmp_path), [])
+    board.write({"step": 7, "epoch": 2, "split": "val", **row, "seconds": 0.5})
+    board.close()
+    assert scalars(tmp_path / "tensorboard") == {(f"val/{key}", 7): row[key] for key in expected}
+
+
 @pytest.mark.parametrize("damage", [Path.touch, os.mkfifo, lambda path: path.symlink_to(path.name)])
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     config = default_config()

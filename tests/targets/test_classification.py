@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.targets.classification import CALIBRATION_BINS, Predictions, calibration, evaluation_summary, wilson_interval
+from jaxft.targets.classification import CALIBRATION_BINS, Predictions, evaluation_summary, reliability, wilson_interval
 
 
 @given(st.integers(1, 20_000), st.floats(0, 1))
@@ -57,13 +57,13 @@ def test_the_summary_equals_counts_by_hand() -> None:
         if inside.any():
             error += inside.mean() * abs(np.mean(np.array(right)[inside]) - predictions.confidence[inside].mean())
     assert summary["expected_calibration_error"] == pytest.approx(error)
-    assert calibration(predictions).num_images.sum() == 500
+    assert reliability(predictions).num_images.sum() == 500
     json.dumps(summary)
 
 
 def test_full_confidence_is_calibrated_only_if_always_right() -> None:
     always = np.ones(4)
     predictions = Predictions(np.arange(4), np.arange(4), always, np.zeros(4, int), np.zeros(4))
-    assert calibration(predictions).error == 0
-    assert calibration(dataclasses.replace(predictions, rank=np.ones(4, int))).error == 1
+    assert reliability(predictions).error == 0
+    assert reliability(dataclasses.replace(predictions, rank=np.ones(4, int))).error == 1
     assert evaluation_summary(predictions, ["a", "b", "c", "d"])["top_k_accuracy"] == {}

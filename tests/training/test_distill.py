@@ -16,7 +16,8 @@ from jaxft.data import datasets
 from jaxft.data.batches import Examples, make_batches
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import BasicBlock, ResNet
-from jaxft.training.distill import Distillation, distillation_loss
+from jaxft.targets.classification import ClassTarget
+from jaxft.training.distill import Distillation
 from jaxft.training.restore import load_checkpoint
 from jaxft.training.state import create_train_state
 from jaxft.training.steps import StepConfig, train_step
@@ -33,7 +34,7 @@ def test_the_divergence_is_torchs(temperature: float) -> None:
     rng = np.random.default_rng(0)
     own, taught = rng.normal(0, 3, (2, 7, 5))
     with jax.enable_x64(True):
-        found = np.asarray(distillation_loss(jnp.asarray(own), jnp.asarray(taught), temperature))
+        found = np.asarray(ClassTarget().distillation_loss(jnp.asarray(own), jnp.asarray(taught), temperature))
     soft, target = (torch.log_softmax(torch.from_numpy(logits) / temperature, 1) for logits in (own, taught))
     expected = torch.nn.functional.kl_div(soft, target, reduction="none", log_target=True).sum(1) * temperature**2
     np.testing.assert_allclose(found, expected, rtol=1e-12)

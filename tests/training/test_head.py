@@ -30,6 +30,7 @@ from jaxft.models.partition import make_policy
 from jaxft.models.policy import BatchNormMode, Policy, eval_features, eval_logits
 from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.targets.classification import cross_entropy
+from jaxft.targets.joint import ONE_CLASS, targets_of
 from jaxft.training import probe
 from jaxft.training.evaluation import recalibrate
 from jaxft.training.head import prepare_head, set_head_norm
@@ -194,11 +195,11 @@ def test_the_fitted_head_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(1)
     kernel, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((32, 4), (4,)))
     fit = Fit(10 * kernel, bias, 1.0)
-    monkeypatch.setattr(probe, "fit_logistic_regression", lambda *_: fit)
+    monkeypatch.setattr(probe, "fit_linear_head", lambda *_: fit)
     eval_config = EvalConfig(SMALL, Preprocessing(16, (0.5,) * 3, (0.25,) * 3))
     state = set_head_norm(first_state(ema=True), inputs, keeps_head=False, path=("fc",))
     loader = ResidentLoader(Examples(inputs, label))
-    state, counts = probe.fit_head(default_config(), eval_config, state, loader, (), StepsPerCall())
+    state, counts = probe.fit_head(default_config(), eval_config, state, loader, ONE_CLASS, StepsPerCall())
     expected = inputs.astype(np.float64) @ fit.kernel + fit.bias
     assert int(counts.correct) == (expected.argmax(1) == label).sum()
     for variables in variables_of(state):
@@ -246,7 +247,7 @@ def test_features_of_random_weights_stay_as_they_are(capsys: pytest.CaptureFixtu
     config.model.head_norm = True
     loader = ResidentLoader(Examples(*features()))
     eval_config = EvalConfig(SMALL, Preprocessing(16, (0.5,) * 3, (0.25,) * 3))
-    found = prepare_head(config, eval_config, state, loader, (), StepsPerCall(), keeps_head=False)
+    found = prepare_head(config, eval_config, state, loader, ONE_CLASS, StepsPerCall(), keeps_head=False)
     assert found is state
     assert "head     features of random weights are not standardised" in capsys.readouterr().out
 
@@ -277,7 +278,7 @@ def test_another_run_gets_a_plain_head_or_computes_the_same_logits(trained: Path
     config = jaxft.load_config("quickstart", RUN | {"model.pretrained": str(trained)})
     model = make_model(config.model, 10)
     tx = make_optimizer(config.optimizer, 1, 1, model.parts)
-    state, _ = initial_state(config, model, make_policy(config, model, 1), tx, tuple(provenance["class_names"]))
+    state, _ = initial_state(config, model, make_policy(config, model, 1), tx, targets_of(provenance))
     state = set_head_norm(state, 3 * inputs + 1, keeps_head=True, path=("fc",))
     for own, parts in ((model.clone(head_norm=False), variables), *((model, parts) for parts in variables_of(state))):
         np.testing.assert_allclose(logits_of(own, parts, inputs), expected, rtol=1e-5, atol=1e-5)

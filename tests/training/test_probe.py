@@ -14,9 +14,10 @@ import jaxft
 from jaxft import train
 from jaxft.errors import MESSAGE_LENGTH, UserError, run_command
 from jaxft.pretrained.weights_file import write_weights
+from jaxft.targets.classification import ClassTarget
 from jaxft.training import evaluation
 from jaxft.training.feature_cache import load_or_compute
-from jaxft.training.probe import LossConfig, fit_logistic_regression, hold_out, minimize
+from jaxft.training.probe import LossConfig, fit_linear_head, hold_out, minimize
 from jaxft.training.restore import load_checkpoint
 from tests.helpers.runs import ROOT, metrics, same_bits
 
@@ -67,7 +68,7 @@ def test_the_optimum_is_scipys(inverse_penalty: float, smoothing: float, weights
         label,
         np.ones(200, np.float32),
         np.float32(inverse_penalty),
-        LossConfig(CLASSES, smoothing, weights),
+        LossConfig(CLASSES, (ClassTarget(label_smoothing=smoothing, class_weights=weights),)),
     )
     kernel = found.x[: 12 * CLASSES].reshape(12, CLASSES)
     np.testing.assert_allclose(params["kernel"], kernel, atol=0.003 * np.abs(kernel).max())
@@ -76,9 +77,9 @@ def test_the_optimum_is_scipys(inverse_penalty: float, smoothing: float, weights
 @pytest.mark.parametrize(("scale", "offset"), [(1e-6, 0.0), (1e4, 0.0), (1.0, 5.0)])
 def test_the_scale_of_the_features_does_not_matter(scale: float, offset: float) -> None:
     expected_inputs, label = examples()
-    expected = fit_logistic_regression(expected_inputs, label, LossConfig(CLASSES), seed=0)
+    expected = fit_linear_head(expected_inputs, label, LossConfig(CLASSES), seed=0)
     features, _ = examples(scale, offset)
-    found = fit_logistic_regression(features, label, LossConfig(CLASSES), seed=0)
+    found = fit_linear_head(features, label, LossConfig(CLASSES), seed=0)
     assert found.inverse_penalty == expected.inverse_penalty
     logits, expected_logits = (x @ fit.kernel + fit.bias for x, fit in ((features, found), (expected_inputs, expected)))
     np.testing.assert_allclose(logits, expected_logits, atol=0.1)  # logits up to 18; L-BFGS stops near the optimum
@@ -95,7 +96,7 @@ def test_the_scale_of_the_features_does_not_matter(scale: float, offset: float) 
 )
 def test_degenerate_features(features: np.ndarray, label: list[int], classes: int) -> None:
     inputs, labels = features.astype(np.float32), np.array(label, np.int32)
-    fit = fit_logistic_regression(inputs, labels, LossConfig(classes), seed=0)
+    fit = fit_linear_head(inputs, labels, LossConfig(classes), seed=0)
     assert np.isfinite(fit.kernel).all() and np.isfinite(fit.bias).all()
     predicted = (inputs @ fit.kernel + fit.bias).argmax(1)
     assert (predicted == (labels if features.any() else 1)).all()

@@ -14,6 +14,7 @@ from jaxft.models.partition import make_policy
 from jaxft.run.checkpoint_reader import CheckpointReader, DamagedCheckpointError
 from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.workdir import Workdir
+from jaxft.targets.classification import ClassTarget
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.restore import is_workdir, load_checkpoint, load_weights
 from jaxft.training.start import check_not_trained, initial_state
@@ -69,7 +70,8 @@ def begin(source: Path | str, class_names: tuple[str, ...], **changes: str) -> t
     config = load_config(str(ROOT / "configs" / "quickstart.py"), overrides)
     model = make_model(config.model, len(class_names))
     policy, tx = make_policy(config, model, 1), make_optimizer(config.optimizer, 1, 1, model.parts)
-    return initial_state(config, model, policy, tx, class_names)
+    targets = (ClassTarget(ClassTarget().field._replace(names=class_names)),)
+    return initial_state(config, model, policy, tx, targets)
 
 
 def test_a_run_starts_from_the_best_checkpoint_of_another() -> None:

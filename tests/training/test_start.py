@@ -47,7 +47,8 @@ def test_broken_files_of_both_splits_are_reported_at_once(photos: Path) -> None:
 @pytest.mark.parametrize(("resize", "size"), [(32, 32), (40, 32), (256, 224), (232, 224)])
 def test_evaluation_resizes_and_crops_as_torchvision(photos: Path, resize: int, size: int) -> None:
     """Compares the network's input with Resize and CenterCrop of the files, bit for bit but for the normalisation."""
-    _, data = load_splits(load_config("quickstart", config_of(photos, data__resize=str(resize), image_size=str(size))))
+    config = load_config("quickstart", config_of(photos, data__resize=str(resize), image_size=str(size)))
+    data = load_splits(config).eval
     ours = np.asarray(preprocess(data.image, Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD, resize)))
     transforms = torchvision.transforms
     steps = [transforms.Resize(resize), transforms.CenterCrop(size), transforms.ToTensor()]
