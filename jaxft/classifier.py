@@ -33,8 +33,8 @@ JointPrediction = dict[str, Prediction | Tags | Number]  # of one image, by targ
 class Classifier:
     """A network that predicts the targets of images and computes their features; a run's can also be evaluated.
 
-    targets: of the run; of pretrained weights a single class. class_names: () unless there is a single class.
-    calibrations: {target: {"temperature", "thresholds"}} of a run with a validation split, else {}.
+    targets: those of the run, or a single class for pretrained weights. class_names: () unless there is a single class.
+    calibrations: {target: {"temperature", "thresholds"}} of a run with a validation split, otherwise {}.
     """
 
     def __init__(self, source: LoadedCheckpoint | Weights) -> None:
@@ -152,10 +152,9 @@ class Classifier:
         }
 
     def _joint_prediction(self, outputs: Mapping[str, np.ndarray], top_k: int) -> JointPrediction:
-        names = {target.field.name: target for target in self.targets}
         return {
             name: target.prediction(outputs[name][0], self.calibrations.get(name, {}), top_k)
-            for name, target in names.items()
+            for name, target in ((target.field.name, target) for target in self.targets)
         }
 
     def evaluate(self, data_dir: str | None = None) -> Evaluation:

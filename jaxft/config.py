@@ -94,7 +94,7 @@ def default_config() -> ConfigDict:
             "best_metric": "",  # metric that chooses the best checkpoint: [TARGET.]METRIC; '': the first target's
             "stop": {  # early stopping
                 "patience": 0,  # evaluations without improvement after which a run ends; 0: never
-                "min_delta": 0.0,  # least improvement of best_metric that counts
+                "min_delta": 0.0,  # an improvement of best_metric counts if it exceeds this
             },
             "class_weights": "none",  # none, or balanced: weigh the loss so that rare classes count as much as others
             "label_smoothing": 0.0,  # fraction of each label that is spread evenly over all classes

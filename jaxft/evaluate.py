@@ -23,13 +23,13 @@ CALIBRATED = ("log_loss", "ece", "brier")  # metrics that a temperature changes
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """Returns all scores of an evaluation, ready for JSON.
 
-    {"checkpoint", "split", "targets": {name: {metric: value, ...}}}; of a single class also the keys of
+    {"checkpoint", "split", "targets": {name: {metric: value, ...}}}; for a single class also the keys of
     evaluation_summary, and with a calibration "uncalibrated": {name: {metric: value}} and "calibration".
     """
-    _, _, class_names, predictions, targets, calibrations = evaluation
+    targets, predictions, calibrations = evaluation.targets, evaluation.predictions, evaluation.calibrations
     summary: dict[str, Any] = {"checkpoint": evaluation.checkpoint, "split": evaluation.split}
     if joint.is_one_class(targets):
-        summary |= evaluation_summary(predictions, class_names)
+        summary |= evaluation_summary(predictions, evaluation.class_names)
     summary["targets"] = target_scores(evaluation)
     if calibrations:
         before = joint.scores(targets, predictions, {})
@@ -48,15 +48,17 @@ def target_scores(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:
     """Returns the scores of an evaluation as lines for a terminal, the most important one first."""
-    _, _, class_names, predictions, targets, calibrations = evaluation
+    targets, predictions, calibrations = evaluation.targets, evaluation.predictions, evaluation.calibrations
     if joint.is_one_class(targets):
-        lines = score_lines(evaluation_summary(predictions, class_names))
+        lines = score_lines(evaluation_summary(predictions, evaluation.class_names))
     else:
         found = target_scores(evaluation)
         lines = [_target_line(target, targets, found[target.field.name]) for target in targets]
     after = joint.scores(targets, predictions, calibrations) if calibrations else {}
     before = joint.scores(targets, predictions, {}) if calibrations else {}
     for name, calibration in calibrations.items():
+        if before[name]["log_loss"] is None:  # no label in this split
+            continue
         changes = [f"{key} {_number(before[name][key])} -> {_number(after[name][key])}" for key in CALIBRATED]
         prefix = "" if len(targets) == 1 else f"{name}: "
         lines.append(f"{prefix}calibrated by a temperature of {calibration['temperature']:.3f}: {', '.join(changes)}")

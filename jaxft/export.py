@@ -8,10 +8,10 @@ torchvision, torch: with torchvision's names, or those of the library of the pre
 load it by torchvision.models.resnet50(num_classes=10).load_state_dict(torch.load("resnet50-cifar10.pth")).
 flax: start another run from it with --config.model.pretrained=cifar10.safetensors.
 stablehlo: the network with its preprocessing, for CPU, GPU and TPU. It takes uint8 images (N, height, width, 3) of any
-number and size and returns the probabilities (N, classes) that predict returns; of a run with tags, a number or several
-targets a dict of the probabilities or values (N,) of each. examples/run_exported.py runs it with only JAX (pip install
-jax flatbuffers pillow). JAX reads such a file for six months: keep the workdir, to export again. A file for one
---platform runs only there, and faster: on a CPU several times as fast for small images.
+number and size and returns the probabilities (N, classes) that predict returns. For a run with tags, a number or
+several targets, it returns a dict of the probabilities or values (N,) of each. examples/run_exported.py runs it with
+only JAX (pip install jax flatbuffers pillow). JAX reads such a file for six months: keep the workdir, to export again.
+A file for one --platform runs only there, and faster: on a CPU several times as fast for small images.
 """
 
 if __name__ == "__main__":  # a command's process is prepared before JAX is imported
@@ -46,7 +46,6 @@ from jaxft.run.metrics_file import read_scores
 from jaxft.run.remote_workdir import reading_folder
 from jaxft.run.workdir import Workdir
 from jaxft.targets import joint
-from jaxft.targets.classification import count_predictions
 from jaxft.targets.joint import find_metric, format_metric, is_one_class, targets_of
 from jaxft.targets.tags import TagsTarget
 from jaxft.training.evaluation import evaluate_checkpoint
@@ -112,7 +111,7 @@ def export_torchvision(checkpoint: LoadedCheckpoint, out: Path, to: str = "torch
 
 
 def outputs_text(checkpoint: LoadedCheckpoint) -> str:
-    """Returns what the network predicts, such as '10 classes' or '14 outputs for species, tags, brightness'."""
+    """Returns a description of the network's outputs: '10 classes' or '14 outputs for species, tags, brightness'."""
     targets = targets_of(checkpoint.info)
     if is_one_class(targets):
         return f"{checkpoint.model.num_classes} classes"
@@ -120,9 +119,9 @@ def outputs_text(checkpoint: LoadedCheckpoint) -> str:
 
 
 def column_lines(checkpoint: LoadedCheckpoint) -> list[str]:
-    """Returns a line for each target about its columns of the logits and the formula of its outputs.
+    """Returns a line for each target with its columns of the logits and the formula of its outputs.
 
-    Empty for a single class without a temperature, whose outputs are the softmax of the logits.
+    There are none for a single class without a temperature, whose outputs are the softmax of the logits.
     """
     targets, calibrations = targets_of(checkpoint.info), checkpoint.info.get("calibration", {})
     if is_one_class(targets) and not calibrations:
@@ -264,10 +263,9 @@ def compressed_scores(
 
 
 def _score(checkpoint: LoadedCheckpoint, metric: str, data_dir: str | None) -> float | None:
-    _, _, _, predictions, targets, calibrations = evaluate_checkpoint(checkpoint, data_dir)
-    if is_one_class(targets):
-        return joint.losses_of(targets, count_predictions(predictions))[metric]
-    return joint.flat_scores(targets, joint.scores(targets, predictions, calibrations)).get(metric)
+    found = evaluate_checkpoint(checkpoint, data_dir)
+    scores = joint.scores(found.targets, found.predictions, found.calibrations)
+    return joint.flat_scores(found.targets, scores).get(metric)
 
 
 def main(argv: list[str]) -> None:
@@ -282,8 +280,7 @@ def main(argv: list[str]) -> None:
         "--dtype",
         default="float32",
         choices=DTYPES["stablehlo"],
-        help="dtype of the weights: flax also takes float16; stablehlo takes any and prints the accuracy or "
-        "best_metric with both",
+        help="dtype of the weights: flax also takes float16; stablehlo takes any and prints best_metric with both",
     )
     parser.add_argument(
         "--platform",
@@ -306,7 +303,7 @@ def main(argv: list[str]) -> None:
     else:
         targets = targets_of(checkpoint.info)
         best_metric = resolve(checkpoint.info["config"]).best_metric
-        metric = "accuracy" if is_one_class(targets) else find_metric(targets, best_metric)
+        metric = find_metric(targets, best_metric)
         # First the scores, so that nothing is written if there are no images to test with.
         compared = args.dtype != "float32"
         scores = compressed_scores(checkpoint, metric, args.dtype, args.data_dir) if compared else ()

@@ -59,7 +59,7 @@ from jaxft.training.loop import (
 )
 from jaxft.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxft.training.probe import ONLY_FIT, fit_head_as_epoch, without_epochs
-from jaxft.training.selection import Evaluated, Selection, is_over
+from jaxft.training.selection import Evaluated, Selection, check_metric, is_over
 from jaxft.training.start import (
     begin_or_resume,
     can_cache_features,
@@ -107,6 +107,8 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     train_data, eval_data, _ = splits
     config = resolve_auto(config, train_data)
     targets = make_targets(config, train_data)
+    split_name = config.data.val_split if splits.val else config.data.eval_split
+    check_metric(targets, metric, splits.val or eval_data, split_name)
     if not config.batch_size:
         config.batch_size = find_batch_size(config, splits, targets)
         config = resolve_auto(config, train_data)  # the learning rate follows from the batch size

@@ -23,6 +23,7 @@ import jax
 from jaxft import process
 from jaxft.errors import run_command
 from tests.helpers.runs import ROOT, SMALL_RUN, TINY, Run, environment
+from tests.helpers.tables import table_config, write_table
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is slow
 hypothesis.settings.load_profile("any machine")
@@ -150,6 +151,21 @@ def undisturbed(run: Run, of_all_workers: Path) -> Path:
     workdir = of_all_workers / "undisturbed"
     run_once(run, workdir.with_suffix(".txt"), *TINY, "--workdir", workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def targets_run(of_all_workers: Path) -> Path:
+    """The workdir of two epochs on a class, tags and a number, from ../table/labels.csv. Not to be changed."""
+    from jaxft.train import train_and_evaluate
+
+    folder = of_all_workers / "targets"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            table = write_table(folder / "table")
+            jax.config.update("jax_disable_most_optimizations", True)
+            train_and_evaluate(table_config(table, optimizer__learning_rate="0.1"), folder / "run")
+            jax.config.update("jax_disable_most_optimizations", False)
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

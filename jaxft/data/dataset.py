@@ -36,6 +36,15 @@ class Dataset(NamedTuple):
         """The number of images, N."""
         return int(self.image.shape[0])
 
+    def first_class(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Returns the labels of the first field of classes, int32 (N,), and the classes; zeros and () without one."""
+        if not self.fields:
+            return self.label, self.class_names
+        for own in self.fields:
+            if own.kind == "class":
+                return self.label[own.name], own.names
+        return np.zeros(self.num_examples, np.int32), ()
+
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint stores to recognise the dataset: class sizes, checksums of labels and files.
 

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from jaxft.data.image_file import (
 from jaxft.data.image_folder import SINGLE_COLOUR, UNREADABLE, load_folder
 from jaxft.data.lazy_images import LazyImages, is_lazy, stored_images
 from jaxft.data.sample import load_sample
-from jaxft.data.table import NO_LABEL, load_table
+from jaxft.data.table import NO_LABEL, ROWS_OF, load_table
 from jaxft.data.table_file import is_table
 from jaxft.data.tfds import load_tfds
-from jaxft.errors import UserError, counted
+from jaxft.errors import UserError, counted, shortened
 
 COMPARED_BYTES = 1 << 30  # size of two splits up to which they are compared for common images, which takes seconds
 DEFAULT_OPTIONS = DataOptions()
@@ -179,8 +179,11 @@ def _describe_classes(train: Dataset, test: Dataset) -> str:
     return text
 
 
-def describe_origin(train: Dataset, test: Dataset) -> Iterator[str]:
-    """Yields lines on the skipped files and rows and the unusual images of both splits of a folder or table."""
+def describe_origin(train: Dataset, test: Dataset, used: Collection[str] = ()) -> Iterator[str]:
+    """Yields lines on the skipped files and rows and the unusual images of both splits of a folder or table.
+
+    used: the names of all splits that a run uses; the rows of a table's other splits are then reported.
+    """
     splits = [train.origin]
     if test.origin.layout != "classes":  # otherwise both splits come from the same files
         splits.append(test.origin)
@@ -191,6 +194,11 @@ def describe_origin(train: Dataset, test: Dataset) -> Iterator[str]:
         yield f"skipped: {text}"
     if count := remarks[NO_LABEL]:
         yield f"skipped: {counted(count, 'row')} without a label"
+    if used:
+        others = {key.removeprefix(ROWS_OF): n for key, n in train.origin.remarks.items() if key.startswith(ROWS_OF)}
+        texts = [f"{counted(n, 'row')} of the split '{name}'" for name, n in sorted(others.items()) if name not in used]
+        if texts:
+            yield f"not used: {shortened(texts, 5)}"
     if texts := [f"{counted(remarks[key], 'image')} ({text})" for key, text in _SCALED.items() if remarks[key]]:
         yield f"scaled to 8 bits: {', '.join(texts)}"
     if count := remarks[DARK_COLOURS]:

@@ -11,6 +11,7 @@ from jaxft.errors import UserError
 
 KINDS = ("class", "tags", "number")
 DEFAULT_TARGETS = "class:label"
+_HEAVIEST = 1e6  # weight; its inverse is the lightest, so that products with losses stay in float32
 
 
 class Field(NamedTuple):
@@ -71,8 +72,9 @@ def _parse_target(part: str, problems: list[str]) -> Field:
             weight = float(weight_text)
         except ValueError:
             weight = math.nan
-        if not 0 < weight < math.inf:
-            problems.append(f"the weight '{weight_text}' of '{part}' is not a positive number")
+        if not 1 / _HEAVIEST <= weight <= _HEAVIEST:
+            what = "between 1e-6 and 1e6" if 0 < weight < math.inf else "a positive number"
+            problems.append(f"the weight '{weight_text}' of '{part}' is not {what}")
     if not all(columns):
         problems.append(f"'{part}' has an empty column")
     if len(set(columns)) < len(columns):

@@ -20,7 +20,7 @@ def split_off(data: Dataset, fraction: float, seed: int, group: np.ndarray | Non
     image in the rest. group: int (N,); examples of one group stay in one part. The parts depend only on the arguments,
     not on the platform. Raises UserError if a part would be empty or a class has only one image.
     """
-    strata, names = _strata(data)
+    strata, names = data.first_class()
     bits = np.random.Philox(key=np.array([seed, _STREAM], np.uint64)).random_raw(data.num_examples)
     held_out = choose_held_out(strata, names, np.argsort(bits, kind="stable"), fraction, group, "data.val_split")
     rest, chosen = np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -39,16 +39,6 @@ def select_examples(data: Dataset, index: np.ndarray) -> Dataset:
         origin=replace(data.origin, files=files),
         group=None if data.group is None else data.group[index],
     )
-
-
-def _strata(data: Dataset) -> tuple[np.ndarray, Sequence[str]]:
-    """Returns the class of each example, int (N,), and the classes; all 0 without any field of classes."""
-    if not data.fields:
-        return data.label, data.class_names
-    for field in data.fields:
-        if field.kind == "class":
-            return data.label[field.name], field.names
-    return np.zeros(data.num_examples, np.int32), ()
 
 
 def choose_held_out(

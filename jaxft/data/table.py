@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxft.errors import MESSAGE_LENGTH, UserError, counted, printable, shortene
 
 SPLIT = "split"  # the column that names each row's split
 NO_LABEL = "no_label"  # a remark: rows that are left out
+ROWS_OF = "rows_of:"  # begins remarks with the number of rows of each split in the table
 _SHOWN = 3  # rows or files in a message
 
 
@@ -72,6 +74,8 @@ def load_table(
         fitted = train_fields or _fit_again(path, fitted, rows)
     label = {field.name: encode_labels(field, rows.labels[field.name], problems) for field in fitted}
     remarks = {**data.origin.remarks, **({NO_LABEL: num_unlabelled} if num_unlabelled else {})}
+    if SPLIT in table.names:
+        remarks |= {f"{ROWS_OF}{name}": count for name, count in Counter(map(as_text, table.columns[SPLIT])).items()}
     data = data._replace(origin=replace(data.origin, remarks=remarks), group=rows.group)
     if is_folder_like:
         return data._replace(label=label[fitted[0].name], class_names=fitted[0].names)

@@ -172,7 +172,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Table:
 def as_text(value: Any) -> str:
     """Returns a cell as text without spaces around it: '' if it is empty, '3' for 3 and 3.0.
 
-    Raises ValueError for a list or another structure.
+    Raises ValueError for a list or another structure, and for half of a surrogate pair, as JSON may hold.
     """
     if value is None or value != value:  # NaN
         return ""
@@ -182,7 +182,12 @@ def as_text(value: Any) -> str:
         return str(int(value))
     if isinstance(value, list | dict | tuple | bytes):
         raise ValueError(f"is a {type(value).__name__}, not text or a number")
-    return str(value).strip()
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not a character") from None
+    return text
 
 
 Parse = Callable[[Any], Any]

@@ -14,6 +14,8 @@ from jaxft.errors import shortened
 _NAMES_SHOWN = 5
 _TRUTHS = {"": -1, "0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
 _DIGITS = set("0123456789+-.eE")
+_LARGEST = 1e30  # mean or deviation, so that predictions in float32 stay finite
+_FARTHEST = 1e12  # standard deviations from the mean, so that sums of squares stay finite in float32
 
 
 def parse_labels(field: Field, table: Table, rows: Sequence[int], problems: list[str]) -> np.ndarray:
@@ -45,7 +47,10 @@ def _is_truth_column(field: Field, cells: Iterable[Any]) -> bool:
     """Returns whether a single column of tags holds 0 or 1 for one tag, which is then named like the column."""
     if field.names:  # as in the training split
         return field.names == field.columns
-    texts = {"" if isinstance(cell, list) else as_text(cell).lower() for cell in cells}
+    try:
+        texts = {"" if isinstance(cell, list) else as_text(cell).lower() for cell in cells}
+    except ValueError:  # which parsing the cells reports with its row
+        return False
     return bool(texts - {""}) and texts <= _TRUTHS.keys()
 
 
@@ -103,8 +108,10 @@ def fit_field(field: Field, labels: np.ndarray, problems: list[str]) -> Field:
     if field.kind == "number":
         values = labels[~np.isnan(labels)]
         mean, std = _mean_and_deviation(values)
-        if not (math.isfinite(mean) and math.isfinite(std)):
-            problems.append(f"{where}: its numbers are too large")
+        if not (abs(mean) <= _LARGEST and std <= _LARGEST):
+            problems.append(f"{where}: its numbers are too large; divide them by a constant")
+        elif values.min() < values.max() and std < 1 / _LARGEST:
+            problems.append(f"{where}: its numbers differ too little; multiply them by a constant")
         return field._replace(mean=mean, std=std or 1.0)
     if field.kind == "class":
         names = tuple(sorted(set(labels) - {""}))
@@ -138,7 +145,15 @@ def encode_labels(field: Field, labels: np.ndarray, problems: list[str]) -> np.n
     standardised, NaN if it is missing. Classes and tags that the training split lacks are added to `problems`.
     """
     if field.kind == "number":
-        return ((labels - field.mean) / field.std).astype(np.float32)
+        standardised = (labels - field.mean) / field.std
+        if far := np.flatnonzero(np.abs(standardised) > _FARTHEST).tolist():
+            texts = [f"{labels[i]:g}" for i in far]
+            problems.append(
+                f"column '{field.column}' has numbers that are {_FARTHEST:.0e} or more standard deviations from the "
+                f"mean of the training split, {field.mean:g}: {shortened(texts)}"
+            )
+            standardised[far] = math.nan
+        return standardised.astype(np.float32)
     if labels.dtype != object:
         return labels[:, [field.columns.index(name) for name in field.names]]
     index = {unicodedata.normalize("NFC", name): i for i, name in enumerate(field.names)}

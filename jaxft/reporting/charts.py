@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxft.targets.classification import CALIBRATION_BINS, Reliability
+from jaxft.targets.classification import Reliability
+from jaxft.targets.metrics import CALIBRATION_BINS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,6 @@
 """DIR/evaluation.npz: the latest epoch's predictions, with the images to look at, from which a report is drawn."""
 
 import json
-import math
 import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +26,10 @@ from jaxft.targets.joint import (
     Calibrations,
     JointPredictions,
     Targets,
+    check_calibrations,
     count_outputs,
     find_metric,
+    is_finite,
     is_one_class,
     targets_of,
 )
@@ -47,7 +48,7 @@ class Run(NamedTuple):
     workdir: Workdir
     info: dict[str, Any]  # the info of its checkpoints
     rows: list[dict[str, Any]]  # of metrics.jsonl, with at least one evaluation
-    predictions: Any  # of the test split: Predictions of a single class, else JointPredictions
+    predictions: Any  # for the test split: Predictions of a single class, else JointPredictions
     mistakes: np.ndarray  # int (K,), positions in the test split of the images to show, the worst first
     thumbnails: list[np.ndarray]  # images of the K mistakes
     files: list[str]  # names of the K mistakes
@@ -90,7 +91,7 @@ class Run(NamedTuple):
 
     @property
     def ended_early(self) -> bool:
-        """Whether the run is over before its last epoch."""
+        """True if the run ended before its last epoch."""
         scores = {row["step"]: row_score(row) for row in self.split("eval")}
         return self.epoch < self.config.num_epochs and is_over(self.config, scores)
 
@@ -244,7 +245,7 @@ def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
         predictions = _parse_joint_predictions(arrays, targets)
         size = len(predictions.logits)
     calibrations = json.loads(str(_array({"calibration": np.array("{}")} | arrays, "calibration", "U", ())))
-    _check_calibrations(calibrations, targets)
+    check_calibrations(targets, calibrations)
 
     mistakes = _array(arrays, "mistakes", "iu", (arrays["mistakes"].size,))
     _check_range("mistakes", mistakes, size)
@@ -321,27 +322,10 @@ def _check_targets(info: Mapping[str, Any]) -> None:
         texts = [field["column"], field["name"], *field["names"]]
         _check(all(isinstance(text, str) for text in texts), "targets in info have names that are not texts")
         numbers = [field[key] for key in ("weight", "mean", "std")]
-        _check(all(map(_is_finite, numbers)) and field["std"] > 0, "targets in info have numbers out of range")
+        _check(all(map(is_finite, numbers)) and field["std"] > 0, "targets in info have numbers out of range")
         _check(field["kind"] in KINDS, "targets in info have an unknown kind")
         _check(field["kind"] == "number" or len(field["names"]) > 0, "targets in info lack names")
     _check(len({field["name"] for field in fields}) == len(fields), "two targets in info have the same name")
-
-
-def _check_calibrations(calibrations: Any, targets: Targets) -> None:
-    """Raises ValueError if the calibrations are not those that the targets' `calibrate` returns."""
-    _check(isinstance(calibrations, dict), "calibration is not an object")
-    fields = {target.field.name: target.field for target in targets if target.field.kind != "number"}
-    for name, calibration in calibrations.items():
-        _check(name in fields and isinstance(calibration, dict), "calibration is not of the run's targets")
-        temperature, thresholds = calibration.get("temperature"), calibration.get("thresholds")
-        _check(_is_finite(temperature) and temperature > 0, "a temperature is not a positive number")
-        size = len(fields[name].names) if fields[name].kind == "tags" else 0
-        fits = isinstance(thresholds, list) and len(thresholds) == size and all(map(_is_finite, thresholds))
-        _check(fits if size else thresholds is None, "the thresholds do not fit the tags")
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _array(arrays: dict[str, np.ndarray], name: str, kinds: str, shape: Iterable[int]) -> np.ndarray:

@@ -28,9 +28,9 @@ from jaxft.reporting.sections import (
 )
 from jaxft.run.metrics_file import row_score
 from jaxft.run.workdir import Workdir
-from jaxft.targets.classification import CALIBRATION_BINS, evaluation_summary, score_cards
+from jaxft.targets.classification import evaluation_summary, score_cards
 from jaxft.targets.joint import format_metric, full_name, is_one_class, value_of_score
-from jaxft.targets.metrics import LOWER_IS_BETTER
+from jaxft.targets.metrics import CALIBRATION_BINS, LOWER_IS_BETTER
 from jaxft.training.optimizer import learning_rate_schedule
 
 CURVE_POINTS = 60  # at most; a curve with more rows shows their means
@@ -80,7 +80,7 @@ def render(run: Run) -> str:
 
 
 def _class_results(run: Run) -> dict[str, Any]:
-    """Returns what the page shows of a single class."""
+    """Returns the template's values for a run with a single class."""
     names = run.class_names
     scores = evaluation_summary(run.predictions, names)
     low, high = scores["accuracy_interval"]
@@ -103,7 +103,7 @@ def _class_results(run: Run) -> dict[str, Any]:
 
 
 def _target_results(run: Run) -> dict[str, Any]:
-    """Returns what the page shows of tags, a number or several targets."""
+    """Returns the template's values for a run with tags, a number or several targets."""
     scored = score_targets(run)
     best, *others = _best_cards(run)
     field = scored[0].target.field
@@ -161,7 +161,7 @@ def _ended_early_text(run: Run) -> str:
 
 
 def _class_calibration(run: Run, scores: Mapping[str, Any]) -> str:
-    """Returns a sentence on the temperature of a single class, whose effect the latest evaluation's row has."""
+    """Returns a sentence on the temperature of a single class. Its effect is in the latest evaluation's row."""
     row = run.split("eval")[-1]
     for calibration in run.calibrations.values():
         before = {"log_loss": scores["loss"], "ece": scores["expected_calibration_error"]}

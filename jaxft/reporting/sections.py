@@ -1,4 +1,4 @@
-"""The parts of a report that show one target each: its scores, tables and charts, as the templates use them."""
+"""The sections of a report, one for each target: scores, tables and charts for the templates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,6 @@ from jaxft.reporting.evaluation_file import Run, escaped
 from jaxft.reporting.worst_images import label_text
 from jaxft.targets import metrics
 from jaxft.targets.classification import (
-    CALIBRATION_BINS,
     Predictions,
     bin_reliability,
     confusion_matrix,
@@ -43,10 +42,8 @@ class Scored(NamedTuple):
 
     @property
     def known(self) -> np.ndarray:
-        """Whether each image has a label, bool (N,)."""
-        if isinstance(self.target, NumberTarget):
-            return ~np.isnan(self.label)
-        return np.any(self.label.reshape(len(self.label), -1) >= 0, axis=1)
+        """The images that have a label, bool (N,)."""
+        return self.target.known(self.label)
 
     def default_text(self) -> str:
         """Returns the default metric's value for display."""
@@ -59,7 +56,7 @@ class Scored(NamedTuple):
 
 
 def score_targets(run: Run) -> list[Scored]:
-    """Returns the targets of a run with their scores, in order; the predictions are not of a single class."""
+    """Returns the targets of a run with their scores, in order. The run must not have a single class."""
     scored = []
     for target, logits, label in each(run.targets, np.asarray(run.predictions.logits), run.predictions.label):
         calibration = run.calibrations.get(target.field.name, {})
@@ -70,7 +67,7 @@ def score_targets(run: Run) -> list[Scored]:
 
 
 def _interval(own: Scored, *, always: bool) -> tuple[float, float] | None:
-    """Returns the interval of the default metric; of many tags only if `always`, since resampling takes seconds."""
+    """Returns the interval of the default metric; for many tags only if `always`, since resampling takes seconds."""
     target, known = own.target, own.known
     if not known.any():
         return None
@@ -87,7 +84,7 @@ def _interval(own: Scored, *, always: bool) -> tuple[float, float] | None:
 
 
 def target_sections(run: Run, scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:
-    """Yields what the template shows of each target."""
+    """Yields the content of each target's section for the template."""
     for own in scored:
         known = own.known
         logits, label = own.logits[known], own.label[known]
@@ -106,7 +103,7 @@ def target_sections(run: Run, scored: Sequence[Scored]) -> Iterator[dict[str, An
             "num_images": len(label),
             "metrics": [(metric, format_metric(metric, own.scores[metric])) for metric in own.target.metrics],
             "calibration": _calibration_of(run, own),
-            "bins": CALIBRATION_BINS,
+            "bins": metrics.CALIBRATION_BINS,
         }
 
 
@@ -125,7 +122,7 @@ def class_content(predictions: Predictions, names: Sequence[str]) -> dict[str, A
 def _class_content(target: Target, logits: np.ndarray, label: np.ndarray, calibration: Calibration) -> dict[str, Any]:
     probabilities = target.outputs(logits, calibration)
     predicted = probabilities.argmax(-1)
-    wrong = (predicted != label).astype(np.int32)  # in place of ranks, of which only the right ones are needed
+    wrong = (predicted != label).astype(np.int32)  # in place of ranks: only whether they are 0 matters here
     predictions = Predictions(label, predicted, probabilities.max(-1), wrong, np.zeros(len(label)))
     return class_content(predictions, [escaped(name) for name in target.field.names])
 
@@ -197,7 +194,7 @@ def described_images(run: Run) -> Iterator[tuple[str, list[tuple[str, str, str]]
 
 
 def validation_text(run: Run) -> str:
-    """Returns a description of the validation split, "" without one."""
+    """Returns a description of the validation split, or "" if there is none."""
     if (fraction := val_fraction(run.config)) is not None:
         return f"the held-out {100 * fraction:.4g} % of the training images"
     return f"the validation split '{escaped(run.config.data.val_split)}'" if run.config.data.val_split else ""

@@ -1,4 +1,4 @@
-"""The images of a test split that are worth a look: wrong predictions, large losses and large errors."""
+"""Ranks the images of a test split to look at: wrong predictions, large losses and large errors."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -46,7 +46,7 @@ def largest_losses(targets: Targets, predictions: JointPredictions) -> np.ndarra
 
 
 def image_losses(target: Target, logits: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Returns a target's loss of each image, float64 (N,), NaN without a label; for tags the mean over known ones."""
+    """Returns a target's loss for each image, float64 (N,), NaN without a label; for tags the mean over known ones."""
     losses, weights = (np.asarray(array, np.float64) for array in jax.device_get(target.loss(logits, label)))
     return np.where(weights > 0, losses / np.where(weights > 0, weights, 1), np.nan)
 
@@ -72,8 +72,8 @@ def worst_images(
             scores[wrong] = outputs.max(-1)[wrong]
         ranked = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))]
         for index in ranked[:limit].tolist():
-            texts = label_text(target, label[index]), predicted_text(target, outputs[index], calibration)
-            yield target, Worst(reason, index, *texts, float(scores[index]))
+            truth, predicted = label_text(target, label[index]), predicted_text(target, outputs[index], calibration)
+            yield target, Worst(reason, index, truth, predicted, float(scores[index]))
 
 
 def label_text(target: Target, label: np.ndarray, separator: str = "|") -> str:

@@ -16,9 +16,9 @@ from jaxft.data.fields import Field
 from jaxft.models.heads import get_head, linear_init, set_head
 from jaxft.targets import metrics
 from jaxft.targets.calibration import fit_temperature, softmax
+from jaxft.targets.metrics import CALIBRATION_BINS, calibration_bin
 from jaxft.targets.target import Calibration, Counts
 
-CALIBRATION_BINS = metrics.CALIBRATION_BINS
 TOP_K = (3, 5)  # reported if there are at least twice as many classes
 
 # ---- head ----
@@ -160,7 +160,7 @@ def reliability(predictions: Predictions) -> Reliability:
 def bin_reliability(confidence: Array, correct: Array) -> Reliability:
     """Returns the statistics of predictions with these probabilities (N,), and whether each was right (N,)."""
     confidence = np.asarray(confidence, np.float64)
-    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    bins = calibration_bin(confidence)
     num_images, confidences, num_correct = (
         np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, correct)
     )
@@ -231,6 +231,9 @@ class ClassTarget:
     default_metric: ClassVar[str] = "accuracy"
     metrics: ClassVar[tuple[str, ...]] = metrics.CLASS_METRICS
 
+    def known(self, label: np.ndarray) -> np.ndarray:
+        return label >= 0
+
     def loss(self, logits: Array, label: Array) -> tuple[jax.Array, jax.Array]:
         """Returns the weighted cross-entropy of each image (B,) and its weight (B,)."""
         known = label >= 0
@@ -259,7 +262,7 @@ class ClassTarget:
         accuracy = {"accuracy": wilson_interval(correct, len(label))} if len(label) else {}
         intervals = {**accuracy, **metrics.class_intervals(probabilities, label)}
         per_class = metrics.per_class(probabilities, label)
-        rows = {name: {key: each[i] for key, each in per_class.items()} for i, name in enumerate(self.field.names)}
+        rows = {name: {key: values[i] for key, values in per_class.items()} for i, name in enumerate(self.field.names)}
         return {"num_images": len(label), "intervals": intervals, "per_class": rows}
 
     def calibrate(self, logits: np.ndarray, label: np.ndarray) -> dict[str, Any]:
@@ -271,5 +274,5 @@ class ClassTarget:
 
     def _known(self, logits: np.ndarray, label: np.ndarray, calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
         """Returns the probabilities and labels of images that have a label."""
-        known = label >= 0
+        known = self.known(label)
         return self.outputs(logits[known], calibration), label[known]

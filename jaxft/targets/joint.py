@@ -1,10 +1,11 @@
-"""The targets of a run together: their columns of the head, the sum of their losses, and the scores of each.
+"""All targets of a run: their columns of the head, the sum of their losses, and their scores.
 
 All targets read the same features through one dense layer, so several heads cost no more than one. Each target owns as
 many of its columns as it has outputs, in order.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class JointPredictions:
 
 
 def fields_of(config: ConfigDict, class_names: Sequence[str], fields: Sequence[Field]) -> tuple[Field, ...]:
-    """Returns the fields of a dataset; for one with a single class, the field of its class_names."""
+    """Returns the fields of a dataset; if it has none, because it has a single class, one with its class_names."""
     if fields:
         return tuple(fields)
     return (parse_targets(config.targets)[0]._replace(names=tuple(class_names)),)
@@ -102,14 +103,17 @@ def make_targets(config: ConfigDict, data: Dataset) -> Targets:
 
 
 def targets_of(info: Mapping[str, Any]) -> Targets:
-    """Returns the targets of a checkpoint's info or a run's provenance, without the settings of their training."""
+    """Returns the targets of a checkpoint's info or of weights' provenance, without smoothing and class weights."""
     fields = [Field(**field)._replace(names=tuple(field["names"])) for field in info.get("targets", ())]
     config = resolve(info.get("config", {}))
     return tuple(_KINDS[field.kind](field) for field in fields_of(config, info["class_names"], fields))
 
 
 def outputs_of(targets: Targets) -> list[tuple[str, str, tuple[str, ...], float, float]]:
-    """Returns all that the head's columns mean: heads with equal outputs can be exchanged. One class needs no name."""
+    """Returns the meaning of the head's columns: heads for which it is equal can be exchanged.
+
+    Each target is (name, kind, classes or tags, mean, deviation); the name of a single class does not matter.
+    """
     names = ["" if is_one_class(targets) else target.field.name for target in targets]
     fields = [target.field for target in targets]
     return [(name, f.kind, f.names, f.mean, f.std) for name, f in zip(names, fields, strict=True)]
@@ -120,11 +124,13 @@ def is_one_class(targets: Targets) -> bool:
     return len(targets) == 1 and isinstance(targets[0], ClassTarget)
 
 
-def first_class(label: Any) -> np.ndarray:
-    """Returns the classes (N,) of images: those of the first class target; zeros if there is none."""
-    arrays = [np.asarray(array) for array in (label.values() if isinstance(label, dict) else [label])]
-    classes = [array for array in arrays if array.ndim == 1 and np.issubdtype(array.dtype, np.integer)]
-    return classes[0] if classes else np.zeros(len(arrays[0]), np.int32)
+def first_class(targets: Targets, label: Any) -> np.ndarray:
+    """Returns the labels (N,) of the first class target; zeros if there is none."""
+    arrays = label if isinstance(label, dict) else {targets[0].field.name: label}
+    for target in targets:
+        if isinstance(target, ClassTarget):
+            return np.asarray(arrays[target.field.name])
+    return np.zeros(len(next(iter(arrays.values()))), np.int32)
 
 
 def count_outputs(targets: Targets) -> int:
@@ -161,27 +167,23 @@ def mean_loss(
         loss: Any = sum((losses * share).sum() for losses, _, share in terms)
         weight: Any = sum((weights * share).sum() for _, weights, share in terms)
         weight = sum_over_devices(weight, axis_name) if axis_name else weight
-        if not is_one_class(targets):
-            weight = jnp.where(weight > 0, weight, 1)
-            loss *= target.field.weight
-        loss /= weight
+        loss *= target.field.weight
+        loss /= jnp.where(weight > 0, weight, 1)
         total = loss if total is None else total + loss
     return total
 
 
 def distillation_loss(targets: Targets, logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-    """Returns the weighted sum of the targets' distances (B,) from the teacher's predictions."""
+    """Returns the weighted sum of the targets' distillation losses (B,)."""
     total: Any = None
     for (target, own, _), (_, teacher, _) in zip(each(targets, logits), each(targets, teacher_logits), strict=True):
-        loss = target.distillation_loss(own, teacher, temperature)
-        if not is_one_class(targets):
-            loss *= target.field.weight
+        loss = target.field.weight * target.distillation_loss(own, teacher, temperature)
         total = loss if total is None else total + loss
     return total
 
 
-def count_batch(targets: Targets, logits: Array, label: Any, mask: Array) -> Any:
-    """Returns the counts of a batch: Counts of a single class, else JointCounts."""
+def count_batch(targets: Targets, logits: Array, label: Any, mask: Array) -> Counts | JointCounts:
+    """Returns the counts of a batch: Counts for a single class, else JointCounts."""
     if is_one_class(targets):
         return targets[0].count_batch(logits, label, mask)
     counts = {t.field.name: t.count_batch(own, own_label, mask) for t, own, own_label in each(targets, logits, label)}
@@ -196,7 +198,7 @@ def count_on_host(targets: Targets, predictions: JointPredictions) -> JointCount
 
 
 def predictions(targets: Targets, logits: jax.Array, label: Any) -> Predictions | JointPredictions:
-    """Returns the predictions of a batch: Predictions of a single class, else JointPredictions."""
+    """Returns the predictions of a batch: Predictions for a single class, else JointPredictions."""
     if is_one_class(targets):
         return predictions_from_logits(logits, label)
     return JointPredictions(logits, label)
@@ -205,14 +207,14 @@ def predictions(targets: Targets, logits: jax.Array, label: Any) -> Predictions 
 # ---- scores, on the host ----
 
 
-def losses_of(targets: Targets, counts: Any) -> dict[str, float]:
-    """Returns the means of counts, as a row of metrics has them: the loss, and of several targets the loss of each.
+def losses_of(targets: Targets, counts: Counts | JointCounts) -> dict[str, float]:
+    """Returns the means of counts for a row of metrics: the loss, and the loss of each target if there are several.
 
-    A single class adds its accuracy.
+    For a single class it adds the accuracy.
     """
     if isinstance(counts, Counts):
         return {
-            "loss": float(counts.loss) / int(counts.num_images),
+            "loss": targets[0].field.weight * float(counts.loss) / int(counts.num_images),
             "accuracy": float(counts.correct) / int(counts.num_images),
         }
     means = {name: float(own.loss) / max(float(own.num_images), 1.0) for name, own in counts.targets.items()}
@@ -221,7 +223,7 @@ def losses_of(targets: Targets, counts: Any) -> dict[str, float]:
 
 
 def scores(targets: Targets, predictions: Any, calibrations: Calibrations) -> dict[str, dict[str, float | None]]:
-    """Returns {target: {metric: value}} of predictions or any object with logits and a label; NumPy arrays."""
+    """Returns {target: {metric: value}} of predictions, or of any object with logits and labels in NumPy arrays."""
     return {
         target.field.name: target.scores(own, label, calibrations.get(target.field.name, {}))
         for target, own, label in each(targets, np.asarray(predictions.logits), predictions.label)
@@ -237,12 +239,32 @@ def details(targets: Targets, predictions: Any, calibrations: Calibrations) -> d
 
 
 def calibrate(targets: Targets, predictions: Any) -> dict[str, dict[str, Any]]:
-    """Returns {target: calibration} fitted to predictions, of the targets that have one."""
+    """Returns {target: calibration} fitted to predictions, without the targets that need none."""
     fitted = {
         target.field.name: target.calibrate(own, label)
         for target, own, label in each(targets, np.asarray(predictions.logits), predictions.label)
     }
     return {name: calibration for name, calibration in fitted.items() if calibration}
+
+
+def check_calibrations(targets: Targets, calibrations: Any) -> None:
+    """Raises ValueError if calibrations that were read from a file are not of the kind that `calibrate` returns."""
+    fields = {target.field.name: target.field for target in targets if target.field.kind != "number"}
+    if not isinstance(calibrations, dict) or not all(name in fields for name in calibrations):
+        raise ValueError("calibration is not of the run's targets")
+    for name, calibration in calibrations.items():
+        temperature: Any = calibration.get("temperature") if isinstance(calibration, dict) else None
+        if not is_finite(temperature) or temperature <= 0:
+            raise ValueError("a temperature is not a positive number")
+        thresholds = calibration.get("thresholds", [])
+        expected = len(fields[name].names) if fields[name].kind == "tags" else 0
+        if not isinstance(thresholds, list) or len(thresholds) != expected or not all(map(is_finite, thresholds)):
+            raise ValueError("the thresholds do not fit the tags")
+
+
+def is_finite(value: Any) -> bool:
+    """Returns whether a value of a JSON file is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def full_name(targets: Targets, target: str, metric: str) -> str:
@@ -272,8 +294,12 @@ def find_metric(targets: Targets, name: str) -> str:
         return name
     metric = name.rpartition(".")[2].casefold()
     same = [full for full in known if full.rpartition(".")[2].casefold() == metric]  # with or without a target's name
-    matches = difflib.get_close_matches(name, same, 1, cutoff=0) or difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean '{matches[0]}'?" if matches else f"there are {shortened(known, 10)}"
+    longer = [full for full in known if full.casefold().startswith(name.casefold())]  # f1_macro for f1
+    longer += [full for full in known if metric and full.rpartition(".")[2].casefold().startswith(metric)]
+    matches = (
+        difflib.get_close_matches(name, same, 1, cutoff=0) or longer[:1] or difflib.get_close_matches(name, known, 1)
+    )
+    hint = f"did you mean '{matches[0]}'?" if matches else f"there are {shortened(known, 5)}"
     raise UserError(f"no target has the metric '{name}' of best_metric; {hint}")
 
 

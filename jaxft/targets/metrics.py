@@ -194,7 +194,7 @@ def _class_scores(probabilities: np.ndarray, label: np.ndarray, weights: np.ndar
     predicted, own = probabilities.argmax(1), probabilities[rows, label]
     top = probabilities[rows, predicted]
     gap = np.zeros((len(label), CALIBRATION_BINS))
-    gap[rows, _bins(top)] = top - (predicted == label)
+    gap[rows, calibration_bin(top)] = top - (predicted == label)
     log_loss = -np.log(np.clip(own, _EPSILON, 1 - _EPSILON))
     brier = (probabilities**2).sum(1) - own**2 + (1 - own) ** 2
     num_images = weights.sum(1)
@@ -222,7 +222,7 @@ def _tag_scores(probabilities: np.ndarray, label: np.ndarray, predicted: np.ndar
     known, positive = label >= 0, label == 1
     correct = known & (predicted == positive)
     own = np.clip(np.where(positive, probabilities, 1 - probabilities), _EPSILON, 1 - _EPSILON)
-    cell = np.arange(len(label))[:, None] * CALIBRATION_BINS + _bins(probabilities)
+    cell = np.arange(len(label))[:, None] * CALIBRATION_BINS + calibration_bin(probabilities)
     gap = np.bincount(cell[known], (probabilities - positive)[known], len(label) * CALIBRATION_BINS)
     num_cells = weights @ known.sum(1)
 
@@ -308,7 +308,8 @@ def _sum_by_group(weights: np.ndarray, group: np.ndarray, num_groups: int) -> np
     return np.stack([np.bincount(group, row, num_groups) for row in weights])
 
 
-def _bins(probabilities: np.ndarray) -> np.ndarray:
+def calibration_bin(probabilities: np.ndarray) -> np.ndarray:
+    """Returns the index of each probability's bin, in an array of the same shape. A bin includes its upper bound."""
     return np.clip(np.ceil(probabilities * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
 
 

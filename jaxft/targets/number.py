@@ -34,6 +34,9 @@ class NumberTarget:
     default_metric: ClassVar[str] = "mae"
     metrics: ClassVar[tuple[str, ...]] = metrics.NUMBER_METRICS
 
+    def known(self, label: np.ndarray) -> np.ndarray:
+        return ~np.isnan(label)
+
     def loss(self, logits: Array, label: Array) -> tuple[jax.Array, jax.Array]:
         """Returns the squared error of the standardised number (B,) and its weight (B,)."""
         known = ~jnp.isnan(label)
@@ -72,5 +75,5 @@ class NumberTarget:
 
     def _known(self, logits: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the predictions and the labels of images that have one, in their unit."""
-        known = ~np.isnan(label)
+        known = self.known(label)
         return self.outputs(logits[known], {}), self.values(label[known])

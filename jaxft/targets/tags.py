@@ -1,4 +1,4 @@
-"""Tags, any number of them per image: loss, counts on the device, scores and display, in the order of their use."""
+"""Tags, any number per image: loss, counts on the device, scores and display, in the order of their use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +38,10 @@ class TagsTarget:
 
     default_metric: ClassVar[str] = "mAP"
     metrics: ClassVar[tuple[str, ...]] = metrics.TAG_METRICS
+
+    def known(self, label: np.ndarray) -> np.ndarray:
+        """Returns which images have a label of any tag, bool (N,)."""
+        return np.any(label >= 0, axis=-1)
 
     def loss(self, logits: Array, label: Array) -> tuple[jax.Array, jax.Array]:
         """Returns the summed loss and the number of the known tags of each image (B,).
@@ -82,8 +86,8 @@ class TagsTarget:
             tag: {key: values[i] for key, values in per_tag.items()} | {"threshold": float(arguments[2][i])}
             for i, tag in enumerate(self.field.names)
         }
-        known = int((label >= 0).any(-1).sum())
-        return {"num_images": known, "intervals": metrics.tag_intervals(*arguments), "per_tag": rows}
+        intervals = metrics.tag_intervals(*arguments)
+        return {"num_images": int(self.known(label).sum()), "intervals": intervals, "per_tag": rows}
 
     def calibrate(self, logits: np.ndarray, label: np.ndarray) -> dict[str, Any]:
         """Fits one temperature, and for each tag the threshold of the highest F1."""

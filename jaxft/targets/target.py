@@ -1,4 +1,4 @@
-"""The interface of a target: what the rest of the package uses of a class, tags or a number to predict."""
+"""The interface of a target (a class, tags or a number to predict) to the rest of the package."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -10,7 +10,7 @@ from flax import struct
 from jaxft.data.batches import Array
 from jaxft.data.fields import Field
 
-Calibration = Mapping[str, Any]  # {"temperature": T, "thresholds": [...] of tags}; {}: none
+Calibration = Mapping[str, Any]  # {"temperature": T} and for tags also {"thresholds": [...]}; {}: not calibrated
 
 
 @struct.dataclass
@@ -32,6 +32,9 @@ class Target(Protocol):
     def field(self) -> Field:
         """The labels that it predicts."""
 
+    def known(self, label: np.ndarray) -> np.ndarray:
+        """Returns which images have a label, bool (N,)."""
+
     def loss(self, logits: Array, label: Array) -> tuple[jax.Array, jax.Array]:
         """Returns the weighted loss of each image (B,) and its weight (B,), which is 0 without a label.
 
@@ -42,7 +45,7 @@ class Target(Protocol):
         """Sums the plain loss and the correct predictions over the labels of images whose mask is 1."""
 
     def distillation_loss(self, logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-        """Returns how far the predictions (B,) are from a teacher's."""
+        """Returns the distances (B,) of the predictions from those of a teacher."""
 
     def outputs(self, logits: Any, calibration: Calibration) -> Any:
         """Returns probabilities (N, C), or values (N,) in the number's unit; in NumPy or in a traced function."""

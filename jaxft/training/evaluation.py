@@ -169,9 +169,9 @@ def _pmap_steps(step: EvalStep, config: EvalConfig) -> EvalSteps:
 
 
 def _pmap(step: EvalStep, config: EvalConfig) -> Any:
-    found: Any = config.preprocessing
-    found = found._replace(mean=tuple(found.mean), std=tuple(found.std))  # a checkpoint's are lists
-    return _cached_pmap(step, config._replace(preprocessing=found))
+    given: Any = config.preprocessing
+    hashable = given._replace(mean=tuple(given.mean), std=tuple(given.std))  # those of a checkpoint are lists
+    return _cached_pmap(step, config._replace(preprocessing=hashable))
 
 
 @lru_cache(maxsize=8)  # so that splits of one size share a compiled program
@@ -189,7 +189,7 @@ def shared_equally(batch_size: int) -> int:
 class Evaluation(NamedTuple):
     checkpoint: int  # its step
     split: str
-    class_names: tuple[str, ...]  # () of several targets
+    class_names: tuple[str, ...]  # () unless there is a single class
     predictions: Any  # of joint.predictions
     targets: Targets = ()
     calibrations: Calibrations = MappingProxyType({})

@@ -27,7 +27,7 @@ from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import with_compile_barrier
 from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers
-from jaxft.targets.joint import Targets, first_class, losses_of
+from jaxft.targets.joint import Targets, losses_of
 from jaxft.training.compilation import Compiler, Program, abstract
 from jaxft.training.state import TrainState
 from jaxft.training.steps import StepConfig, train_step, train_steps
@@ -166,11 +166,12 @@ def train_epoch(trainer: Trainer, state: TrainState, epoch: int, stop: StopSigna
 
 
 def order_of(config: ConfigDict, data: Dataset, epoch: int) -> np.ndarray:
-    """Returns the order of an epoch's images, int64 (N,), as data.sampling says: a pure function of seed and epoch."""
+    """Returns an epoch's order of images, int64 (N,), by data.sampling: a pure function of seed and epoch."""
     power = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}[config.data.sampling]
     if not power:
         return epoch_order(config.seed, epoch, data.num_examples)
-    return sampled_order(config.seed, epoch, first_class(data.label), power)
+    label, _ = data.first_class()
+    return sampled_order(config.seed, epoch, label, power)
 
 
 def steps_between_checkpoints(first: int, last: int, every_steps: int) -> Iterator[int]:

@@ -67,7 +67,7 @@ def fit_linear_head(features: np.ndarray, label: Any, loss_config: LossConfig, s
         "bias": np.zeros(loss_config.num_outputs, np.float32),
     }
     inverse_penalty = INVERSE_PENALTIES[len(INVERSE_PENALTIES) // 2]
-    held_out = hold_out(first_class(label), seed)
+    held_out = hold_out(first_class(loss_config.targets, label), seed)
     everything = np.ones(len(features), np.float32)
     if held_out.any():
         kept = np.where(held_out, 0, everything)

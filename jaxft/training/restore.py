@@ -19,8 +19,15 @@ from jaxft.models.policy import Policy
 from jaxft.run.checkpoint_reader import NEWEST_GOOD, CheckpointReader, DamagedCheckpointError
 from jaxft.run.metrics_file import read_calibration, read_scores
 from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
-from jaxft.run.workdir import CHECKPOINTS, METRICS, Workdir
-from jaxft.targets.joint import count_outputs, find_metric, format_metric, targets_of, value_of_score
+from jaxft.run.workdir import ACCURACY, CHECKPOINTS, METRICS, Workdir
+from jaxft.targets.joint import (
+    check_calibrations,
+    count_outputs,
+    find_metric,
+    format_metric,
+    targets_of,
+    value_of_score,
+)
 from jaxft.training.optimizer import make_optimizer
 from jaxft.training.state import TrainState, abstract_train_state
 
@@ -76,10 +83,19 @@ def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
 
 
 def _calibration(folder: Workdir, step: int, info: dict[str, Any]) -> dict[str, Any]:
-    """Returns {target: calibration} of a checkpoint, and reports on stderr if it has none although it could."""
+    """Returns {target: calibration} of a checkpoint, and reports on stderr if it has none although it could.
+
+    Raises UserError if it is of other targets.
+    """
     found = read_calibration(folder.metrics, step)
+    try:
+        check_calibrations(targets_of(info), found)
+    except ValueError as error:
+        text = "put it back, or remove it to do without a calibration"
+        raise UserError(f"{folder.accuracy} is of another run ({error}); {text}") from None
     if not found and any(target.field.kind != "number" for target in targets_of(info)):
-        write_message(f"checkpoint {step} was not evaluated: its probabilities are not calibrated, thresholds are 0.5")
+        text = "its probabilities are not calibrated, thresholds are 0.5"
+        write_message(f"{ACCURACY} has no calibration of checkpoint {step}: {text}")
     return found
 
 

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from jaxft.data.dataset import Dataset
 from jaxft.data.loader import Loader
 from jaxft.errors import UserError
 from jaxft.run.metrics_file import MetricsFile
@@ -41,7 +43,7 @@ class Selection:
     per_call: StepsPerCall
 
     def evaluate(self, trainer: Trainer, metrics: MetricsFile, state: TrainState, epoch: int) -> tuple[Any, str]:
-        """Records the evaluations of an epoch; returns the predictions of the test split and the epoch's line.
+        """Evaluates and records an epoch; returns the predictions of the test split and the line to print.
 
         Raises UserError if the metric is undefined.
         """
@@ -71,12 +73,10 @@ class Selection:
         return predictions, line
 
     def _values(self, predictions: Any, calibrations: joint.Calibrations, *, simple: bool) -> dict[str, Any]:
-        """Returns the loss and the metrics of a split; of a single class without other metrics the accuracy."""
-        values: dict[str, Any] = {}
-        if joint.is_one_class(self.targets):
-            values = joint.losses_of(self.targets, count_predictions(predictions))
-        else:
-            values = joint.losses_of(self.targets, joint.count_on_host(self.targets, predictions))
+        """Returns the losses and the metrics of a split. simple: only the loss and the accuracy of a single class."""
+        one_class = joint.is_one_class(self.targets)
+        counts = count_predictions(predictions) if one_class else joint.count_on_host(self.targets, predictions)
+        values: dict[str, Any] = joint.losses_of(self.targets, counts)
         if simple:
             return values
         found = joint.flat_scores(self.targets, joint.scores(self.targets, predictions, calibrations))
@@ -85,17 +85,38 @@ class Selection:
     def _score(self, values: Mapping[str, float], split: Evaluated) -> float:
         score = joint.score_of(self.metric, values)
         if score is None:
-            raise UserError(
-                f"{self.metric} is undefined on the images of '{split.name}', as if all of them had the same label; "
-                "choose another best_metric or another split"
-            )
+            raise _undefined(self.metric, split.name)
         return score
 
 
-def last_improvement(scores: Mapping[int, float], min_delta: float) -> int:
-    """Returns the index of the latest evaluation, in order of steps, that was an improvement; -1 if there is none.
+def check_metric(targets: Targets, metric: str, data: Dataset, name: str) -> None:
+    """Raises UserError if the metric that chooses the best checkpoint is undefined on the labels of a split.
 
-    The first is one, and each whose score exceeds that of the improvement before by more than `min_delta`.
+    This depends on no prediction, so that it is known before anything is trained. data: the split. name: its name.
+    """
+    if joint.is_one_class(targets) and metric == "accuracy":
+        return
+    for target in targets:
+        label = data.label[target.field.name] if isinstance(data.label, dict) else data.label
+        label = np.unique(label, axis=0)  # since how often a label occurs does not matter
+        scores = target.scores(np.zeros((len(label), target.field.num_outputs)), label, {})
+        for key, value in scores.items():
+            if value is None and metric == joint.full_name(targets, target.field.name, key):
+                raise _undefined(metric, name)
+
+
+def _undefined(metric: str, name: str) -> UserError:
+    return UserError(
+        f"{metric} is undefined on the images of '{name}', for example because all have the same label; choose another "
+        "best_metric or another split"
+    )
+
+
+def last_improvement(scores: Mapping[int, float], min_delta: float) -> int:
+    """Returns the index, in order of steps, of the latest evaluation that was an improvement; -1 without evaluations.
+
+    The first evaluation is an improvement. A later one is if its score exceeds that of the latest improvement by more
+    than `min_delta`.
     """
     best, index = -float("inf"), -1
     for i, step in enumerate(sorted(scores)):
@@ -105,9 +126,9 @@ def last_improvement(scores: Mapping[int, float], min_delta: float) -> int:
 
 
 def is_over(config: ConfigDict, scores: Mapping[int, float]) -> bool:
-    """Returns whether a run ends early: the last `stop.patience` evaluations were no better than one before.
+    """Returns whether a run ends early: none of the last `stop.patience` evaluations was an improvement.
 
-    It depends only on the scores in metrics.jsonl, so that a resumed run decides as an uninterrupted one.
+    Depends only on the scores in metrics.jsonl, so a resumed run decides as an uninterrupted one does.
     """
     patience = config.stop.patience
     return bool(patience) and len(scores) - 1 - last_improvement(scores, config.stop.min_delta) >= patience

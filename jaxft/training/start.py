@@ -248,9 +248,10 @@ def load_teacher(config: ConfigDict, targets: Targets, which: str, formulation: 
     except UserError as error:
         raise named_after(error, "distill.teacher") from None
     if outputs_of(found := targets_of(info)) != outputs_of(targets):
+        if info["class_names"]:
+            raise UserError(f"distill.teacher {workdir} was trained on other classes: {', '.join(info['class_names'])}")
         texts = [f"{t.field.name} ({', '.join(t.field.names) or t.field.kind})" for t in found]
-        names = ", ".join(info["class_names"]) or "; ".join(texts)
-        raise UserError(f"distill.teacher {workdir} was trained on other classes: {names}")
+        raise UserError(f"distill.teacher {workdir} was not trained on the same targets, but on {'; '.join(texts)}")
     model, variables = fold_norms(model.clone(formulation=formulation), replicate(state.variables()))
     return Teacher(model, policy, Preprocessing(**info["preprocessing"]), variables, step)
 

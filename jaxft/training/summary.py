@@ -17,7 +17,7 @@ from jaxft.run import remote_workdir
 from jaxft.run.workdir import Workdir
 from jaxft.targets.joint import Targets, format_metric, is_one_class, value_of_score
 from jaxft.training.selection import is_over, last_improvement
-from jaxft.training.start import Splits
+from jaxft.training.start import Splits, val_fraction
 from jaxft.training.state import TrainState
 
 
@@ -44,6 +44,8 @@ def print_start(
         kept = weights["head"] == "kept"
         source += f", {'same' if kept else 'new'} head for {outputs}"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    is_fraction = val_fraction(config) is not None
+    val_name = f"{data.val_split} of {data.train_split}" if is_fraction else data.val_split
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     onednn = " with oneDNN" if model.formulation == "cpu-onednn" else ""
     device = jax.local_devices()[0].device_kind
@@ -51,11 +53,11 @@ def print_start(
     print(
         f"data     {printable(data.name)}: {train_data.num_examples:,} images to train on ({data.train_split}), "
         f"{eval_data.num_examples:,} to test on ({data.eval_split})"
-        + (f", {val_data.num_examples:,} to validate on ({data.val_split})" if val_data else "")
+        + (f", {val_data.num_examples:,} to validate on ({val_name})" if val_data else "")
     )
     for line in (
         datasets.describe(train_data, eval_data, data.stream),
-        *datasets.describe_origin(train_data, eval_data),
+        *datasets.describe_origin(train_data, eval_data, (data.train_split, data.eval_split, data.val_split)),
     ):
         print(f"{'':9}{printable(line)}")
     options = [f"{key} {value}" for key, value in options_of(model).items() if f"model.{key}" in FROM_WEIGHTS]

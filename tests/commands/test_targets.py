@@ -30,16 +30,15 @@ from jaxft.targets.tags import Tags
 from jaxft.training.restore import load_checkpoint
 from jaxft.training.start import initial_state
 from tests.helpers.runs import ROOT
-from tests.helpers.tables import table_config, write_table
+from tests.helpers.tables import table_config
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, compile_quickly: None) -> Path:
-    """Trains DIR/run on the table DIR/table/labels.csv."""
-    directory = tmp_path_factory.mktemp("targets")
-    table = write_table(directory / "table")
-    jaxft.train_and_evaluate(table_config(table, optimizer__learning_rate="0.1"), directory / "run")
-    return directory
+def folder(targets_run: Path) -> Path:
+    """The folder of the run and its table, DIR/run and DIR/table/labels.csv."""
+    return targets_run.parent
 
 
 @pytest.fixture(scope="module")

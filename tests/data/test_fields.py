@@ -35,6 +35,8 @@ def test_the_default_is_a_class_in_the_column_label() -> None:
         ("class:a.b", "the name 'a.b' has a dot, so give it another: NAME=class:a.b"),
         ("number:x*-1", "the weight '-1' of 'number:x*-1' is not a positive number"),
         ("number:x*inf", "the weight 'inf'"),
+        ("number:x*1e7", "the weight '1e7' of 'number:x*1e7' is not between 1e-6 and 1e6"),
+        ("number:x*1e-300", "the weight '1e-300'"),
         ("number:x*heavy", "the weight 'heavy'"),
         ("class:a,,class:b", "an entry is empty"),
     ],

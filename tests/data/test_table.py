@@ -145,6 +145,8 @@ def test_a_single_class_is_like_a_folder(root: Path) -> None:
     assert (train.origin.folder, train.origin.layout) == (str(root), "table")
     assert datasets.describe(train, test) == "4 classes, from 1 image (10) to 2 (a)"
     assert "skipped: 2 rows without a label" in list(datasets.describe_origin(train, test))
+    assert "not used: 7 rows of the split 'test'" in list(datasets.describe_origin(train, train, used=("train", "")))
+    assert not any("not used" in line for line in datasets.describe_origin(train, test, used=("train", "test")))
 
 
 def test_numbers_are_classes_by_their_text(root: Path) -> None:
@@ -349,6 +351,8 @@ def test_wrong_tables_are_reported(root: Path, text: str, expected: str) -> None
         ("number:x", ["inf", "2", "٣"], "line 2 holds 'inf', .*, line 4 holds '٣'"),
         ("number:x", ["", "", ""], "column 'x': no row of the training split has a label"),
         ("number:x", ["1e308", "-1e308", "1e308"], "column 'x': its numbers are too large"),
+        ("number:x", ["1e31", "", "3e31"], "column 'x': its numbers are too large; divide them by a constant"),
+        ("number:x", ["1e-300", "2e-300", ""], "column 'x': its numbers differ too little"),
         ("tags:x", ["|", "", " "], "column 'x': no row of the training split has a tag"),
         ("tags:x|y", ["1", "0", "2"], "line 4 holds '2', which is not 0, 1, true, false, yes, no or empty"),
         ("tags:x|y", ["1", "0", ""], "no row of the training split has a value of y"),
@@ -358,6 +362,21 @@ def test_wrong_labels_are_reported(root: Path, targets: str, cells: list[str], e
     path = write(root / "a.csv", [{"x": cell, "y": "", "split": "train"} for cell in cells])
     with pytest.raises(UserError, match=expected):
         splits(path, targets)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_tags_that_are_a_structure_are_reported(root: Path, name: str) -> None:
+    path = write(root / name, [{"x": {"a": 1}, "split": "train"}])
+    with pytest.raises(UserError, match=r"column 'x': (line|row) 1 is a dict, not text or a number"):
+        splits(path, "tags:x")
+
+
+@pytest.mark.filterwarnings("error")
+def test_test_numbers_far_from_those_of_training_are_reported(root: Path) -> None:
+    cells = ["1", "2", "3", "4e13", "-1e300"]
+    path = write(root / "a.csv", [{"x": x, "split": "train" if i < 3 else "test"} for i, x in enumerate(cells)])
+    with pytest.raises(UserError, match=r"1e\+12 or more standard deviations .*, 2: 4e\+13, -1e\+300"):
+        splits(path, "number:x")
 
 
 def test_classes_and_tags_that_training_lacks_are_reported_together(root: Path) -> None:
@@ -414,6 +433,11 @@ def test_everything_that_is_wrong_is_reported_at_once(root: Path, capsys: pytest
             "a.jsonl",
             b'{"path": "0.png", "label": {"a": 1}}\n',
             "column 'label': line 1 is a dict, not text or a number",
+        ),
+        (
+            "a.jsonl",
+            b'{"path": "0.png", "label": "\\ud800"}\n',
+            "column 'label': line 1 holds half of a surrogate pair, which is not a character",
         ),
     ],
 )

@@ -23,10 +23,9 @@ from jaxft.run.workdir import Workdir
 from jaxft.targets import metrics
 from jaxft.targets.classification import evaluation_summary
 from jaxft.targets.joint import JointPredictions
-from jaxft.train import train_and_evaluate
 from jaxft.training.evaluation import evaluate
 from tests.helpers.pages import Page, assert_self_contained
-from tests.helpers.tables import SPLITS, table_config, write_table
+from tests.helpers.tables import SPLITS
 
 FIELDS = (
     Field("class", "kind", "kind", 2.0, ("cat", "dog")),
@@ -36,16 +35,8 @@ FIELDS = (
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_table(tmp_path_factory.mktemp("table"))
-
-
-@pytest.fixture(scope="module")
-def table_run(table: Path) -> Workdir:
-    """The workdir of two epochs on a class, tags and a number. Not to be changed."""
-    workdir = table.parent / "several"
-    train_and_evaluate(table_config(table), workdir)
-    return Workdir(workdir)
+def table_run(targets_run: Path) -> Workdir:
+    return Workdir(targets_run)
 
 
 @pytest.fixture
@@ -104,7 +95,7 @@ def text_of(html: str) -> str:
 
 
 def test_the_page_has_a_section_for_each_target(table_run: Workdir) -> None:
-    """With the scores that evaluate prints, and the calibration of the latest checkpoint."""
+    """Compares the scores with those that evaluate prints; the calibration is that of the latest checkpoint."""
     html = table_run.report.read_text()
     assert_self_contained(Page(html), html)
     text = text_of(html)
@@ -211,7 +202,7 @@ def test_runs_are_compared_by_what_they_share(
 
 
 def test_images_to_check_are_listed_by_target(copy: Workdir) -> None:
-    """By hand: the class by confidence, tags by loss and a number by its error, without missing labels."""
+    """Compares with a list by hand: a class by confidence, tags by loss, a number by its error; no missing labels."""
     logits = np.array(
         [  # cat, dog; big, wet, old; age
             [0, 2, -5, -5, -5, 0],

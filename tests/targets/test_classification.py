@@ -9,7 +9,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft.targets.classification import CALIBRATION_BINS, Predictions, evaluation_summary, reliability, wilson_interval
+from jaxft.targets.classification import Predictions, evaluation_summary, reliability, wilson_interval
+from jaxft.targets.metrics import CALIBRATION_BINS
 
 
 @given(st.integers(1, 20_000), st.floats(0, 1))

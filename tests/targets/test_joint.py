@@ -153,9 +153,8 @@ def test_a_row_of_metrics_has_the_weighted_loss_and_each() -> None:
         2 * values["species.loss"] + values["tags.loss"] / 2 + values["age.loss"] / 4, rel=1e-6
     )
     for target, own, own_label in joint.each(plain, logits, label):
-        alone, _ = one_device(own_label, np.ones(NUM_IMAGES), own, (target,))
-        share = 1 if isinstance(target, ClassTarget) else target.field.weight
-        assert values[f"{target.field.name}.loss"] * share == pytest.approx(alone, rel=1e-5)
+        loss_of_one, _ = one_device(own_label, np.ones(NUM_IMAGES), own, (target,))
+        assert values[f"{target.field.name}.loss"] * target.field.weight == pytest.approx(loss_of_one, rel=1e-5)
     assert set(joint.losses_of((TAGS,), joint.JointCounts(np.array(1), {"tags": TAGS_COUNTS}))) == {"loss"}
 
 
@@ -186,6 +185,8 @@ def test_the_metric_that_chooses_the_best_checkpoint(targets: joint.Targets, nam
         ((NUMBER, TAGS), "mAP", "did you mean 'tags.mAP'?"),
         ((NUMBER,), "age.mae", "did you mean 'mae'?"),
         ((NUMBER,), "x", "there are mae, rmse, r2"),
+        ((TAGS,), "f1", "did you mean 'f1_macro'?"),
+        (TARGETS, "tags.f1", "did you mean 'tags.f1_macro'?"),
     ],
 )
 def test_an_unknown_metric_is_refused(targets: joint.Targets, name: str, hint: str) -> None:

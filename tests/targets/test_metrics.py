@@ -369,7 +369,7 @@ def test_intervals_depend_on_the_seed_only() -> None:
 
 
 def test_an_interval_needs_half_of_the_resamples() -> None:
-    """Of n images, one positive is drawn in 63 % of the resamples, and one of each label in 40 % for n = 20."""
+    """A positive image is drawn in 63 % of the resamples of n images, and one of each label in 40 % for n = 20."""
     probabilities, label = np.linspace(0.1, 0.9, 20)[:, None], np.zeros((20, 1), int)
     label[3] = 1
     assert metrics.tag_intervals(probabilities, label, [0.5])["auroc"] is not None

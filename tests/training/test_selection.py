@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from hypothesis import strategies as st
 
 from jaxft import evaluate, train
 from jaxft.config import default_config
-from jaxft.errors import MESSAGE_LENGTH, run_command
-from jaxft.reporting.reporter import Reporter
+from jaxft.errors import MESSAGE_LENGTH, UserError, run_command
+from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.workdir import Workdir
 from jaxft.targets import joint
 from jaxft.train import train_and_evaluate
@@ -26,7 +25,7 @@ from jaxft.training.evaluation import evaluate_checkpoint
 from jaxft.training.restore import load_checkpoint
 from jaxft.training.selection import is_over, last_improvement
 from tests.helpers.runs import assert_same_run, metrics, started, wait_for_steps
-from tests.helpers.tables import table_changes, table_config, write_table
+from tests.helpers.tables import table_changes, table_config
 
 DEVICES = 8  # as this process has
 PATIENCE = 2
@@ -45,7 +44,7 @@ STOPS_EARLY: dict[str, Any] = {
     "optimizer__schedule": "constant",
 }
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "no_reports")
 
 scores_by_step = st.dictionaries(st.integers(1, 100), st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5, 0.75]), max_size=12)
 
@@ -62,19 +61,6 @@ def test_a_run_ends_when_a_loop_over_its_scores_does(scores: dict[int, float], p
             best, waited, latest = scores[step], 0, i
     assert last_improvement(scores, min_delta) == latest
     assert is_over(config, scores) == (patience > 0 and waited >= patience and bool(scores))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_reports() -> Iterator[None]:
-    """Leaves out the reports, which take longer than the runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reporter, "update", lambda *_: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_table(tmp_path_factory.mktemp("table"))
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +132,18 @@ def test_calibrations_are_those_of_the_validation_split(stopped_early: Path) -> 
     assert fitted["tags"]["thresholds"] == pytest.approx(info["calibration"]["tags"]["thresholds"], abs=1e-4)
 
 
+def test_calibrations_of_another_run_are_refused(stopped_early: Path, tmp_path: Path) -> None:
+    """Their file is intact, but its thresholds are of other tags."""
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped_early, workdir)
+    file = MetricsFile(workdir / "metrics.jsonl")
+    step = Workdir(workdir).steps()[0]
+    file.calibrations[step]["tags"]["thresholds"] = [0.5]
+    file.write(file.rows[-1])  # an evaluation, with which accuracy.json is written
+    with pytest.raises(UserError, match=r"accuracy.json is of another run \(the thresholds do not fit the tags\)"):
+        load_checkpoint(workdir, str(step))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("least", [(7,), (1, 5, 9, 13, 17, 20)])
 def test_sigkill_at_any_moment_changes_nothing(
@@ -178,10 +176,10 @@ def test_a_run_that_was_killed_while_it_evaluated_evaluates_again(
     assert_same_selection(workdir, stopped_early)
 
 
-def test_an_undefined_metric_ends_the_run_with_a_message(
+def test_an_undefined_metric_is_refused_before_training(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All validation images have the same brightness. The next command with another workdir may choose another."""
+    """All validation images have the same brightness. The next command with this workdir may choose another metric."""
     rows = [line.split(",") for line in table.read_text().splitlines()]
     lines = [",".join([*row[:-1], "100" if row[1] == "val" else row[-1]]) for row in rows]
     constant = table.with_name("constant.csv")
@@ -191,6 +189,7 @@ def test_an_undefined_metric_ends_the_run_with_a_message(
     assert run_command(train.main, ["--config=quickstart", *arguments, "--workdir", str(tmp_path / "run")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith(
-        "error: brightness.r2 is undefined on the images of 'val', as if all of them had the same label"
+        "error: brightness.r2 is undefined on the images of 'val', for example because all have the same label"
     )
     assert "choose another best_metric or another split" in line and len(line) <= MESSAGE_LENGTH
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the images of both splits, and the preprocessing that it stores."""
+"""Tests what a run needs before its first step: the images of both splits, and the preprocessing that it stores."""
 
 from collections.abc import Callable
 from pathlib import Path

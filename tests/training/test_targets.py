@@ -1,6 +1,6 @@
 """Training with a class, tags and a number: steps beside torch's, the fit of the head, distillation and refusals."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from jaxft.errors import MESSAGE_LENGTH, run_command
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.pretrained.convert import from_torch
-from jaxft.reporting.reporter import Reporter
 from jaxft.targets import joint
 from jaxft.train import train_and_evaluate
 from jaxft.training.loop import order_of
@@ -37,7 +36,7 @@ from tests.helpers.devices import replicate_on
 from tests.helpers.joint_loss import NUMBER, TARGETS, joint_loss, random_labels
 from tests.helpers.reference import torch
 from tests.helpers.runs import metrics, same_bits
-from tests.helpers.tables import SIDE, table_changes, table_config, write_table
+from tests.helpers.tables import SIDE, table_changes, table_config
 from tests.helpers.tables import TARGETS as TABLE_TARGETS
 from tests.helpers.ten_steps import check_equal
 from tests.helpers.torch_models import flax_model, nchw, random_torch_model
@@ -45,20 +44,7 @@ from tests.helpers.torch_models import flax_model, nchw, random_torch_model
 PREPROCESSING = Preprocessing(SIDE, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 SMALL = ResNet(BasicBlock, (1,), num_classes=6, width=4, stem="small", formulation="cpu")
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_reports() -> Iterator[None]:
-    """Leaves out the reports, which take longer than the runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reporter, "update", lambda *_: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_table(tmp_path_factory.mktemp("table"))
+pytestmark = pytest.mark.usefixtures("compile_quickly", "no_reports")
 
 
 # ---- steps ----
@@ -70,7 +56,7 @@ def pmap_step(config: StepConfig) -> Any:
 
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_ten_steps_are_torchs(devices: int) -> None:
-    """In float64, with missing labels; the last batch of 4 images leaves four of eight devices without any."""
+    """Trains in float64 on missing labels, too. The last batch of 4 images leaves four of eight devices without any."""
     reference = random_torch_model("basic").train()
     images = np.random.default_rng(0).integers(0, 256, (90, SIDE, SIDE, 3), np.uint8)
     label, order = random_labels(90), epoch_order(0, 1, 90)[:76]
