@@ -161,6 +161,17 @@ def one_line(text: object, length: int) -> str:
     return f"{line[: length - end - len(' ... ')]} ... {line[-end:]}"
 
 
+def raise_problems(problems: Sequence[str], subject: str = "") -> None:
+    """Raises UserError with all problems, if there are any; writes each to stderr first if one line is too short."""
+    if not problems:
+        return
+    text = f"{f'{subject}: ' if subject else ''}{'; '.join(problems)}"
+    if len(problems) > 1 and len(f"error: {text}") > MESSAGE_LENGTH:
+        for problem in problems:
+            write_message(printable(f"{subject}: {problem}" if subject else problem))
+    raise UserError(text)
+
+
 def write_message(text: str) -> None:
     """Writes to stderr in one call, so that lines of several processes do not mix.
 

@@ -38,7 +38,7 @@ from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.signals import StopSignals
 from jaxft.run.trackers import Trackers, check_trackers
 from jaxft.run.workdir import Workdir
-from jaxft.targets.joint import check_targets, count_outputs, make_targets
+from jaxft.targets.joint import count_outputs, make_targets
 from jaxft.training.auto import resolve_auto, resolve_from_weights, resolve_options
 from jaxft.training.batch_size import check_batch_size, find_batch_size
 from jaxft.training.compilation import Compiler, compiles_ahead
@@ -64,6 +64,7 @@ from jaxft.training.start import (
     begin_or_resume,
     can_cache_features,
     check_image_size,
+    check_labels,
     load_splits,
     load_start_weights,
     make_loaders,
@@ -94,7 +95,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Workdir) -> TrainState:
     config = workdir.resolve_config(config)
     check_batch_size(config.batch_size)
     check_trackers(config.log)
-    metric = check_targets(config)
+    metric = check_labels(config)
 
     # weights, from which the config takes some values
     pretrained = None

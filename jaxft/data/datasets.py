@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxft.data.image_file import (
 from jaxft.data.image_folder import SINGLE_COLOUR, UNREADABLE, load_folder
 from jaxft.data.lazy_images import LazyImages, is_lazy, stored_images
 from jaxft.data.sample import load_sample
-from jaxft.data.table import NO_LABEL, ROWS_OF, load_table
+from jaxft.data.table import NO_LABEL, ROWS_OF, load_table, table_problems
 from jaxft.data.table_file import is_table
 from jaxft.data.tfds import load_tfds
 from jaxft.errors import UserError, counted, shortened
@@ -123,7 +123,11 @@ def load_config_data(
 ) -> Dataset:
     """Returns a split of the source that the config's `data` section names. The other arguments are those of `load`."""
     side = data.stored_size or max(data.resize, image_size)
-    options = DataOptions(
+    return load(data.name, split, _options(data, side), class_names, targets=targets, train_fields=train_fields)
+
+
+def _options(data: ConfigDict, side: int) -> DataOptions:
+    return DataOptions(
         data.dir,
         side,
         data.holdout,
@@ -136,7 +140,18 @@ def load_config_data(
         data.path_column,
         data.group,
     )
-    return load(data.name, split, options, class_names, targets=targets, train_fields=train_fields)
+
+
+def label_problems(data: ConfigDict, splits: Sequence[str], targets: str) -> list[str]:
+    """Returns everything that is wrong with the rows and labels of a table's splits, the training split first.
+
+    data: the config's `data` section. targets: the config key. Raises UserError if the table cannot be read.
+    """
+    if not data.name.startswith("table:"):
+        return []
+    path = table_path(data.name)
+    found = table_problems(path, splits, _options(data, 0), parse_targets(targets))
+    return [f"the table {path}: {problem}" if i == 0 else problem for i, problem in enumerate(found)]
 
 
 def interpolation_of(data: ConfigDict) -> str:

@@ -18,7 +18,7 @@ from jaxft.data.labelled_files import LabelledFiles
 from jaxft.data.split_off import choose_held_out
 from jaxft.data.table_file import Table, as_text, parse_cells, read_table
 from jaxft.data.table_labels import encode_labels, fit_field, has_label, parse_labels
-from jaxft.errors import MESSAGE_LENGTH, UserError, counted, printable, shortened, write_message
+from jaxft.errors import UserError, counted, raise_problems, shortened
 
 SPLIT = "split"  # the column that names each row's split
 NO_LABEL = "no_label"  # a remark: rows that are left out
@@ -52,18 +52,12 @@ def load_table(
     this is another. If the only field is one of classes, the dataset is like a folder's: rows without a label are left
     out, and it has no fields. Raises UserError, which names everything that is wrong.
     """
-    wanted = dict.fromkeys([options.path_column, SPLIT, options.group, *(c for f in fields for c in f.columns)])
-    table = read_table(path, wanted)
+    table = _read(path, options, fields)
     problems = _missing_columns(table, options, fields)
-    _check(path, problems)
-    fitted, is_folder_like = train_fields or fields, [field.kind for field in fields] == ["class"]
-    rows, num_unlabelled = _rows_of_split(path, table, split, options, fitted, is_folder_like, problems)
-    if len(rows.names):
-        fitted = train_fields or [fit_field(field, rows.labels[field.name], problems) for field in fields]
-    if train_fields:
-        for field in fitted:
-            encode_labels(field, rows.labels[field.name], problems)  # reports unknown classes before images are read
-    _check(path, problems)
+    raise_problems(problems, f"the table {path}")
+    is_folder_like = [field.kind for field in fields] == ["class"]
+    rows, num_unlabelled, fitted = _check_split(path, table, split, options, fields, train_fields, problems)
+    raise_problems(problems, f"the table {path}")
 
     root = path.parent
     paths = [Path(os.path.normpath(root / name)) for name in rows.names]
@@ -82,15 +76,55 @@ def load_table(
     return data._replace(label=label, class_names=(), fields=tuple(fitted))
 
 
-def _check(path: Path, problems: Sequence[str]) -> None:
-    """Raises UserError with all problems; writes them to stderr first if they are too many for one line."""
-    if not problems:
-        return
-    text = f"the table {path}: {'; '.join(problems)}"
-    if len(problems) > 1 and len(f"error: {text}") > MESSAGE_LENGTH:
-        for problem in problems:
-            write_message(printable(f"{path.name}: {problem}"))
-    raise UserError(text)
+def table_problems(path: Path, splits: Sequence[str], options: DataOptions, fields: Sequence[Field]) -> list[str]:
+    """Returns everything that is wrong with some splits of a table, the training split first, without its images.
+
+    Raises UserError if the file cannot be read as a table.
+    """
+    table = _read(path, options, fields)
+    problems = _missing_columns(table, options, fields)
+    if options.path_column not in table.names:
+        return problems
+    if options.group not in table.names:
+        options = options._replace(group="")
+    fields = [field for field in fields if all(column in table.names for column in field.columns)]
+    train_fields: Sequence[Field] | None = None
+    for split in splits:
+        found: list[str] = []
+        _, _, fitted = _check_split(path, table, split, options, fields, train_fields, found)
+        train_fields = train_fields or (None if found else fitted)
+        problems += found
+    return list(dict.fromkeys(problems))
+
+
+def _read(path: Path, options: DataOptions, fields: Sequence[Field]) -> Table:
+    """Reads the needed columns of a table."""
+    columns = [column for field in fields for column in field.columns]
+    return read_table(path, dict.fromkeys([options.path_column, SPLIT, options.group, *columns]))
+
+
+# More than six parameters: those of load_table, and the list of problems.
+def _check_split(
+    path: Path,
+    table: Table,
+    split: str,
+    options: DataOptions,
+    fields: Sequence[Field],
+    train_fields: Sequence[Field] | None,
+    problems: list[str],
+) -> tuple[_Rows, int, Sequence[Field]]:
+    """Returns the rows of a split, the number of rows without a label that it leaves out, and the split's fields.
+
+    What is wrong is added to `problems`: it is found before any image is read.
+    """
+    fitted, is_folder_like = train_fields or fields, [field.kind for field in fields] == ["class"]
+    rows, num_unlabelled = _rows_of_split(path, table, split, options, fitted, is_folder_like, problems)
+    if len(rows.names):
+        fitted = train_fields or [fit_field(field, rows.labels[field.name], problems) for field in fields]
+    if train_fields:
+        for field in fitted:
+            encode_labels(field, rows.labels[field.name], problems)
+    return rows, num_unlabelled, fitted
 
 
 def _missing_columns(table: Table, options: DataOptions, fields: Sequence[Field]) -> list[str]:
@@ -234,5 +268,5 @@ def _fit_again(path: Path, fields: Sequence[Field], rows: _Rows) -> Sequence[Fie
     for before, field in zip(fields, fitted, strict=True):
         if lost := sorted(set(before.names) - set(field.names)):
             problems.append(f"no file of {shortened(lost)} in column '{field.column}' can be read as an image")
-    _check(path, problems)
+    raise_problems(problems, f"the table {path}")
     return fitted

@@ -61,16 +61,16 @@ def fields_of(config: ConfigDict, class_names: Sequence[str], fields: Sequence[F
 _KINDS: Mapping[str, Callable[[Field], Target]] = {"class": ClassTarget, "tags": TagsTarget, "number": NumberTarget}
 
 
-def check_targets(config: ConfigDict) -> str:
-    """Returns the full name of the metric that chooses the best checkpoint.
+def target_problems(config: ConfigDict) -> list[str]:
+    """Returns the settings of a run's targets that contradict each other, and a best_metric that they do not have.
 
-    Raises UserError for settings of the targets that contradict each other, before any data is read.
+    Raises UserError if the config key `targets` cannot be parsed.
     """
-    targets = tuple(_KINDS[field.kind](field) for field in parse_targets(config.targets))
+    targets = config_targets(config)
     kinds = {target.field.kind for target in targets}
-    problems, metric = [], ""
+    problems = []
     try:
-        metric = find_metric(targets, config.best_metric)
+        find_metric(targets, config.best_metric)
     except UserError as error:
         problems.append(str(error))
     if "number" in kinds and (config.augment.mixup > 0 or config.augment.cutmix > 0):
@@ -78,12 +78,13 @@ def check_targets(config: ConfigDict) -> str:
     if "class" not in kinds and config.data.sampling != "none":
         problems.append(f"data.sampling={config.data.sampling} needs a target of kind class; set it to none")
     if config.stop.patience and config.model.batch_norm == "recalibrate":
-        problems.append(
-            "batch_norm=recalibrate needs the last epoch, which stop.patience may leave out; set one of them"
-        )
-    if problems:
-        raise UserError("; ".join(problems))
-    return metric
+        problems.append("batch_norm=recalibrate needs the last epoch, which stop.patience may leave out; set only one")
+    return problems
+
+
+def config_targets(config: ConfigDict) -> Targets:
+    """Returns the targets that a config names, without the names of classes and tags, which the data has."""
+    return tuple(_KINDS[field.kind](field) for field in parse_targets(config.targets))
 
 
 def make_targets(config: ConfigDict, data: Dataset) -> Targets:

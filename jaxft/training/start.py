@@ -17,7 +17,7 @@ from jaxft.data.identity import check_data, data_info
 from jaxft.data.image_folder import UnreadableError
 from jaxft.data.loader import Loader, make_loader
 from jaxft.data.split_off import split_off
-from jaxft.errors import UserError
+from jaxft.errors import UserError, raise_problems
 from jaxft.models.fold import fold_norms
 from jaxft.models.heads import HEAD_NORM, get_head
 from jaxft.models.network import Network, is_random, options_of
@@ -34,7 +34,7 @@ from jaxft.run.metrics_file import MetricsFile
 from jaxft.run.processes import broadcast_bool
 from jaxft.run.workdir import Workdir
 from jaxft.targets.classification import replace_head
-from jaxft.targets.joint import Targets, outputs_of, targets_of
+from jaxft.targets.joint import Targets, config_targets, find_metric, outputs_of, target_problems, targets_of
 from jaxft.training.auto import IMAGE_SIZE
 from jaxft.training.distill import Teacher
 from jaxft.training.restore import is_workdir, load_checkpoint, load_weights, named_after
@@ -59,6 +59,36 @@ class Splits(NamedTuple):
     val: Dataset | None = None  # chooses the best checkpoint, thresholds and temperatures in place of `eval`
 
 
+def check_labels(config: ConfigDict) -> str:
+    """Returns the full name of the metric that chooses the best checkpoint.
+
+    Raises UserError, which names everything that is wrong with targets, metric, splits and the rows of a table, before
+    weights are loaded and images are read.
+    """
+    problems = target_problems(config)
+    names = [config.data.train_split, config.data.eval_split]
+    try:
+        names = split_names(config)
+    except UserError as error:
+        problems.append(str(error))
+    raise_problems(problems + datasets.label_problems(config.data, names, config.targets))
+    return find_metric(config_targets(config), config.best_metric)
+
+
+def split_names(config: ConfigDict) -> list[str]:
+    """Returns the names of the training split, the test split and the validation split if it has a name.
+
+    Raises UserError if data.val_split is one of the others, or a number that is not a fraction.
+    """
+    names, val_split = [config.data.train_split, config.data.eval_split], config.data.val_split
+    if not val_split or val_fraction(config) is not None:
+        return names
+    if val_split in names:
+        text = f"data.val_split is {val_split}, which is also trained or tested on"
+        raise UserError(f"{text}; name another split, or a fraction of the training images such as 0.1")
+    return [*names, val_split]
+
+
 def load_splits(config: ConfigDict) -> Splits:
     """Loads the training split, the test split and the validation split if the config names one.
 
@@ -67,13 +97,7 @@ def load_splits(config: ConfigDict) -> Splits:
     unreadable: list[UnreadableError] = []
     splits: list[Dataset] = []
     fraction = val_fraction(config)
-    names = [config.data.train_split, config.data.eval_split]
-    if config.data.val_split and fraction is None:
-        if config.data.val_split in names:
-            text = f"data.val_split is {config.data.val_split}, which is also trained or tested on"
-            raise UserError(f"{text}; name another split, or a fraction of the training images such as 0.1")
-        names.append(config.data.val_split)
-    for split in names:
+    for split in split_names(config):
         try:
             class_names, fields = (splits[0].class_names, splits[0].fields) if splits else (None, ())
             load = partial(datasets.load_config_data, config.data, split, config.image_size or IMAGE_SIZE)

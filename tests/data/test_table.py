@@ -403,8 +403,10 @@ def test_everything_that_is_wrong_is_reported_at_once(root: Path, capsys: pytest
         UserError, match=r"column 'age': line 2 holds 'old'.*; 1 file not found in .*: \?\.png; .*one class"
     ):
         splits(path, "class:kind, number:age")
-    assert [line[:17] for line in capsys.readouterr().err.splitlines()] == [
-        *["a.csv: column 'ag", "a.csv: 1 file not", "a.csv: column 'ki", "a.csv: column 'ag"]
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(f"the table {path}: ") for line in lines)
+    assert [line.removeprefix(f"the table {path}: ")[:10] for line in lines] == [
+        *["column 'ag", "1 file not", "column 'ki", "column 'ag"]
     ]
     with pytest.raises(
         UserError, match=r"no column 'files', .*; there is no column 'sex', .*; there is no column 'patient'"

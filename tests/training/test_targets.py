@@ -19,7 +19,7 @@ from jaxft.data.batches import Examples, epoch_order, make_batches, sampled_orde
 from jaxft.data.dataset import Dataset
 from jaxft.data.fields import Field
 from jaxft.data.loader import make_loader
-from jaxft.errors import MESSAGE_LENGTH, run_command
+from jaxft.errors import MESSAGE_LENGTH, UserError, run_command
 from jaxft.models.policy import Policy
 from jaxft.models.resnet import BasicBlock, ResNet
 from jaxft.pretrained.convert import from_torch
@@ -28,6 +28,7 @@ from jaxft.train import train_and_evaluate
 from jaxft.training.loop import order_of
 from jaxft.training.probe import LossConfig, fit_linear_head, minimize, standardization
 from jaxft.training.restore import load_checkpoint
+from jaxft.training.start import check_labels
 from jaxft.training.state import TrainState, create_train_state
 from jaxft.training.steps import StepConfig, train_step
 from jaxft.transforms.augment import Augmentation
@@ -278,6 +279,7 @@ def test_a_teacher_of_other_targets_is_refused(
         ("class:colour", {"data__val_split": "0.001"}, "leaves no image to hold out"),
         ("class:color", {}, "there is no column 'color'"),
         ("klass:colour", {}, "did you mean 'class'?"),
+        ("class:color", {"data__eval_split": "other"}, "did you mean 'colour'? (--config.targets); no row has"),
     ],
 )
 def test_contradictions_are_refused_before_training(
@@ -287,3 +289,20 @@ def test_contradictions_are_refused_before_training(
     line = fails("-m", "jaxft.train", "--config=quickstart", *arguments, "--workdir", tmp_path / "run")
     assert expected in line and len(line) <= MESSAGE_LENGTH
     assert not (tmp_path / "run").exists()
+
+
+def test_all_contradictions_are_in_one_error(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"best_metric": "acc", "data__val_split": "2", "data__eval_split": "other", "augment__mixup": "0.1"}
+    with pytest.raises(UserError) as caught:
+        check_labels(table_config(table, "class:color, number:brightness", **changes))
+    expected = [
+        "no target has the metric 'acc'",
+        "labels that are numbers cannot be mixed",
+        "data.val_split is 2; a fraction lies between 0 and 1",
+        "there is no column 'color', did you mean 'colour'?",
+        "no row has the split 'other'",
+    ]
+    lines = capsys.readouterr().err.splitlines()  # since the error's line is cut
+    assert len(lines) == len(expected)
+    for part, line in zip(expected, lines, strict=True):
+        assert part in str(caught.value) and part in line
