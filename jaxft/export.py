@@ -255,7 +255,7 @@ def compressed_scores(
         before = _score(checkpoint, metric, data_dir)
     except UserError as error:
         remedy = "name their folder with --data_dir, or export --dtype float32, which needs none"
-        raise UserError(f"the test images are needed to compare the {metric}: {error}; {remedy}") from None
+        raise UserError(f"comparing the {metric} needs the test images: {error}; {remedy}") from None
     model, variables = fold_norms(checkpoint.model, checkpoint.state.variables())
     variables = {"batch_stats": {}} | decompress(compress(variables, dtype))
     smaller = replicate(dataclasses.replace(checkpoint.state, **variables, ema={}))

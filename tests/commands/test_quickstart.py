@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxft.classifier import Classifier
@@ -38,6 +39,7 @@ def test_the_quickstart_beats_random_weights(run: Run, tmp_path: Path) -> None:
     assert [row["accuracy"] for row in rows if row["split"] == "eval"][-1] > 0.5
 
 
+@pytest.mark.slow
 def test_a_linear_probe_learns_and_keeps_the_bits_of_the_backbone(run: Run, tmp_path: Path) -> None:
     """Trains with head_norm, which evaluation and prediction fold into the head."""
     head = ("--config.optimizer.freeze=backbone", "--config.augment.flip=false", "--config.model.head_norm=true")

@@ -22,6 +22,7 @@ VGG = (
 )
 
 
+@pytest.mark.slow
 def test_a_head_is_fitted_and_exported(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From random weights: only the head trains, under its own name."""
     head_only = (

@@ -340,6 +340,7 @@ def test_recalibrated_statistics_are_those_of_torchs_update_bn() -> None:
     np.testing.assert_allclose(kept["bn1"]["mean"], variables["batch_stats"]["bn1"]["mean"], rtol=1e-15)
 
 
+@pytest.mark.slow
 def test_a_device_with_only_padding_does_no_harm(tmp_path: Path) -> None:
     """The last of 1,000 images in batches of 48 on eight devices are 40, in shares of 6: one device has none."""
     changes = {"batch_size": "48", "image_size": "16", "num_epochs": "1", "data.train_split": "test"}

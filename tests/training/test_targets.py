@@ -144,6 +144,7 @@ def random_features(num_images: int, num_features: int = 6) -> np.ndarray:
     return (rng.normal(size=(num_images, num_features)) * np.geomspace(0.3, 2, num_features)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_the_fitted_head_is_scipys() -> None:
     """Minimises the joint loss with smoothing, weights and missing labels, plus the penalty, in float64."""
     inputs, label, inverse_penalty = random_features(60), random_labels(60), 0.5
