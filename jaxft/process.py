@@ -272,7 +272,7 @@ def _report_cache(folder: Path, problem: str) -> None:
 
 
 def disable_compilation_cache() -> None:
-    """Stops caching programs compiled from now on: XLA cannot serialise those that call oneDNN."""
+    """Disables the compilation cache for the rest of the process, since XLA cannot serialise calls of oneDNN."""
     # NOTES: When oneDNN repays recompilation (docs/notes/onednn.md)
     import jax
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,6 +86,30 @@ def _parse_target(part: str, problems: list[str]) -> Field:
     if "." in name:
         problems.append(f"the name '{name}' has a dot, so give it another: NAME={kind}:{column}")
     return Field(kind, column, name, weight)
+
+
+def parse_fields(values: Any) -> tuple[Field, ...]:
+    """Parses the fields of a file's JSON, as `Field._asdict` wrote them. Raises ValueError if they are not fields."""
+    if not isinstance(values, list) or not values or not all(map(_is_field, values)):
+        raise ValueError("targets are not a list of fields")
+    fields = tuple(Field(**value)._replace(names=tuple(value["names"])) for value in values)
+    if len({field.name for field in fields}) < len(fields):
+        raise ValueError("two targets have the same name")
+    return fields
+
+
+def _is_field(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {*Field._fields}
+        and value["kind"] in KINDS
+        and all(isinstance(text, str) for text in (value["column"], value["name"]))
+        and isinstance(value["names"], list | tuple)  # a tuple before it is written
+        and all(isinstance(name, str) for name in value["names"])
+        and (bool(value["names"]) or value["kind"] == "number")
+        and all(type(value[key]) in (int, float) and math.isfinite(value[key]) for key in ("weight", "mean", "std"))
+        and value["std"] > 0
+    )
 
 
 def describe_field(field: Field, label: np.ndarray) -> str:

@@ -287,7 +287,10 @@ class _Redirects(HTTPRedirectHandler):
 
 
 class _TimeLimit:
-    """Ends the connections of one request when its time is over; a socket's own timeout restarts with each byte."""
+    """Closes the connections of a request after a number of seconds in all.
+
+    A socket's own timeout does not limit the whole request, because it restarts with each byte.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._sockets: list[socket.socket] = []

@@ -60,7 +60,7 @@ class Recognised(NamedTuple):
 
 
 def recognise(file: TensorFile, path: Path, name: str = "", arch: str | None = None) -> Recognised:
-    """Finds the network called `name`, or the only one, and its architecture. Raises UserError if it does not fit."""
+    """Returns the network called `name`, or the only one, with its architecture. Raises UserError if none fits."""
     networks = find_networks(file.content, FAMILIES)
     return check(examine(networks, file, path, name), networks, file, path, name, arch)
 

@@ -12,7 +12,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 
-from jaxft.data.fields import KINDS, Field
 from jaxft.errors import UserError, shortened
 from jaxft.files import atomic_write, reason
 from jaxft.models.build import ARCHITECTURES
@@ -21,6 +20,8 @@ from jaxft.models.resnet import STEMS
 from jaxft.models.vit import POOLS
 from jaxft.pretrained.state_dict import excerpt
 from jaxft.pretrained.torch_files import TensorFile, write_safetensors
+from jaxft.targets.calibration import check_calibrations
+from jaxft.targets.joint import targets_of
 from jaxft.transforms.pillow_resize import FILTERS
 from jaxft.transforms.preprocessing import Preprocessing
 
@@ -167,47 +168,14 @@ def _are_numbers(value: Any, least: float) -> bool:
     )
 
 
-def _is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
-
-
-def _is_field(value: Any) -> bool:
-    """Returns whether a value is a Field as JSON."""
-    return (
-        isinstance(value, dict)
-        and value.keys() == {*Field._fields}
-        and value["kind"] in KINDS
-        and all(isinstance(text, str) for text in (value["column"], value["name"]))
-        and isinstance(value["names"], list)
-        and all(isinstance(name, str) for name in value["names"])
-        and all(_is_number(value[key]) for key in ("weight", "mean"))
-        and _is_number(value["std"], 0)
-    )
-
-
-def _is_calibration(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and {"temperature"} <= value.keys() <= {"temperature", "thresholds"}
-        and _is_number(value["temperature"], 1e-6)
-        and isinstance(value.get("thresholds", []), list)
-        and all(_is_number(threshold) for threshold in value.get("thresholds", []))
-    )
-
-
 def _check_targets(provenance: Mapping[str, Any]) -> None:
-    """Raises ValueError if the targets do not fit each other, the head or the calibration."""
-    if "targets" not in provenance:
+    """Raises ValueError or KeyError if the targets are not fields, or do not fit the head or the calibration."""
+    if not {"targets", "calibration"} & provenance.keys():
         return
-    fields = [Field(**field) for field in provenance["targets"]]
-    if len({field.name for field in fields}) < len(fields):
-        raise ValueError("two targets have the same name")
+    fields = [target.field for target in targets_of(provenance)]
     if (outputs := sum(field.num_outputs for field in fields)) != provenance["num_classes"]:
         raise ValueError(f"the targets have {outputs} outputs, the head {provenance['num_classes']}")
-    for field in fields:
-        thresholds = provenance.get("calibration", {}).get(field.name, {}).get("thresholds", field.names)
-        if len(thresholds) != len(field.names):
-            raise ValueError(f"{excerpt(field.name)} has {len(field.names)} tags but {len(thresholds)} thresholds")
+    check_calibrations(fields, provenance.get("calibration", {}))
 
 
 # Checks of the values in the provenance that jaxft reads.
@@ -239,8 +207,6 @@ _VALID: dict[str, Callable[[Any], bool]] = {
         and _is_count(value["data"].get("stored_size", 0), 0, 1 << 12)
         and isinstance(value.get("targets", ""), str)
     ),
-    "targets": lambda value: isinstance(value, list) and bool(value) and all(map(_is_field, value)),
-    "calibration": lambda value: isinstance(value, dict) and all(map(_is_calibration, value.values())),
     "num_batches_tracked": lambda value: (
         isinstance(value, dict) and all(_is_count(number, 0, (1 << 63) - 1) for number in value.values())
     ),

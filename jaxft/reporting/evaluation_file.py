@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,22 +14,20 @@ from PIL import Image
 
 from jaxft.config import count_steps_per_epoch, resolve
 from jaxft.data.dataset import Dataset
-from jaxft.data.fields import KINDS, Field
 from jaxft.errors import UserError
 from jaxft.files import atomic_write, open_regular, reason
 from jaxft.reporting.worst_images import largest_losses, ranked_mistakes
 from jaxft.run import remote_workdir
 from jaxft.run.metrics_file import ALL_KEYS, read_lines, row_score
 from jaxft.run.workdir import Workdir
+from jaxft.targets.calibration import check_calibrations
 from jaxft.targets.classification import Predictions
 from jaxft.targets.joint import (
     Calibrations,
     JointPredictions,
     Targets,
-    check_calibrations,
     count_outputs,
     find_metric,
-    is_finite,
     is_one_class,
     targets_of,
 )
@@ -233,7 +231,6 @@ def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
     for key, kind in _INFO.items():
         _check(isinstance(info.get(key), kind), f"{key} in info is not a {kind.__name__}")
     _check(all(isinstance(name, str) for name in info["class_names"]), "class_names in info are not texts")
-    _check_targets(info)
     config, targets = resolve(info["config"]), targets_of(info)
     _check(config.batch_size > 0 and info["train_size"] > 0, "info has a number that is too small")
     find_metric(targets, config.best_metric)
@@ -245,7 +242,7 @@ def _parse(workdir: Workdir, arrays: dict[str, np.ndarray]) -> Run:
         predictions = _parse_joint_predictions(arrays, targets)
         size = len(predictions.logits)
     calibrations = json.loads(str(_array({"calibration": np.array("{}")} | arrays, "calibration", "U", ())))
-    check_calibrations(targets, calibrations)
+    check_calibrations([target.field for target in targets], calibrations)
 
     mistakes = _array(arrays, "mistakes", "iu", (arrays["mistakes"].size,))
     _check_range("mistakes", mistakes, size)
@@ -309,23 +306,6 @@ def _parse_joint_predictions(arrays: dict[str, np.ndarray], targets: Targets) ->
             label[field.name] = _array(arrays, key, "i", (size, field.num_outputs) if tags else (size,))
             _check_range(key, label[field.name] + 1, 3 if tags else field.num_outputs + 1)  # -1 is missing
     return JointPredictions(logits, label)
-
-
-def _check_targets(info: Mapping[str, Any]) -> None:
-    """Raises ValueError if the targets in info, if there are any, are not fields as `Field._asdict` has them."""
-    if "targets" not in info:
-        return
-    fields = info["targets"]
-    _check(isinstance(fields, list) and len(fields) > 0, "targets in info are not a list")
-    for field in fields:
-        _check(isinstance(field, dict) and field.keys() == set(Field._fields), "targets in info are not fields")
-        texts = [field["column"], field["name"], *field["names"]]
-        _check(all(isinstance(text, str) for text in texts), "targets in info have names that are not texts")
-        numbers = [field[key] for key in ("weight", "mean", "std")]
-        _check(all(map(is_finite, numbers)) and field["std"] > 0, "targets in info have numbers out of range")
-        _check(field["kind"] in KINDS, "targets in info have an unknown kind")
-        _check(field["kind"] == "number" or len(field["names"]) > 0, "targets in info lack names")
-    _check(len({field["name"] for field in fields}) == len(fields), "two targets in info have the same name")
 
 
 def _array(arrays: dict[str, np.ndarray], name: str, kinds: str, shape: Iterable[int]) -> np.ndarray:

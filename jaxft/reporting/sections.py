@@ -50,7 +50,7 @@ class Scored(NamedTuple):
         return format_metric(self.target.default_metric, self.scores[self.target.default_metric])
 
     def interval_text(self) -> str:
-        """Returns "A to B", or "" if there is no interval."""
+        """Returns the two ends of the interval as text, such as "61.6% to 80.3%"; "" if there is none."""
         bounds = [format_metric(self.target.default_metric, bound) for bound in self.interval or ()]
         return " to ".join(bounds)
 
@@ -67,7 +67,10 @@ def score_targets(run: Run) -> list[Scored]:
 
 
 def _interval(own: Scored, *, always: bool) -> tuple[float, float] | None:
-    """Returns the interval of the default metric; for many tags only if `always`, since resampling takes seconds."""
+    """Returns the 95 % interval of the default metric, or None.
+
+    always: also resample many images with tags, which takes seconds.
+    """
     target, known = own.target, own.known
     if not known.any():
         return None

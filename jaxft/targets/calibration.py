@@ -1,8 +1,12 @@
 """Temperature scaling and thresholds, fitted to a validation split; float64, in NumPy on the host."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
+
+from jaxft.data.fields import Field
 
 TEMPERATURES = (0.05, 20.0)  # the lowest and the highest that is fitted
 DEFAULT_THRESHOLD = 0.5
@@ -116,3 +120,22 @@ def _fit_threshold(probability: np.ndarray, positive: np.ndarray) -> float:
     halfway = lower + (upper - lower) / 2
     thresholds = np.where(halfway > lower, halfway, upper)[f1 == f1.max()]  # rounded down, it would include `lower`
     return float(thresholds[np.abs(thresholds - DEFAULT_THRESHOLD).argmin()])
+
+
+def check_calibrations(fields: Iterable[Field], calibrations: Any) -> None:
+    """Raises ValueError if calibrations that were read from a file, {target: calibration}, do not fit the fields."""
+    known = {field.name: field for field in fields if field.kind != "number"}
+    if not isinstance(calibrations, dict) or not calibrations.keys() <= known.keys():
+        raise ValueError("calibration is not of the run's targets")
+    for name, calibration in calibrations.items():
+        temperature: Any = calibration.get("temperature") if isinstance(calibration, dict) else None
+        if not _is_number(temperature) or temperature <= 0:
+            raise ValueError("a temperature is not a positive number")
+        thresholds = calibration.get("thresholds", [])
+        expected = len(known[name].names) if known[name].kind == "tags" else 0
+        if not isinstance(thresholds, list) or len(thresholds) != expected or not all(map(_is_number, thresholds)):
+            raise ValueError("the thresholds do not fit the tags")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

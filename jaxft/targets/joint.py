@@ -5,7 +5,6 @@ many of its columns as it has outputs, in order.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from jaxft.config import resolve
 from jaxft.data.batches import Array
 from jaxft.data.dataset import Dataset
-from jaxft.data.fields import Field, parse_targets
+from jaxft.data.fields import Field, parse_fields, parse_targets
 from jaxft.errors import UserError, shortened
 from jaxft.ops.elementwise import sum_over_devices
 from jaxft.targets.classification import ClassTarget, Predictions, balanced_class_weights, predictions_from_logits
@@ -105,7 +104,7 @@ def make_targets(config: ConfigDict, data: Dataset) -> Targets:
 
 def targets_of(info: Mapping[str, Any]) -> Targets:
     """Returns the targets of a checkpoint's info or of weights' provenance, without smoothing and class weights."""
-    fields = [Field(**field)._replace(names=tuple(field["names"])) for field in info.get("targets", ())]
+    fields = parse_fields(info["targets"]) if "targets" in info else ()
     config = resolve(info.get("config", {}))
     return tuple(_KINDS[field.kind](field) for field in fields_of(config, info["class_names"], fields))
 
@@ -246,26 +245,6 @@ def calibrate(targets: Targets, predictions: Any) -> dict[str, dict[str, Any]]:
         for target, own, label in each(targets, np.asarray(predictions.logits), predictions.label)
     }
     return {name: calibration for name, calibration in fitted.items() if calibration}
-
-
-def check_calibrations(targets: Targets, calibrations: Any) -> None:
-    """Raises ValueError if calibrations that were read from a file are not of the kind that `calibrate` returns."""
-    fields = {target.field.name: target.field for target in targets if target.field.kind != "number"}
-    if not isinstance(calibrations, dict) or not all(name in fields for name in calibrations):
-        raise ValueError("calibration is not of the run's targets")
-    for name, calibration in calibrations.items():
-        temperature: Any = calibration.get("temperature") if isinstance(calibration, dict) else None
-        if not is_finite(temperature) or temperature <= 0:
-            raise ValueError("a temperature is not a positive number")
-        thresholds = calibration.get("thresholds", [])
-        expected = len(fields[name].names) if fields[name].kind == "tags" else 0
-        if not isinstance(thresholds, list) or len(thresholds) != expected or not all(map(is_finite, thresholds)):
-            raise ValueError("the thresholds do not fit the tags")
-
-
-def is_finite(value: Any) -> bool:
-    """Returns whether a value of a JSON file is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def full_name(targets: Targets, target: str, metric: str) -> str:

@@ -20,8 +20,8 @@ from jaxft.run.checkpoint_reader import NEWEST_GOOD, CheckpointReader, DamagedCh
 from jaxft.run.metrics_file import read_calibration, read_scores
 from jaxft.run.remote_workdir import display_name, is_remote, reading_folder
 from jaxft.run.workdir import ACCURACY, CHECKPOINTS, METRICS, Workdir
+from jaxft.targets.calibration import check_calibrations
 from jaxft.targets.joint import (
-    check_calibrations,
     count_outputs,
     find_metric,
     format_metric,
@@ -83,13 +83,13 @@ def load_checkpoint(workdir: str | Path, which: str) -> LoadedCheckpoint:
 
 
 def _calibration(folder: Workdir, step: int, info: dict[str, Any]) -> dict[str, Any]:
-    """Returns {target: calibration} of a checkpoint, and reports on stderr if it has none although it could.
+    """Returns {target: calibration} of a checkpoint; {} if there is none, which is reported unless all are numbers.
 
-    Raises UserError if it is of other targets.
+    Raises UserError if the calibration belongs to other targets.
     """
     found = read_calibration(folder.metrics, step)
     try:
-        check_calibrations(targets_of(info), found)
+        check_calibrations([target.field for target in targets_of(info)], found)
     except ValueError as error:
         text = "put it back, or remove it to do without a calibration"
         raise UserError(f"{folder.accuracy} is of another run ({error}); {text}") from None

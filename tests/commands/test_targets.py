@@ -184,12 +184,12 @@ def test_exported_weights_predict_what_the_run_predicts(
     ("change", "part"),
     [
         (lambda p: p["targets"].pop(), "the targets have 5 outputs, the head 6"),
-        (lambda p: p["targets"][0].update(kind="mask"), "targets is "),
-        (lambda p: p["targets"][0].update(names="cat"), "targets is "),
-        (lambda p: p["targets"][0].update(mean=float("nan")), "targets is "),
+        (lambda p: p["targets"][0].update(kind="mask"), "targets are not a list of fields"),
+        (lambda p: p["targets"][0].update(names="cat"), "targets are not a list of fields"),
+        (lambda p: p["targets"][0].update(mean=float("nan")), "targets are not a list of fields"),
         (lambda p: p["targets"][0].update(name="tags"), "two targets have the same name"),
-        (lambda p: p["calibration"]["tags"]["thresholds"].pop(), "tags has 2 tags but 1 thresholds"),
-        (lambda p: p["calibration"]["tags"].update(temperature=0), "calibration is "),
+        (lambda p: p["calibration"]["tags"]["thresholds"].pop(), "the thresholds do not fit the tags"),
+        (lambda p: p["calibration"]["tags"].update(temperature=0), "a temperature is not a positive number"),
         (lambda p: p["config"].update(targets=3), "config is "),
     ],
 )

@@ -1,4 +1,4 @@
-"""Three targets with labels of which many are missing, and their loss in torch."""
+"""Three targets, many of whose labels are missing, and their loss in torch."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ TARGETS = (CLASS, TAGS, NUMBER)  # ten columns of the head
 
 
 def random_labels(num_images: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns labels of TARGETS, of which about a third is missing."""
+    """Returns labels of TARGETS; about a third of them are missing."""
     rng = np.random.default_rng(seed)
     missing = rng.random(num_images) < 1 / 3
     return {

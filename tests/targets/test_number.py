@@ -20,7 +20,7 @@ FIELD = Field("number", "age", "age", mean=40.0, std=12.0)
 
 
 def examples(num_images: int = 30) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits, float64 (N, 1), and standardised labels, float32 (N,), of which every third is missing."""
+    """Returns logits, float64 (N, 1), and standardised labels, float32 (N,); every third is missing."""
     rng = np.random.default_rng(0)
     label = rng.normal(size=num_images).astype(np.float32)
     label[::3] = np.nan
